@@ -1,0 +1,6 @@
+"""`python -m onnxgen` is the `onnxgen` command."""
+
+from onnxgen.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""What goes wrong, as one clear sentence with a documented exit code.
+
+Exit codes: 0 done, 1 the result differs, 2 usage, 3 refused or unverifiable,
+4 a file cannot be read or written, 5 an expectation was not met.
+"""
+
+
+class OnnxgenError(Exception):
+    """A failure the user can read: the message names the file, the node and the cause."""
+
+    exit_code = 1
+
+
+class ModelDiffersError(OnnxgenError):
+    """The rewritten model does not compute what the original computes."""
+
+    exit_code = 1
+
+
+class UsageError(OnnxgenError):
+    """The command's words do not fit together."""
+
+    exit_code = 2
+
+
+class RefusedError(OnnxgenError):
+    """The model cannot be handled, or its result cannot be verified."""
+
+    exit_code = 3
+
+
+class FileError(OnnxgenError):
+    """A file cannot be read or written."""
+
+    exit_code = 4
+
+
+class ExpectationError(OnnxgenError):
+    """The result is right, but not what the caller said it must be."""
+
+    exit_code = 5

@@ -1,0 +1,87 @@
+"""The child process that runs ONNX Runtime: reads pickled requests, writes pickled answers.
+
+A model that is not ours can crash the runtime it is loaded into, so it is never loaded into
+the process that holds the user's work. Started by `onnxgen.runtime`, imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import sys
+from typing import Any, BinaryIO
+
+
+def read_message(stream: BinaryIO) -> Any:
+    """One length-prefixed pickle; raises EOFError when the other side is gone."""
+    header = stream.read(8)
+    if len(header) < 8:
+        raise EOFError
+    (size,) = struct.unpack("<Q", header)
+    data = stream.read(size)
+    if len(data) < size:
+        raise EOFError
+    return pickle.loads(data)
+
+
+def write_message(stream: BinaryIO, message: Any) -> None:
+    data = pickle.dumps(message, protocol=5)
+    stream.write(struct.pack("<Q", len(data)))
+    stream.write(data)
+    stream.flush()
+
+
+def _load(request: dict[str, Any]) -> Any:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = request["threads"]
+    options.inter_op_num_threads = 1
+    options.enable_mem_pattern = False  # shapes change from run to run
+    if not request["optimize"]:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
+
+
+def _run(session: Any, request: dict[str, Any]) -> dict[str, Any]:
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    options.log_severity_level = 4
+    names = request["outputs"] or [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, request["feeds"], options), strict=True))
+
+
+def main() -> None:
+    # ONNX Runtime and its libraries print to the standard streams: keep ours for messages.
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    requests = sys.stdin.buffer
+    sessions: dict[int, Any] = {}
+    while True:
+        try:
+            request = read_message(requests)
+        except EOFError:
+            return
+        answer: tuple[str, Any]
+        try:
+            match request["do"]:
+                case "load":
+                    sessions[request["id"]] = _load(request)
+                    answer = ("ok", None)
+                case "run":
+                    answer = ("ok", _run(sessions[request["id"]], request))
+                case _:
+                    sessions.pop(request["id"], None)
+                    answer = ("ok", None)
+        except MemoryError:
+            answer = ("error", "out of memory")
+        except Exception as error:
+            answer = ("error", str(error))
+        write_message(answers, answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What happened, as values; rendered as text and JSON."""

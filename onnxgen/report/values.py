@@ -1,0 +1,139 @@
+"""What a command did, as plain values: the one source of the text, the JSON and every other view.
+
+Every class here is data only: passes and the verifier fill them, `report.text` and
+`report.as_json` read them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Decline:
+    """Why a rule did not rewrite what it was looking at.
+
+    Attributes:
+        rule: the rule's code, such as "ATT001".
+        code: a stable slug, such as "no-value-product".
+        reason: one sentence for a person.
+        nodes: names of the nodes that stopped the rule, the decisive one first.
+    """
+
+    rule: str
+    code: str
+    reason: str
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass
+class Site:
+    """One place in the model that a rule looked at.
+
+    Attributes:
+        kind: "attention", "rms_norm", "layer_norm" or "rotary".
+        rule: the code of the rule that fused it, or came nearest.
+        node: name of the fused node, or of the anchor node that was kept.
+        scope: the module path that the exporter left, "" where it left none.
+        status: "fused"; "kept" (declined, see decline); "undone" (the rewrite's own check
+            failed and the nodes were put back, see decline).
+        decline: why it was kept or undone.
+        replaced: how many nodes the fused node stands for.
+        details: what was found: heads, kv_heads, head_size, scale, mask, ...
+    """
+
+    kind: str
+    rule: str
+    node: str
+    scope: str
+    status: Literal["fused", "kept", "undone"]
+    decline: Decline | None = None
+    replaced: int = 0
+    details: dict[str, str | int | float | bool] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison of the original and the rewritten model.
+
+    Attributes:
+        name: what the case is about, such as "decode over past 7, left padding".
+        batch, new, past: B, S and P of the run.
+        padding: "none", "left" or "right".
+        difference: largest |original - rewritten| over the standard deviation of the
+            original output, over every output; NaN never occurs: a NaN on one side counts as inf.
+        output: the output where the largest difference is.
+        skipped: why the case could not be run (the original itself fails on it), else "".
+    """
+
+    name: str
+    batch: int
+    new: int
+    past: int
+    padding: str
+    difference: float = 0.0
+    output: str = ""
+    skipped: str = ""
+
+
+@dataclass
+class Proof:
+    """What was run to show that the written model equals the original.
+
+    Attributes:
+        status: "proven", "differs", "unproven" (told not to run) or "unverifiable".
+        tolerance: largest allowed difference, relative to the output's standard deviation.
+        cases: whole-model comparisons.
+        rewrites: how many rewrites were checked where they happened.
+        structures: how many distinct rewrites among them were run (equal ones once).
+        rewrite_difference: the largest difference seen in those checks.
+        reason: one sentence where the status is not "proven".
+    """
+
+    status: Literal["proven", "differs", "unproven", "unverifiable"]
+    tolerance: float
+    cases: list[Case] = field(default_factory=list)
+    rewrites: int = 0
+    structures: int = 0
+    rewrite_difference: float = 0.0
+    reason: str = ""
+
+    @property
+    def worst(self) -> Case | None:
+        """The case with the largest difference, None when no case ran."""
+        ran = [case for case in self.cases if not case.skipped]
+        return max(ran, key=lambda case: case.difference, default=None)
+
+
+@dataclass
+class Report:
+    """What `onnxgen fuse` did to one model.
+
+    Attributes:
+        input, output: paths as given; output is "" when nothing was written.
+        target: "onnx".
+        opset_before, opset_after: versions of the default domain.
+        nodes_before: nodes of the model as read, functions' bodies included once a call.
+        nodes_after: nodes of the model as written.
+        ops_before, ops_after: how many nodes of each op type.
+        sites: every place a rule looked at, in graph order.
+        warnings: one sentence each.
+        seconds: wall time by stage ("read", "normalize", "raise", "verify", "write").
+    """
+
+    input: str
+    output: str
+    target: str
+    opset_before: int = 0
+    opset_after: int = 0
+    nodes_before: int = 0
+    nodes_after: int = 0
+    ops_before: dict[str, int] = field(default_factory=dict)
+    ops_after: dict[str, int] = field(default_factory=dict)
+    sites: list[Site] = field(default_factory=list)
+    proof: Proof | None = None
+    warnings: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
