@@ -1,0 +1,1 @@
+"""A small exported decoder, packaged with the program for `onnxgen demo`."""

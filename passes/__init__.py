@@ -1,0 +1,1 @@
+"""Passes: each rewrites the whole model towards the next room of `onnxgen.pipeline`."""

@@ -1,0 +1,1 @@
+"""Patterns: one exporter idiom a file."""
