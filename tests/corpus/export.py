@@ -1,0 +1,927 @@
+"""Export the corpus: small random models from transformers configurations, through real exporters.
+
+    python tests/corpus/export.py --list
+    python tests/corpus/export.py --only 'llama/*'
+    python tests/corpus/export.py --model qwen3 --form dynamo20 --layers 32 --full -o /tmp/big.onnx
+
+A new model is one line in `MODELS`. What cannot be exported is recorded in `failures.json`, and
+`README.md` is written from it and from the stored files (`--readme` does only that).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import fnmatch
+import io
+import itertools
+import json
+import logging
+import lzma
+import math
+import re
+import sys
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+import transformers
+from onnx import numpy_helper
+from torch import nn
+
+from onnxgen import testing
+from onnxgen.testing import CORPUS, GROW, Growth
+
+HERE = Path(__file__).resolve().parent
+FAILURES = HERE / "failures.json"
+README = HERE / "README.md"
+KEPT_METADATA = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
+PROBES = ((2, 4, 7), (1, 5, 0), (2, 3, 0), (1, 1, 9), (2, 1, 3), (2, 2, 2))
+TRACED = (2, 4, 7)  # B, S, P: pairwise distinct, and none of them 0 or 1
+STATIC_LENGTH = 20
+
+
+@dataclass(frozen=True)
+class Dims:
+    """Sizes of a corpus model. They differ pairwise, so that a swapped axis cannot pass."""
+
+    layers: int = 2
+    heads: int = 6
+    kv_heads: int = 3
+    head_size: int = 48  # its root is no power of two
+    hidden: int = 84
+    inner: int = 112
+    vocab: int = 131
+    window: int = 6
+    positions: int = 96
+    experts: int = 5
+
+    @property
+    def width(self) -> int:
+        """Hidden size of models whose hidden size must be heads times head size."""
+        return self.heads * self.head_size
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model of the corpus: its transformers class, its configuration and its forms."""
+
+    name: str
+    architecture: str
+    config: Callable[[Dims], dict[str, Any]]
+    forms: tuple[str, ...]
+    kind: str = "decoder"
+    attention: str = "sdpa"
+    dims: Dims = field(default_factory=Dims)
+
+
+BASIC = ("torchscript", "dynamo20", "dynamo23", "transformers")
+MORE = (
+    *BASIC,
+    "dynamo18",
+    "torchscript-eager",
+    "dynamo20-eager",
+    "torchscript-decode",
+    "dynamo20-decode",
+    "transformers-decode",
+    "transformers-static",
+    "torchscript-prefill",
+    "dynamo20-prefill",
+    "torchscript-fp16",
+    "dynamo20-fp16",
+)
+CROPPED = (*BASIC, "torchscript-cropped", "dynamo20-cropped", "transformers-cropped")
+EXPERTS = (
+    "torchscript-batched",
+    "dynamo20-batched",
+    "dynamo23-batched",
+    "transformers",
+    "transformers-batched",
+    "torchscript",
+    "dynamo20",
+)
+CROSS = (*BASIC[:3], *(f"{form}-prefill" for form in BASIC[:2]))
+
+
+def common(d: Dims) -> dict[str, Any]:
+    """Configuration keys that most decoders share."""
+    return {
+        "num_hidden_layers": d.layers,
+        "hidden_size": d.hidden,
+        "num_attention_heads": d.heads,
+        "num_key_value_heads": d.kv_heads,
+        "head_dim": d.head_size,
+        "intermediate_size": d.inner,
+        "vocab_size": d.vocab,
+        "max_position_embeddings": d.positions,
+        "tie_word_embeddings": False,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def wide(d: Dims) -> dict[str, Any]:
+    """The same for models whose heads are as many and as large as the hidden size says."""
+    keys = {**common(d), "hidden_size": d.width}
+    return {k: v for k, v in keys.items() if k not in ("num_key_value_heads", "head_dim")}
+
+
+def gpt(d: Dims) -> dict[str, Any]:
+    """The same in the words of gpt2."""
+    return {
+        "n_layer": d.layers,
+        "n_head": d.heads,
+        "n_embd": d.width,
+        "n_inner": d.inner,
+        "n_positions": d.positions,
+        "vocab_size": d.vocab,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def t5(d: Dims) -> dict[str, Any]:
+    """The same in the words of T5."""
+    return {
+        "num_layers": d.layers,
+        "num_decoder_layers": d.layers,
+        "num_heads": d.heads,
+        "d_kv": d.head_size,
+        "d_model": d.hidden,
+        "d_ff": d.inner,
+        "vocab_size": d.vocab,
+        "relative_attention_num_buckets": 10,
+        "relative_attention_max_distance": 14,
+        "decoder_start_token_id": 0,
+    }
+
+
+def whisper(d: Dims) -> dict[str, Any]:
+    """The same in the words of Whisper."""
+    return {
+        "encoder_layers": d.layers,
+        "decoder_layers": d.layers,
+        "encoder_attention_heads": d.heads,
+        "decoder_attention_heads": d.heads,
+        "d_model": d.width,
+        "encoder_ffn_dim": d.inner,
+        "decoder_ffn_dim": d.inner,
+        "vocab_size": d.vocab,
+        "num_mel_bins": 16,
+        "max_source_positions": 14,
+        "max_target_positions": d.positions,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 1,
+    }
+
+
+MIXED = ["sliding_attention", "full_attention"]
+
+
+def layer_types(d: Dims) -> list[str]:
+    """Alternating sliding and full layers."""
+    return [MIXED[i % 2] for i in range(d.layers)]
+
+
+# fmt: off
+MODELS = (
+    Model("llama", "LlamaForCausalLM", common, MORE),
+    Model("qwen3", "Qwen3ForCausalLM", common, MORE),
+    Model("qwen2", "Qwen2ForCausalLM", common, BASIC),
+    Model("mistral", "MistralForCausalLM", lambda d: {**common(d), "sliding_window": d.window}, CROPPED),
+    Model("phi3", "Phi3ForCausalLM", lambda d: {**common(d), "original_max_position_embeddings": d.positions}, BASIC),
+    Model("gemma2", "Gemma2ForCausalLM", lambda d: {**common(d), "sliding_window": d.window, "layer_types": layer_types(d), "query_pre_attn_scalar": 40, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 7.0, "tie_word_embeddings": True}, CROPPED, attention="eager"),
+    Model("gemma3_text", "Gemma3ForCausalLM", lambda d: {**common(d), "sliding_window": d.window, "layer_types": layer_types(d), "query_pre_attn_scalar": 40, "tie_word_embeddings": True}, BASIC),
+    Model("gpt2", "GPT2LMHeadModel", gpt, BASIC),
+    Model("opt", "OPTForCausalLM", lambda d: {**wide(d), "ffn_dim": d.inner, "word_embed_proj_dim": d.width}, BASIC),
+    Model("gpt_neox", "GPTNeoXForCausalLM", lambda d: {**wide(d), "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1 / 3}}, BASIC),
+    Model("falcon", "FalconForCausalLM", lambda d: {**wide(d), "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False, "bias": False}, BASIC),
+    Model("bloom", "BloomForCausalLM", lambda d: {**wide(d), "n_head": d.heads, "n_layer": d.layers, "num_hidden_layers": d.layers}, BASIC, attention="eager"),
+    Model("gptj", "GPTJForCausalLM", lambda d: {**gpt(d), "rotary_dim": 16}, BASIC, attention="eager"),
+    Model("mixtral", "MixtralForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": None}, EXPERTS),
+    Model("qwen3_moe", "Qwen3MoeForCausalLM", lambda d: {**common(d), "num_experts": d.experts, "num_experts_per_tok": 2, "moe_intermediate_size": 72, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}, EXPERTS),
+    Model("gpt_oss", "GptOssForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": d.window, "layer_types": layer_types(d)}, EXPERTS, attention="eager"),
+    Model("deepseek_v3", "DeepseekV3ForCausalLM", lambda d: {**common(d), "num_key_value_heads": d.heads, "head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 40, "q_lora_rank": 56, "kv_lora_rank": 64, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3, "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 72}, EXPERTS),
+    Model("bert", "BertModel", wide, BASIC, "encoder"),
+    Model("distilbert", "DistilBertModel", lambda d: {"n_layers": d.layers, "n_heads": d.heads, "dim": d.width, "hidden_dim": d.inner, "vocab_size": d.vocab, "max_position_embeddings": d.positions}, BASIC, "encoder"),
+    Model("modernbert", "ModernBertModel", lambda d: {**wide(d), "cls_token_id": 3, "sep_token_id": 4, "local_attention": d.window, "global_attn_every_n_layers": 2}, BASIC, "encoder"),
+    Model("vit", "ViTModel", lambda d: {**wide(d), "image_size": 36, "patch_size": 12}, BASIC, "vision"),
+    Model("clip_vision", "CLIPVisionModel", lambda d: {**wide(d), "image_size": 36, "patch_size": 12}, BASIC, "vision"),
+    Model("t5_encoder", "T5EncoderModel", t5, BASIC, "encoder"),
+    Model("whisper_encoder", "WhisperForConditionalGeneration", whisper, BASIC, "audio"),
+    Model("t5_decoder", "T5ForConditionalGeneration", t5, CROSS, "cross"),
+    Model("whisper_decoder", "WhisperForConditionalGeneration", whisper, CROSS, "cross"),
+)
+# fmt: on
+
+
+# --- models with lively weights ------------------------------------------------------------------
+
+
+def build(model: Model, dims: Dims, mods: Sequence[str]) -> tuple[nn.Module, dict[str, Growth]]:
+    """Return the torch model and how each of its random parameters was grown."""
+    torch.manual_seed(0)
+    architecture = getattr(transformers, model.architecture)
+    config = architecture.config_class(**model.config(dims))
+    config._attn_implementation = "eager" if "eager" in mods else model.attention
+    module = architecture(config)
+    if "batched" in mods:
+        module.set_experts_implementation("batched_mm")
+    module.eval().requires_grad_(True)
+    growths = liven(module)
+    if "fp16" in mods:
+        module.half()
+    return module, growths
+
+
+def liven(module: nn.Module) -> dict[str, Growth]:
+    """Give every parameter random values that matter: a dropped or swapped one shows.
+
+    Norm weights keep the mean that the architecture gives them: 1, or 0 where it adds the 1.
+    """
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    conv1d = {id(m.weight) for m in module.modules() if type(m).__name__ == "Conv1D"}
+    frozen = {id(m.weight) for n, m in module.named_modules() if n.endswith("encoder.embed_positions")}
+    growths = {}
+    named = list(module.named_parameters())
+    named += [(n, b) for n, b in module.named_buffers() if n.endswith("e_score_correction_bias")]
+    for name, parameter in named:
+        if id(parameter) in frozen:  # Whisper's sinusoids: a table, not a weight
+            continue
+        mean = 0.0
+        if id(parameter) in embeddings:
+            std = 1.0
+        elif parameter.ndim >= 2:
+            inputs_first = id(parameter) in conv1d or "GptOss" in type(module).__name__
+            if parameter.ndim == 2 and "GptOss" in type(module).__name__:
+                inputs_first = False
+            fan_in = parameter.shape[-2] if inputs_first else math.prod(parameter.shape[1:])
+            if parameter.ndim == 3 and not inputs_first:
+                fan_in = parameter.shape[-1]
+            std = round(1.2 / math.sqrt(fan_in), 4)
+        else:
+            std = 0.2
+            mean = float(bool((parameter == 1).all()))
+        growth = Growth(name, mean, std, tuple(parameter.shape))
+        with torch.no_grad():
+            parameter.copy_(torch.from_numpy(growth.values().copy()))
+        growths[name] = growth
+    return growths
+
+
+# --- what is exported: a wrapper with flat inputs, and its inputs ------------------------------------
+
+
+@dataclass
+class Input:
+    """An input of the exported model: an example, its role, and a symbol for each free axis."""
+
+    name: str
+    role: str
+    shape: tuple[str | int, ...]
+    dtype: str = "int64"
+    value: Any = None
+
+
+AXES = {
+    "B": "batch_size",
+    "S": "sequence_length",
+    "P": "past_sequence_length",
+    "P+S": "past_sequence_length + sequence_length",
+    "C": "kept_sequence_length",
+    "E": "encoder_sequence_length",
+}
+
+
+class Wrapper(nn.Module):
+    """Calls a transformers model with flat, positional inputs, as exports are commonly made.
+
+    forward takes the inputs in order; those from the first past on come as one tuple.
+    """
+
+    def __init__(self, module: nn.Module, kind: str, mods: Sequence[str], inputs: list[Input]) -> None:
+        super().__init__()
+        self.m = module
+        self.kind = kind
+        self.mods = mods
+        self.names = [i.role for i in inputs if not i.role.startswith(("past_", "cross_"))]
+        self.has_past = any(i.role == "past_key" for i in inputs)
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        given = dict(zip(self.names, tensors, strict=False))
+        past = tensors[len(self.names) :]
+        pairs = list(zip(past[0::2], past[1::2], strict=True))
+        return getattr(self, self.kind)(given, pairs)
+
+    def decoder(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
+        ids, mask = given["ids"], given["mask"]
+        cropped = "cropped" in self.mods
+        cache = transformers.DynamicCache(**({"config": self.m.config} if cropped else {}))
+        for layer, (key, value) in enumerate(pairs):
+            cache.update(key, value, layer)
+            if cropped and hasattr(cache.layers[layer], "cumulative_length"):
+                cache.layers[layer].cumulative_length = mask.shape[1] - ids.shape[1]
+        extra = {} if "positions" not in given else {"position_ids": given["positions"]}
+        out = self.m(
+            input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **extra
+        )
+        if "prefill" in self.mods:
+            return (out.logits,)
+        return (out.logits, *(t for l in cache.layers for t in (l.keys, l.values)))
+
+    def encoder(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
+        types = {"token_type_ids": given["types"]} if "types" in given else {}
+        out = self.m(input_ids=given["ids"], attention_mask=given["mask"], **types)
+        return (out.last_hidden_state,)
+
+    def vision(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
+        out = self.m(pixel_values=given["features"])
+        return (out.last_hidden_state, out.pooler_output)
+
+    def audio(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
+        return (self.m.model.encoder(given["features"]).last_hidden_state,)
+
+    def cross(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
+        cache = transformers.EncoderDecoderCache(
+            transformers.DynamicCache(), transformers.DynamicCache()
+        )
+        layers = len(pairs) // 2
+        for layer in range(layers):
+            cache.self_attention_cache.update(*pairs[2 * layer], layer)
+            cache.cross_attention_cache.update(*pairs[2 * layer + 1], layer)
+            cache.is_updated[layer] = True
+        keys = {}
+        if "encoder_mask" in given and "T5" in type(self.m).__name__:
+            keys["attention_mask"] = given["encoder_mask"]
+        hidden = given["features"]
+        out = self.m(
+            encoder_outputs=(hidden,), decoder_input_ids=given["ids"],
+            past_key_values=cache, use_cache=True, **keys,
+        )  # fmt: skip
+        present = []
+        crosses = cache.cross_attention_cache.layers
+        for own, other in zip(cache.self_attention_cache.layers, crosses, strict=True):
+            present += [own.keys, own.values]
+            if "prefill" in self.mods:
+                present += [other.keys, other.values]
+        return (out.logits, *present)
+
+
+def inputs_of(model: Model, dims: Dims, mods: Sequence[str], module: nn.Module) -> list[Input]:
+    """List the inputs of a wrapped model, in order."""
+    real = "float16" if "fp16" in mods else "float32"
+    new: str | int = 1 if "decode" in mods else "S"
+    if model.kind == "vision":
+        return [Input("pixel_values", "features", ("B", 3, 36, 36), real)]
+    if model.kind == "audio":
+        return [Input("input_features", "features", ("B", 16, 28), real)]
+    if model.kind == "encoder":
+        inputs = [Input("input_ids", "ids", ("B", "S")), Input("attention_mask", "mask", ("B", "S"))]
+        if model.name == "bert":
+            inputs.append(Input("token_type_ids", "types", ("B", "S")))
+        return inputs
+    if model.kind == "cross":
+        t5_like = model.name.startswith("t5")
+        length: str | int = "E" if t5_like else 14
+        inputs = [Input("input_ids", "ids", ("B", new))]
+        width = dims.hidden if t5_like else dims.width
+        # With a past, only the hidden states' length matters (T5), or nothing of them.
+        inputs.append(Input("encoder_hidden_states", "features", ("B", length, width), real))
+        if t5_like:
+            inputs.append(Input("encoder_attention_mask", "encoder_mask", ("B", "E")))
+        if "prefill" not in mods:
+            for i in range(dims.layers):
+                for which, side, over in (("decoder", "past", "P"), ("encoder", "cross", length)):
+                    shape = ("B", dims.heads, over, dims.head_size)
+                    for part in ("key", "value"):
+                        name = f"past_key_values.{i}.{which}.{part}"
+                        inputs.append(Input(name, f"{side}_{part}", shape, real))
+        return inputs
+    total = "S" if "prefill" in mods else "P+S"
+    inputs = [Input("input_ids", "ids", ("B", new)), Input("attention_mask", "mask", ("B", total))]
+    if "position_ids" in module.forward.__code__.co_varnames or model.name not in ("bloom",):
+        inputs.append(Input("position_ids", "positions", ("B", new)))
+    if "prefill" in mods:
+        return inputs
+    for i, (key, value) in enumerate(past_shapes(module, "cropped" in mods)):
+        inputs.append(Input(f"past_key_values.{i}.key", "past_key", key, real))
+        inputs.append(Input(f"past_key_values.{i}.value", "past_value", value, real))
+    return inputs
+
+
+def past_shapes(module: nn.Module, cropped: bool) -> list[tuple[tuple[str | int, ...], ...]]:
+    """Return the shapes of each layer's past key and value, as the model itself makes them."""
+    cache = transformers.DynamicCache(**({"config": module.config} if cropped else {}))
+    with torch.no_grad():
+        module(torch.ones(1, 10, dtype=torch.int64), past_key_values=cache, use_cache=True)
+    shapes = []
+    for layer in cache.layers:
+        length = "C" if cropped and getattr(layer, "is_sliding", False) else "P"
+        shapes.append(
+            tuple(("B", t.shape[1], length, t.shape[3]) for t in (layer.keys, layer.values))
+        )
+    return shapes
+
+
+# --- exporters --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Exported:
+    """What an exporter gave, with what is known about inputs and outputs."""
+
+    model: onnx.ModelProto
+    inputs: list[Input]
+    outputs: list[str]  # roles, in order
+    exporter: str
+
+
+def output_roles(model: Model, dims: Dims, mods: Sequence[str]) -> list[str]:
+    """Name the roles of a wrapper's outputs, in order."""
+    if model.kind in ("encoder", "audio"):
+        return ["hidden"]
+    if model.kind == "vision":
+        return ["hidden", "pooled"]
+    pair = ["present_key", "present_value"]
+    if model.kind == "decoder":
+        return ["logits", *([] if "prefill" in mods else pair * dims.layers)]
+    if "prefill" in mods:
+        pair = [*pair, "cross_present_key", "cross_present_value"]
+    return ["logits", *pair * dims.layers]
+
+
+def output_names(model: Model, roles: Sequence[str]) -> list[str]:
+    """Name the outputs as is commonly done: `present.0.key`, `present.0.encoder.value`."""
+    names, counts = [], {}
+    plain = {"hidden": "last_hidden_state", "pooled": "pooler_output", "logits": "logits"}
+    for role in roles:
+        if role in plain:
+            names.append(plain[role])
+            continue
+        layer = counts[role] = counts.get(role, -1) + 1
+        part = role.rsplit("_", 1)[1]
+        side = "" if model.kind == "decoder" else "encoder." if "cross" in role else "decoder."
+        names.append(f"present.{layer}.{side}{part}")
+    return names
+
+
+def example(inputs: list[Input], dims: Dims, sizes: tuple[int, int, int]) -> list[torch.Tensor]:
+    """Make example tensors by the same code that feeds the stored model."""
+    feeds = testing.make_feeds({"dims": feed_dims(dims), "inputs": described(inputs)}, *sizes)
+    return [torch.from_numpy(feeds[i.name]) for i in inputs]
+
+
+def feed_dims(dims: Dims) -> dict[str, int]:
+    return dataclasses.asdict(dims)
+
+
+def described(inputs: list[Input]) -> dict[str, Any]:
+    """Describe inputs as they are stored in a model's metadata."""
+    entries = {}
+    for i in inputs:
+        entries[i.name] = {"role": i.role, "shape": list(i.shape), "dtype": i.dtype}
+        if i.value is not None:
+            entries[i.name]["value"] = i.value
+    return entries
+
+
+def by_torch(
+    model: Model, dims: Dims, mods: Sequence[str], module: nn.Module, exporter: str
+) -> Exported:
+    """Export a wrapped model with torch.onnx.export, by TorchScript or by torch.export."""
+    inputs = inputs_of(model, dims, mods, module)
+    wrapper = Wrapper(module, model.kind, mods, inputs).eval()
+    tensors = tuple(example(inputs, dims, TRACED))
+    roles = output_roles(model, dims, mods)
+    names = {"input_names": [i.name for i in inputs], "output_names": output_names(model, roles)}
+    buffer = io.BytesIO()
+    if exporter == "torchscript":
+        axes = {
+            i.name: {a: AXES[s] for a, s in enumerate(i.shape) if isinstance(s, str)} for i in inputs
+        }
+        past = "kept" if "C" in {s for i in inputs for s in i.shape} else "past_sequence_length"
+        for name, role in zip(names["output_names"], roles, strict=True):
+            axes[name] = {0: "batch_size"}
+            if role == "logits":
+                axes[name][1] = "sequence_length"
+            elif role == "hidden" and model.kind == "encoder":
+                axes[name][1] = "sequence_length"
+            elif role.startswith("present") and past == "past_sequence_length":
+                axes[name][2] = AXES["P+S"]
+            elif "present" in role:
+                axes[name][2] = f"{name}_length"
+        torch.onnx.export(
+            wrapper, tensors, buffer, dynamo=False, opset_version=17, dynamic_axes=axes, **names
+        )
+        return Exported(onnx.load_from_string(buffer.getvalue()), inputs, roles, "torchscript")
+    free = torch.export.Dim.DYNAMIC
+    # A cropped layer's length is compared with the window while tracing, which fixes it.
+    shapes = tuple(
+        {a: free for a, s in enumerate(i.shape) if isinstance(s, str) and s != "C"} for i in inputs
+    )
+    if any("C" in i.shape for i in inputs):
+        inputs = [
+            dataclasses.replace(
+                i, shape=tuple(dims.window - 1 if s == "C" else s for s in i.shape)
+            )
+            for i in inputs
+        ]
+    opset = {} if exporter == "dynamo20" else {"opset_version": int(exporter[-2:])}
+    program = torch.onnx.export(
+        wrapper, tensors, dynamo=True, dynamic_shapes=(shapes,), verbose=False, **opset, **names
+    )
+    return Exported(program.model_proto, inputs, roles, "torch.onnx.export(dynamo=True)")
+
+
+def by_transformers(
+    model: Model, dims: Dims, mods: Sequence[str], module: nn.Module, exporter: str
+) -> Exported:
+    """Export a model with transformers' OnnxExporter, every axis free."""
+    from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
+
+    batch, new, past = TRACED
+    new = 1 if "decode" in mods else new
+    flat = inputs_of(model, dims, mods, module)
+    values = dict(zip([i.name for i in flat], example(flat, dims, (batch, new, past)), strict=True))
+    if model.kind == "decoder":
+        sample: dict[str, Any] = {k: values[k] for k in ("input_ids", "attention_mask")}
+        if "static" in mods:
+            cache: Any = transformers.StaticCache(config=module.config, max_cache_len=STATIC_LENGTH)
+            shape = (batch, dims.kv_heads, past, dims.head_size)
+            key = next(v for n, v in values.items() if n.endswith("0.key"))
+            cache.early_initialization(batch, shape[1], shape[3], key.dtype, torch.device("cpu"))
+        else:
+            cropped = {"config": module.config} if "cropped" in mods else {}
+            cache = transformers.DynamicCache(**cropped)
+        for i in range(dims.layers):
+            pair = [values[f"past_key_values.{i}.{part}"] for part in ("key", "value")]
+            cache.update(*pair, i)
+            if "cropped" in mods and cache.layers[i].is_sliding:
+                cache.layers[i].cumulative_length = past
+        sample["past_key_values"] = cache
+    else:
+        sample = values
+    target: Any = module.model.encoder if model.kind == "audio" else module
+    exported = OnnxExporter().export(target, sample, config=OnnxConfig(dynamic=True))
+    import onnx_ir
+
+    proto = onnx_ir.to_proto(exported.program)
+    real = "float16" if "fp16" in mods else "float32"
+    past_at = {i.name: i for i in flat}
+    inputs = []
+    for value in proto.graph.input:
+        name = value.name
+        fixed = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        number = re.search(r"\.(\d+)\.", name)
+        layer = int(number[1]) if number else 0
+        part = {"keys": "key", "values": "value"}.get(name.rsplit(".", 1)[-1])
+        if name.split(".")[-1] in past_at:
+            inputs.append(dataclasses.replace(past_at[name.split(".")[-1]], name=name))
+        elif part and "static" in mods:
+            shape: tuple[str | int, ...] = ("B", dims.kv_heads, STATIC_LENGTH, dims.head_size)
+            inputs.append(Input(name, f"static_{part}", shape, real))
+        elif part:
+            like = past_at[f"past_key_values.{layer}.{part}"]
+            inputs.append(dataclasses.replace(like, name=name))
+        elif name.endswith("cumulative_length"):
+            inputs.append(Input(name, "past_length", tuple(fixed)))
+        elif name.endswith("_sliding_window_tensor"):
+            inputs.append(Input(name, "constant", tuple(fixed), value=dims.window))
+        else:
+            raise RuntimeError(f"input {name!r} {fixed} of the transformers exporter is unknown")
+    roles = []
+    for value in proto.graph.output:
+        end = value.name.rsplit(".", 1)[-1]
+        roles.append(
+            {"keys": "present_key", "values": "present_value", "logits": "logits",
+             "last_hidden_state": "hidden", "pooler_output": "pooled"}.get(end, "other")
+        )  # fmt: skip
+    return Exported(proto, inputs, roles, "transformers OnnxExporter(dynamic=True)")
+
+
+# --- storing ----------------------------------------------------------------------------------------
+
+
+class Weights:
+    """Recognises random weights by their values, whatever the exporter did to their shape."""
+
+    def __init__(self, growths: Mapping[str, Growth], half: bool) -> None:
+        self.half = half
+        self.by_values: dict[bytes, list[tuple[Growth, np.ndarray[Any, Any]]]] = {}
+        everything = []
+        for growth in growths.values():
+            values = growth.values().astype(np.float16 if half else np.float32).astype(np.float32)
+            self.by_values.setdefault(self._key(values), []).append((growth, values))
+            everything += [values.ravel(), 1 + values.ravel()]
+        self.everything = np.unique(np.concatenate(everything))
+
+    @staticmethod
+    def _key(values: np.ndarray[Any, Any]) -> bytes:
+        return np.sort(values, axis=None).tobytes()
+
+    def growth_of(self, values: np.ndarray[Any, Any], name: str) -> Growth | None:
+        """Return how to grow a constant, or None where it is no random weight."""
+        if values.dtype not in (np.float32, np.float16) or not values.size:
+            return None
+        values = values.astype(np.float32)
+        for growth, drawn in self.by_values.get(self._key(values), ()):
+            for axes in itertools.permutations(range(drawn.ndim)):
+                seen = drawn.transpose(axes)
+                if np.array_equal(seen.ravel(), values.ravel()):
+                    identity = axes == tuple(range(drawn.ndim))
+                    return dataclasses.replace(growth, axes=() if identity else axes)
+        # A slice, a concatenation, or with the 1 added: as many numbers, drawn alike.
+        known = np.isin(values, self.everything).mean()
+        if values.size >= 8 and known > 0.999:
+            mean, std = (float(f"{v:.2g}") for v in (values.mean(), values.std()))
+            return Growth(name, mean if abs(mean) > 0.5 else 0.0, std, values.shape)
+        return None
+
+
+def strip(model: onnx.ModelProto, weights: Weights) -> list[str]:
+    """Leave random weights out of a model, in place; return the large constants that were kept."""
+    kept = []
+    for name, tensor in named_tensors(model):
+        if tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
+            continue
+        values = numpy_helper.to_array(tensor)
+        growth = weights.growth_of(values, name)
+        if growth is None:
+            if values.nbytes > 1024:
+                kept.append(f"{name} {list(values.shape)} std {values.std():.3g}")
+            continue
+        for data in ("raw_data", "float_data", "int32_data"):
+            tensor.ClearField(data)
+        tensor.metadata_props.add(key=GROW, value=str(growth))
+    return kept
+
+
+def named_tensors(model: onnx.ModelProto) -> Iterator[tuple[str, onnx.TensorProto]]:
+    """Yield every tensor with a name that is its own."""
+    names = {id(t): t.name for t in model.graph.initializer}
+    stack = [*model.graph.node]
+    for node in stack:
+        for attribute in node.attribute:
+            names[id(attribute.t)] = node.output[0] if node.output else node.name
+    for tensor in testing.tensors(model):
+        yield names.get(id(tensor)) or tensor.name, tensor
+
+
+def tidy_metadata(model: onnx.ModelProto) -> None:
+    """Drop what is bulky and says nothing about the graph: stack traces, FX dumps, file names."""
+
+    def keep(props: Any) -> None:
+        kept = [(p.key, p.value) for p in props if p.key in KEPT_METADATA]
+        del props[:]
+        for key, value in kept:
+            props.add(key=key, value=value)
+
+    def visit(graph: onnx.GraphProto) -> None:
+        del graph.metadata_props[:]
+        for value in (*graph.value_info, *graph.input, *graph.output):
+            del value.metadata_props[:]
+            value.doc_string = ""
+        for tensor in graph.initializer:
+            del tensor.metadata_props[:]
+        for node in graph.node:
+            node.doc_string = ""
+            keep(node.metadata_props)
+            for attribute in node.attribute:
+                attribute.doc_string = ""
+                if attribute.type == onnx.AttributeProto.GRAPH:
+                    visit(attribute.g)
+
+    visit(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            keep(node.metadata_props)
+    del model.metadata_props[:]
+
+
+def compress(model: onnx.ModelProto) -> bytes:
+    """Serialise canonically and compress."""
+    data = model.SerializeToString(deterministic=True)
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
+    return lzma.compress(data, format=lzma.FORMAT_XZ, filters=filters)
+
+
+# --- checking what was exported ----------------------------------------------------------------------
+
+
+def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    return onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def probe(
+    model: Model, dims: Dims, mods: Sequence[str], module: nn.Module,
+    exported: Exported, grown: onnx.ModelProto, info: dict[str, Any],
+) -> None:  # fmt: skip
+    """Run the grown model at several sizes, compare with torch, and record where it holds."""
+    session = session_of(grown)
+    flat = inputs_of(model, dims, mods, module)
+    wrapper = Wrapper(module, model.kind, mods, flat).eval()
+    info["runs"], info["fails"] = [], {}
+    tolerance = 2e-2 if "fp16" in mods else 2e-4
+    for batch, new, past in dict.fromkeys(sizes_of(model, mods)):
+        feeds = testing.make_feeds(info, batch, new, past)
+        key = f"{batch},{new},{past}"
+        try:
+            got = dict(zip(exported.outputs, session.run(None, feeds), strict=True))
+        except Exception as error:
+            info["fails"][key] = short(error)
+            continue
+        try:
+            want = reference(model, dims, mods, module, wrapper, flat, info, feeds, past)
+        except Exception as error:
+            info["fails"][key] = f"torch: {short(error)}"
+            continue
+        role = "logits" if "logits" in got else "hidden"
+        difference = float(np.abs(got[role].astype(np.float32) - want).max())
+        scale = max(1.0, float(np.abs(want).max()))
+        if got[role].shape != want.shape or not difference <= tolerance * scale:
+            info["fails"][key] = f"differs from torch by {difference:.2g} (scale {scale:.2g})"
+        else:
+            info["runs"].append([batch, new, past])
+    if not info["runs"]:
+        raise RuntimeError(f"exported, but runs nowhere: {info['fails']}")
+
+
+def sizes_of(model: Model, mods: Sequence[str]) -> Iterator[tuple[int, int, int]]:
+    for batch, new, past in PROBES:
+        no_past = model.kind not in ("decoder", "cross") or "prefill" in mods
+        fixed = model.kind in ("vision", "audio")
+        yield batch, (1 if "decode" in mods or fixed else new), (0 if no_past else past)
+
+
+def reference(
+    model: Model, dims: Dims, mods: Sequence[str], module: nn.Module, wrapper: nn.Module,
+    flat: list[Input], info: Mapping[str, Any], feeds: Mapping[str, Any], past: int,
+) -> np.ndarray[Any, Any]:  # fmt: skip
+    """Run torch on the feeds of an exported model; the main output."""
+    # Feeds come in the wrapper's order but for the transformers exporter, which has no positions.
+    by_role: dict[str, list[Any]] = {}
+    for name, entry in info["inputs"].items():
+        role = entry["role"].replace("static_", "past_")
+        value = feeds[name][:, :, :past] if "static" in entry["role"] else feeds[name]
+        by_role.setdefault(role, []).append(value)
+    tensors = []
+    for i in flat:
+        if i.role == "positions" and i.role not in by_role:
+            ids = by_role["ids"][0]
+            tensors.append(np.broadcast_to(np.arange(past, past + ids.shape[1]), ids.shape).copy())
+        else:
+            tensors.append(by_role[i.role].pop(0) if "_" in i.role else by_role[i.role][0])
+    with torch.no_grad():
+        out = wrapper(*(torch.from_numpy(np.ascontiguousarray(t)) for t in tensors))
+    return out[0].float().numpy()
+
+
+def short(error: BaseException) -> str:
+    """An error's message on one line of at most 200 characters, without paths."""
+    text = re.sub(r"/\S+/", "", str(error) or type(error).__name__)
+    text = re.sub(r"\x1b\[\d+m", "", re.sub(r"\s+", " ", text)).strip()
+    text = re.sub(r"^(Failed to .*?\[ONNXRuntimeError\]|\[ONNXRuntimeError\] : \d+ : )", "", text)
+    return text if len(text) <= 200 else text[:197] + "..."
+
+
+# --- one cell ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def export(model: Model, form: str, dims: Dims) -> tuple[onnx.ModelProto, list[str]]:
+    """Export one form of a model, without its random weights; and the large constants kept."""
+    proto, module, growths, exported = export_full(model, form, dims)
+    mods = form.split("-")[1:]
+    tidy_metadata(proto)
+    kept = strip(proto, Weights(growths, "fp16" in mods))
+    info = {
+        "model": model.name,
+        "form": form,
+        "kind": model.kind,
+        "exporter": exported.exporter,
+        "attention": module.config._attn_implementation,
+        "torch": torch.__version__.split("+")[0],
+        "transformers": transformers.__version__,
+        "opset": next(o.version for o in proto.opset_import if o.domain == ""),
+        "dims": feed_dims(dims),
+        "inputs": described(exported.inputs),
+        "outputs": {
+            v.name: {"role": r} for v, r in zip(proto.graph.output, exported.outputs, strict=True)
+        },
+    }
+    grown = onnx.ModelProto()
+    grown.CopyFrom(proto)
+    with quiet():
+        probe(model, dims, mods, module, exported, testing.grow(grown), info)
+    proto.metadata_props.add(key=CORPUS, value=json.dumps(info, separators=(",", ":")))
+    return proto, kept
+
+
+def export_full(
+    model: Model, form: str, dims: Dims
+) -> tuple[onnx.ModelProto, nn.Module, dict[str, Growth], Exported]:
+    """Export one form of a model with its weights."""
+    exporter, *mods = form.split("-")
+    with quiet():
+        module, growths = build(model, dims, mods)
+        export_with = by_transformers if exporter == "transformers" else by_torch
+        exported = export_with(model, dims, mods, module, exporter)
+    return exported.model, module, growths, exported
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--only", default="*", help="shell pattern over model/form")
+    parser.add_argument("--missing", action="store_true", help="skip what is stored already")
+    parser.add_argument("--list", action="store_true", help="list the cells and end")
+    parser.add_argument("--readme", action="store_true", help="write README.md and end")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
+    parser.add_argument("--model", help="one model, with --form and -o")
+    parser.add_argument("--form", default="dynamo20")
+    parser.add_argument("-o", dest="file", type=Path, help="the file to write for --model")
+    parser.add_argument("--full", action="store_true", help="a plain .onnx, weights kept in")
+    for dim in dataclasses.fields(Dims):
+        flag = "--" + dim.name.replace("_", "-")
+        parser.add_argument(flag, type=int, default=None, dest=f"dim_{dim.name}")
+    options = parser.parse_args()
+    changed = {k[4:]: v for k, v in vars(options).items() if k.startswith("dim_") and v is not None}
+
+    if options.readme:
+        write_readme(options.out)
+        return
+    if options.model:
+        model = next(m for m in MODELS if m.name == options.model)
+        dims = dataclasses.replace(model.dims, **changed)
+        if options.full:
+            proto = export_full(model, options.form, dims)[0]
+            onnx.save(proto, options.file)
+        else:
+            options.file.write_bytes(compress(export(model, options.form, dims)[0]))
+        print(f"{options.file}: {options.file.stat().st_size:,} bytes")
+        return
+
+    failures = json.loads(FAILURES.read_text()) if FAILURES.exists() else {}
+    for model in MODELS:
+        for form in model.forms:
+            cell = f"{model.name}/{form}"
+            path = options.out / f"{cell}.onnx.xz"
+            if not fnmatch.fnmatchcase(cell, options.only):
+                continue
+            if options.missing and (path.exists() or cell in failures):
+                continue
+            if options.list:
+                print(cell)
+                continue
+            start = time.time()
+            try:
+                dims = dataclasses.replace(model.dims, **changed)
+                proto, kept = export(model, form, dims)
+            except Exception as error:
+                failures[cell] = f"{type(error).__name__}: {short(error)}"
+                print(f"{cell}: FAILED {failures[cell]}", flush=True)
+                traceback.print_exc(limit=-4, file=sys.stderr)
+            else:
+                failures.pop(cell, None)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(compress(proto))
+                info = testing._info(proto)
+                print(
+                    f"{cell}: {path.stat().st_size:,} bytes, {len(proto.graph.node)} nodes, "
+                    f"{time.time() - start:.0f} s, runs {len(info['runs'])}, "
+                    f"fails {info['fails']}, kept {kept}",
+                    flush=True,
+                )
+            if options.out == HERE:
+                FAILURES.write_text(json.dumps(dict(sorted(failures.items())), indent=1) + "\n")
+
+
+def write_readme(folder: Path) -> None:
+    raise NotImplementedError
+
+
+if __name__ == "__main__":
+    main()
