@@ -1,0 +1,347 @@
+"""Writing a model in two steps: complete and loadable beside its place, then moved into it.
+
+What goes where:
+- An external tensor whose data lies in the output's folder is referenced where it is; from
+  any other folder it is copied, streamed, to the output's data file.
+- Where a model uses external data, new tensors of 64 KiB and more go to the data file too.
+- Embedded tensors stay embedded while the file stays below 2 GB; above, every initializer
+  of 1 KiB and more goes to the data file.
+
+The data file is named after the output and the hash of its content, `model.fused.<sha>.data`,
+so it never replaces another one's content: a model that is written again leaves the data file
+of its previous version, which other models may reference; delete it when none does. Nothing
+random is in the content of either file: the same model gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, BinaryIO
+
+import onnx
+import onnx_ir as ir
+
+from onnxgen.errors import FileError, UsageError
+from onnxgen.tensor_slots import EmbeddedTensor, TensorSlot, tensor_slots
+from onnxgen.wire import Serializer, WireError, tensors_of
+
+MAX_FILE = 2**31 - 1  # a protobuf message holds no more bytes
+LARGE = 64 * 1024  # a new tensor of a model with external data goes out from here
+MOVABLE = 1024  # what goes out at all, of a model above MAX_FILE
+ALIGNMENT = 4096  # of each tensor in a data file, so that it can be mapped
+CHUNK = 4 * 1024 * 1024
+
+
+@dataclass
+class Staged:
+    """A model that is completely written but not yet in its place.
+
+    Attributes:
+        path: the .onnx under a temporary name in the output's folder; ONNX Runtime loads it
+            from there, external data and all.
+        output: where commit() moves it.
+        data: the data file written for it, None where it needs none.
+    """
+
+    path: Path
+    output: Path
+    data: Path | None = None
+
+    @property
+    def committed(self) -> bool:
+        """Whether it has been moved into place."""
+        return not os.path.lexists(self.path)
+
+    def commit(self) -> None:
+        """Move the model into place, atomically.
+
+        Raises:
+            FileError: it cannot be moved; the block's end then removes everything written.
+        """
+        with _writing(self.output):
+            os.replace(self.path, self.output)
+        _sync_folder(self.output.parent)
+
+
+@contextmanager
+def staged(model: ir.Model, output: Path, *, source: Path, force: bool) -> Iterator[Staged]:
+    """Write `model` beside `output`; it takes its place when commit() is called.
+
+    Leaving the block without commit() removes everything written, by an exception, Ctrl-C,
+    SIGTERM and SIGHUP too. The model itself is not changed. A link at `output` is replaced,
+    not followed: blobs that a cache links to are never written.
+
+    Args:
+        model: what to write; its ir_version and opsets are written as they are.
+        output: where it goes in the end; its folder must exist.
+        source: the file that the model was read from; it is replaced only with `force`.
+        force: allow `output` to be `source`.
+
+    Raises:
+        UsageError: `output` is the source, or one of its data files.
+        FileError: it cannot be written: no such folder, no permission, a full disk.
+    """
+    output = Path(output)
+    slots = list(tensor_slots(model))
+    folder = _check_output(slots, output, Path(source), force)
+    created: list[Path] = []
+    stage: Staged | None = None
+    with _termination_raises():
+        try:
+            with _writing(output):
+                stage = _write(model, slots, folder / output.name, created)
+            yield stage
+        finally:
+            if stage is None or not stage.committed:
+                for path in created:
+                    with contextlib.suppress(OSError):
+                        path.unlink()
+
+
+def _check_output(slots: Sequence[TensorSlot], output: Path, source: Path, force: bool) -> Path:
+    """The real folder to write in."""
+    folder = output.parent
+    if not folder.is_dir():
+        raise FileError(f"{output} cannot be written: there is no folder {folder}")
+    if output.is_dir():
+        raise FileError(f"{output} cannot be written: it is a folder")
+    folder = folder.resolve()
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise FileError(f"{output} cannot be written: the folder {folder} is not writable")
+    if output.exists():
+        if source.exists() and output.samefile(source) and not force:
+            raise UsageError(f"{output} is the input itself: replacing it needs --force")
+        data = {slot.tensor.path for slot in slots if isinstance(slot.tensor, ir.ExternalTensor)}
+        if any(os.path.exists(path) and output.samefile(path) for path in data):
+            raise UsageError(f"{output} holds the input's weights: choose another output")
+    return folder
+
+
+def _write(
+    model: ir.Model, slots: Sequence[TensorSlot], output: Path, created: list[Path]
+) -> Staged:
+    """Write the data file, then the model that refers to it."""
+    proto = _without_weights(model, slots)
+    moved = _what_moves(slots, output.parent, proto.ByteSize())
+    data = DataFile(output.parent, created)
+    places = {index: data.add(slots[index].tensor) for index in moved}
+    name = data.finish(output.stem)
+
+    main = len(proto.graph.initializer)
+    embedded: dict[int, ir.TensorProtocol] = {}
+    for position, tensor in enumerate(tensors_of(proto)):  # the main graph's initializers first
+        if tensor.data_location != onnx.TensorProto.EXTERNAL:
+            continue
+        index = int(tensor.external_data[0].value)
+        del tensor.external_data[:]
+        original = slots[index].tensor
+        if index in places:
+            _refer(tensor, name, *places[index])
+        elif isinstance(original, ir.ExternalTensor):
+            _refer(tensor, os.fspath(original.location), original.offset, original.length)
+        else:
+            tensor.ClearField("data_location")
+            if position < main:
+                embedded[position] = original
+            else:
+                tensor.raw_data = original.tobytes()
+
+    serializer = Serializer(proto, embedded)
+    if serializer.size > MAX_FILE:
+        raise FileError(f"{output} cannot be written: its graph alone takes over 2 GB")
+    path = output.with_name(f".{output.stem}.{secrets.token_hex(6)}.onnx")
+    with _create(path, created) as file:
+        serializer.write(file)
+        _sync(file)
+    return Staged(path, output, output.with_name(name) if places else None)
+
+
+def _without_weights(model: ir.Model, slots: Sequence[TensorSlot]) -> onnx.ModelProto:
+    """The model as a proto; initializers and external tensors name their slot as location."""
+    with contextlib.ExitStack() as undo:
+        for index, slot in enumerate(slots):
+            tensor = slot.tensor
+            external = isinstance(tensor, ir.ExternalTensor)
+            if external or (slot.initializer and tensor.dtype != ir.DataType.STRING):
+                stand_in = ir.ExternalTensor(
+                    str(index),
+                    None,
+                    None,
+                    tensor.dtype,
+                    shape=ir.Shape(tensor.shape.numpy()),
+                    name=tensor.name or "",
+                    doc_string=tensor.doc_string,
+                    metadata_props=dict(tensor.metadata_props),
+                )
+                undo.callback(slot.swap(stand_in))
+        return ir.serde.serialize_model(model)
+
+
+def _what_moves(slots: Sequence[TensorSlot], folder: Path, graph_size: int) -> list[int]:
+    """Indices of the tensors that go to the data file, in the order they are written."""
+    external = [isinstance(slot.tensor, ir.ExternalTensor) for slot in slots]
+    bases = {slot.tensor.base_dir for slot in slots if isinstance(slot.tensor, ir.ExternalTensor)}
+    here = {base for base in bases if base and Path(base).resolve() == folder}
+    moved: list[int] = []
+    stay: list[int] = []
+    for index, slot in enumerate(slots):
+        tensor = slot.tensor
+        if isinstance(tensor, ir.ExternalTensor):
+            if tensor.base_dir not in here:
+                moved.append(index)
+        elif slot.initializer and tensor.dtype != ir.DataType.STRING:
+            read = isinstance(tensor, EmbeddedTensor | ir.serde.TensorProtoTensor)
+            new_and_large = not read and tensor.nbytes >= LARGE
+            (moved if new_and_large and any(external) else stay).append(index)
+    # Each reference or embedded tensor adds a little to what it takes in the graph.
+    size = graph_size + sum(slots[index].tensor.nbytes for index in stay) + 256 * len(slots)
+    if size > MAX_FILE:
+        moved += [index for index in stay if slots[index].tensor.nbytes >= MOVABLE]
+    return sorted(moved)
+
+
+def _refer(tensor: onnx.TensorProto, location: str, offset: int | None, length: int | None) -> None:
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        if value is not None:
+            tensor.external_data.add(key=key, value=str(value))
+
+
+class DataFile:
+    """The one data file of an output, written tensor by tensor; equal tensors once.
+
+    Args:
+        folder: where it goes.
+        created: gets every path that was created, so that it can be removed.
+    """
+
+    def __init__(self, folder: Path, created: list[Path]) -> None:
+        self._folder = folder
+        self._created = created
+        self._file: BinaryIO | None = None
+        self._path = folder / f".{secrets.token_hex(6)}.data"
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._places: dict[object, tuple[int, int]] = {}
+
+    def add(self, tensor: ir.TensorProtocol) -> tuple[int, int]:
+        """Append a tensor's bytes and return their offset and length."""
+        key: object = id(tensor)
+        if isinstance(tensor, ir.ExternalTensor):
+            key = (tensor.path, tensor.offset, tensor.nbytes)
+        if key not in self._places:
+            self._append(bytes(-self._size % ALIGNMENT))
+            start = self._size
+            for chunk in _content(tensor):
+                self._append(chunk)
+            if self._size - start != tensor.nbytes:
+                raise OSError(
+                    None,
+                    f"tensor '{tensor.name}' has {self._size - start} bytes, not {tensor.nbytes}",
+                )
+            self._places[key] = (start, tensor.nbytes)
+        return self._places[key]
+
+    def finish(self, stem: str) -> str:
+        """Give the file its name, which holds the hash of its content; "" when it is empty."""
+        if self._file is None:
+            return ""
+        with self._file as file:
+            _sync(file)
+        digest = self._hash.hexdigest()
+        for name in (f"{stem}.{digest[:12]}.data", f"{stem}.{digest}.data"):
+            final = self._folder / name
+            if not os.path.lexists(final):
+                self._created.append(final)
+                os.rename(self._path, final)
+                return name
+            if _holds(final, digest):
+                self._path.unlink()
+                return name
+        raise OSError(None, f"{final} is there already and holds something else")
+
+    def _append(self, content: bytes) -> None:
+        if self._file is None:
+            self._file = _create(self._path, self._created)
+        self._file.write(content)
+        self._hash.update(content)
+        self._size += len(content)
+
+
+def _content(tensor: ir.TensorProtocol) -> Iterator[bytes]:
+    """A tensor's bytes, in pieces where they come from a file."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        yield tensor.tobytes()
+        return
+    left = tensor.nbytes
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset or 0)
+        while left and (chunk := file.read(min(CHUNK, left))):
+            left -= len(chunk)
+            yield chunk
+
+
+def _holds(path: Path, digest: str) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+
+def _create(path: Path, created: list[Path]) -> BinaryIO:
+    """Open a new file for writing; never an existing one, never through a link."""
+    created.append(path)
+    return os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb")
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last, where the system lets a folder be synced."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, WireError) as error:
+        cause = getattr(error, "strerror", None) or str(error)
+        raise FileError(f"{output} cannot be written: {cause}") from error
+
+
+@contextmanager
+def _termination_raises() -> Iterator[None]:
+    """Turn a request to end the process into an exception, so that files are removed."""
+
+    def end(number: int, _: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    previous: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) == signal.SIG_DFL:
+                previous[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,223 @@
+"""The protobuf wire format, as far as a model's weights need it.
+
+A protobuf library copies every weight it parses, and again when it serialises. Here the
+weights of a model file are cut out of its bytes and stay where they are, on disk, and are
+written back one at a time: gigabytes of embedded weights cost no memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import onnx
+import onnx_ir as ir
+
+# Field numbers of onnx.proto; every field met here is of wire type 2, length-delimited.
+_GRAPH = 7  # ModelProto.graph
+_INITIALIZER = 5  # GraphProto.initializer
+_RAW_DATA = 9  # TensorProto.raw_data
+_DELIMITED = 2
+_FIXED_SIZES = {1: 8, 5: 4}  # wire type -> bytes
+
+WORTH_CUTTING = 4096  # bytes; smaller tensors are left to the library
+
+
+class WireError(ValueError):
+    """The bytes are not a protobuf message; the message says what is wrong."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """Where the raw data of one initializer of the main graph lies in the file."""
+
+    name: str
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True)
+class _Field:
+    number: int
+    wire_type: int
+    start: int  # of its tag
+    body: int  # of its content
+    end: int
+
+
+def cut_weights(data: mmap.mmap) -> tuple[bytes, list[Weight]]:
+    """Split a serialised model into the model without its large weights, and where they are.
+
+    The first part parses as a ModelProto in which those initializers have no data.
+
+    Raises:
+        WireError: the bytes are no protobuf message, or end too early.
+    """
+    model: list[bytes] = []
+    weights: list[Weight] = []
+    for field in _fields(data, 0, len(data)):
+        if (field.number, field.wire_type) != (_GRAPH, _DELIMITED):
+            model.append(data[field.start : field.end])
+            continue
+        graph: list[bytes] = []
+        for inner in _fields(data, field.body, field.end):
+            cut = _cut(data, inner)
+            if cut is None:
+                graph.append(data[inner.start : inner.end])
+            else:
+                header, weight = cut
+                graph.append(_delimited(_INITIALIZER, len(header)) + header)
+                weights.append(weight)
+        model.append(_delimited(_GRAPH, sum(map(len, graph))))
+        model.extend(graph)
+    return b"".join(model), weights
+
+
+def _cut(data: mmap.mmap, field: _Field) -> tuple[bytes, Weight] | None:
+    """An initializer's header and its weight; None for what is not worth cutting."""
+    large = field.end - field.body >= WORTH_CUTTING
+    if (field.number, field.wire_type) != (_INITIALIZER, _DELIMITED) or not large:
+        return None
+    rest: list[bytes] = []
+    raw: _Field | None = None
+    for part in _fields(data, field.body, field.end):
+        if (part.number, part.wire_type) == (_RAW_DATA, _DELIMITED):
+            raw = part
+        else:
+            rest.append(data[part.start : part.end])
+    if raw is None or raw.end - raw.body < WORTH_CUTTING:
+        return None
+    header = b"".join(rest)
+    tensor = onnx.TensorProto.FromString(header)
+    dtype = ir.DataType(tensor.data_type)
+    if not tensor.name or dtype is ir.DataType.UNDEFINED or dtype.bitwidth < 8:
+        return None
+    return header, Weight(tensor.name, dtype, tuple(tensor.dims), raw.body, raw.end - raw.body)
+
+
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
+    while start < end:
+        key, body = _varint(data, start, end)
+        number, wire_type = key >> 3, key & 7
+        if number == 0:
+            raise WireError(f"there is no field 0, which byte {start} names")
+        if wire_type == _DELIMITED:
+            length, body = _varint(data, body, end)
+            stop = body + length
+        elif wire_type == 0:
+            _, stop = _varint(data, body, end)
+        elif wire_type in _FIXED_SIZES:
+            stop = body + _FIXED_SIZES[wire_type]
+        else:
+            raise WireError(f"byte {start} begins a field of unknown type {wire_type}")
+        if stop > end:
+            raise WireError(
+                f"the field that begins at byte {start} ends {stop - end} bytes too late"
+            )
+        yield _Field(number, wire_type, start, body, stop)
+        start = stop
+
+
+def _varint(data: mmap.mmap, start: int, end: int) -> tuple[int, int]:
+    value = 0
+    for index in range(10):
+        if start + index >= end:
+            raise WireError("it ends in the middle of a number")
+        byte = data[start + index]
+        value |= (byte & 0x7F) << (7 * index)
+        if byte < 0x80:
+            return value, start + index + 1
+    raise WireError(f"the number at byte {start} is too long")
+
+
+def _delimited(number: int, length: int) -> bytes:
+    """The tag and length that precede a length-delimited field's content."""
+    out = bytearray()
+    for value in (number << 3 | _DELIMITED, length):
+        while value >= 0x80:
+            out.append(value & 0x7F | 0x80)
+            value >>= 7
+        out.append(value)
+    return bytes(out)
+
+
+class Serializer:
+    """A model whose initializers are serialised one at a time.
+
+    Args:
+        proto: the model; its main graph's initializers are taken out of it.
+        embedded: by position in the main graph's initializers, the tensor whose bytes are to
+            be embedded there (the initializer itself holds no data); the others are complete.
+    """
+
+    def __init__(self, proto: onnx.ModelProto, embedded: dict[int, ir.TensorProtocol]) -> None:
+        self._initializers: list[tuple[bytes, bytes, ir.TensorProtocol | None]] = []
+        for index, initializer in enumerate(proto.graph.initializer):
+            head, tensor = initializer.SerializeToString(), embedded.get(index)
+            if tensor is None:
+                prefix = _delimited(_INITIALIZER, len(head)) + head
+                self._initializers.append((prefix, b"", None))
+                continue
+            raw = _delimited(_RAW_DATA, tensor.nbytes)
+            prefix = _delimited(_INITIALIZER, len(head) + len(raw) + tensor.nbytes) + head
+            self._initializers.append((prefix, raw, tensor))
+        del proto.graph.initializer[:]
+        self._graph = proto.graph.SerializeToString()
+        proto.ClearField("graph")
+        self._model = proto.SerializeToString()
+        graph_size = len(self._graph) + sum(map(_size, self._initializers))
+        self._graph_tag = _delimited(_GRAPH, graph_size)
+        self.size = len(self._model) + len(self._graph_tag) + graph_size
+
+    def write(self, file: BinaryIO) -> None:
+        """Write the model; `size` says how many bytes it takes.
+
+        Raises:
+            WireError: a tensor's bytes are not as many as its type and shape say.
+        """
+        for part in (self._model, self._graph_tag, self._graph):
+            file.write(part)
+        for prefix, raw, tensor in self._initializers:
+            file.write(prefix + raw)
+            if tensor is not None:
+                content = tensor.tobytes()
+                if len(content) != tensor.nbytes:
+                    raise WireError(
+                        f"tensor '{tensor.name}' holds {len(content)} bytes, not {tensor.nbytes}"
+                    )
+                file.write(content)
+
+
+def _size(entry: tuple[bytes, bytes, ir.TensorProtocol | None]) -> int:
+    prefix, raw, tensor = entry
+    return len(prefix) + len(raw) + (tensor.nbytes if tensor is not None else 0)
+
+
+def tensors_of(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model: initializers and attributes, of subgraphs and functions too."""
+    yield from _tensors_of_graph(proto.graph)
+    for function in proto.functions:
+        yield from _tensors_of_nodes(function.node)
+
+
+def _tensors_of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    yield from _tensors_of_nodes(graph.node)
+
+
+def _tensors_of_nodes(nodes: Sequence[onnx.NodeProto]) -> Iterator[onnx.TensorProto]:
+    for node in nodes:
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.TENSOR:
+                yield attribute.t
+            elif attribute.type == onnx.AttributeProto.TENSORS:
+                yield from attribute.tensors
+            elif attribute.type == onnx.AttributeProto.GRAPH:
+                yield from _tensors_of_graph(attribute.g)
+            elif attribute.type == onnx.AttributeProto.GRAPHS:
+                for graph in attribute.graphs:
+                    yield from _tensors_of_graph(graph)
