@@ -1,0 +1,52 @@
+"""Element types of a node's outputs, read off the operator's schema."""
+
+from __future__ import annotations
+
+import functools
+
+import onnx
+import onnx_ir as ir
+
+from onnxgen.analysis.graph import attribute
+
+_TYPE_ATTRIBUTES = {"Cast": "to", "ConstantOfShape": "value", "Constant": "value"}
+_BY_NAME = {f"tensor({dtype.name.lower()})": dtype for dtype in ir.DataType} | {
+    "tensor(float)": ir.DataType.FLOAT,
+    "tensor(double)": ir.DataType.DOUBLE,
+}
+
+
+def output_dtypes(node: ir.Node, opset: int) -> list[ir.DataType | None]:
+    """The element type of each output; None where neither schema nor inputs tell it."""
+    if node.op_type in ("Cast", "EyeLike", "RandomNormalLike") and attribute(node, "to"):
+        return [ir.DataType(attribute(node, "to"))]
+    if node.op_type == "ConstantOfShape":
+        tensor = attribute(node, "value")
+        return [ir.DataType.FLOAT if tensor is None else tensor.dtype]
+    schema = _schema(node.op_type, node.domain, opset)
+    if schema is None:  # of a domain onnx does not know: most operators keep their input's type
+        first = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
+        return [output.dtype or first for output in node.outputs]
+    input_types, output_types = schema
+    bound: dict[str, ir.DataType] = {}
+    for index, value in enumerate(node.inputs):
+        if value is not None and value.dtype is not None and input_types:
+            bound.setdefault(input_types[min(index, len(input_types) - 1)], value.dtype)
+    return [
+        _BY_NAME.get(name) or bound.get(name) or output.dtype
+        for output, name in zip(
+            node.outputs,
+            (output_types[min(i, len(output_types) - 1)] for i in range(len(node.outputs))),
+            strict=True,
+        )
+    ]
+
+
+@functools.cache
+def _schema(op_type: str, domain: str, opset: int) -> tuple[list[str], list[str]] | None:
+    """Type names (or the schema's type variables) of inputs and outputs."""
+    try:
+        schema = onnx.defs.get_schema(op_type, opset, "" if domain == "ai.onnx" else domain)
+    except onnx.defs.SchemaError:
+        return None
+    return [each.type_str for each in schema.inputs], [each.type_str for each in schema.outputs]

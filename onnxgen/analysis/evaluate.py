@@ -1,0 +1,127 @@
+"""Cutting a part out of a graph and running it on ONNX Runtime.
+
+Masks, rotary tables, folded constants and the check of every rewrite are read this way: whatever
+spelling an exporter chose, the numbers are the meaning.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx_ir import serde
+
+from onnxgen.analysis.graph import ancestors
+
+Array: TypeAlias = "np.ndarray[Any, Any]"
+
+
+class CutError(Exception):
+    """A part cannot be cut out; the message says what it depends on that was not given."""
+
+
+def cut(
+    inputs: Iterable[ir.Value],
+    outputs: Sequence[ir.Value],
+    opsets: Mapping[str, int],
+    *,
+    max_nodes: int = 2000,
+    max_bytes: int = 1 << 28,
+) -> onnx.ModelProto:
+    """A model that computes `outputs` from `inputs`, holding the initializers in between.
+
+    Args:
+        inputs: where to cut; those the outputs do not depend on are left out.
+        outputs: values of one graph, or of nodes not inserted in a graph yet.
+        opsets: opset imports of the model they come from.
+
+    Raises:
+        CutError: the part reads a graph input that was not given, has a value without an element
+            type, or is larger than the limits.
+    """
+    stop = frozenset(inputs)
+    wanted = [value for value in outputs if value not in stop]
+    nodes = list(ancestors(wanted, stop))
+    if len(nodes) > max_nodes:
+        raise CutError(f"more than {max_nodes} nodes are between the inputs and the outputs")
+    graph = onnx.GraphProto(name="part")
+    used: dict[ir.Value, None] = {}
+    for node in sorted_nodes(nodes):
+        proto = serde.serialize_node(node)
+        proto.ClearField("metadata_props")
+        graph.node.append(proto)
+        used.update((value, None) for value in _read_by(node))
+    used.update((value, None) for value in outputs)
+    inside = {output for node in nodes for output in node.outputs}
+    size = 0
+    for value in used:
+        if value in inside:
+            continue
+        if value in stop:
+            graph.input.append(_info(value))
+        elif value.const_value is not None and not value.is_graph_input():
+            size += value.const_value.nbytes
+            if size > max_bytes:
+                raise CutError("it holds more constants than are run in one piece")
+            tensor = serde.serialize_tensor(
+                ir.tensor(value.const_value.numpy(), dtype=value.const_value.dtype)
+            )
+            tensor.name = value.name or ""
+            graph.initializer.append(tensor)
+        else:
+            raise CutError(f"it depends on {value.name!r}, which was not given")
+    graph.output.extend(_info(value) for value in outputs)
+    model = onnx.ModelProto(ir_version=10, graph=graph)
+    for domain, version in opsets.items():
+        model.opset_import.add(domain=domain, version=version)
+    return model
+
+
+def sorted_nodes(nodes: Iterable[ir.Node]) -> list[ir.Node]:
+    """The nodes with every producer before its consumers."""
+    members = set(nodes)
+    ordered: list[ir.Node] = []
+    state: dict[ir.Node, bool] = {}  # False: its inputs are under way, True: placed
+    for root in members:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node in state:
+                stack.pop()
+                if not state[node]:
+                    state[node] = True
+                    ordered.append(node)
+                continue
+            state[node] = False
+            for value in _read_by(node):
+                source = value.producer()
+                if source is not None and source in members and source not in state:
+                    stack.append(source)
+    return ordered
+
+
+def _read_by(node: ir.Node) -> list[ir.Value]:
+    """The values a node reads, those its subgraphs capture included."""
+    read = [value for value in node.inputs if value is not None]
+    for found in node.attributes.values():
+        for graph in (
+            [found.value]
+            if found.type == ir.AttributeType.GRAPH
+            else found.value
+            if found.type == ir.AttributeType.GRAPHS
+            else []
+        ):
+            inner = {output for each in graph.all_nodes() for output in each.outputs}
+            inner.update(graph.inputs, graph.initializers.values())
+            for each in graph.all_nodes():
+                read.extend(v for v in each.inputs if v is not None and v not in inner)
+    return read
+
+
+def _info(value: ir.Value) -> onnx.ValueInfoProto:
+    if value.dtype is None:
+        raise CutError(f"the element type of {value.name!r} is not known")
+    return onnx.helper.make_tensor_value_info(value.name or "", int(value.dtype), None)

@@ -1,0 +1,593 @@
+"""How each operator's output shapes and index contents follow from its inputs'.
+
+An operator that is not here keeps the shape the file declares for it: less is known, nothing
+is wrong.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen.analysis.graph import attribute
+from onnxgen.analysis.symbols import (
+    Dim,
+    atom,
+    broadcast,
+    divide,
+    evaluate,
+    floor_divide,
+    maximum,
+    minimum,
+    modulo,
+    never_negative,
+    product,
+)
+
+if TYPE_CHECKING:
+    from onnxgen.analysis.shapes import Content, Shape, Shapes
+
+ELEMENTWISE = frozenset(
+    "Abs Acos Add And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr Cast CastLike Ceil Celu "
+    "Clip Cos Cosh CumSum Div Dropout Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual "
+    "HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log LogSoftmax Max "
+    "Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Sigmoid Sign Sin Sinh "
+    "Softmax Softplus Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Trilu Where Xor QuickGelu "
+    "BiasGelu FastGelu".split()
+)
+# The shape of the first input, whatever else comes in.
+LIKE_FIRST = frozenset(
+    "CumSum Dropout LayerNormalization RMSNormalization SimplifiedLayerNormalization "
+    "GroupNormalization InstanceNormalization BatchNormalization RotaryEmbedding ScatterND "
+    "ScatterElements TensorScatter Softmax LogSoftmax Trilu Clip".split()
+)
+
+
+def output_shapes(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None] | None:
+    rule = _SHAPE_RULES.get(node.op_type)
+    if rule is not None:
+        return rule(shapes, node)
+    if node.op_type in LIKE_FIRST:
+        return [shapes.of(node.inputs[0])]
+    if node.op_type in ELEMENTWISE:
+        return [broadcast_shapes([shapes.of(value) for value in node.inputs if value is not None])]
+    return None
+
+
+def broadcast_shapes(operands: Sequence[Shape | None]) -> Shape | None:
+    """numpy broadcasting; None where the shape of an operand is unknown."""
+    known = [shape for shape in operands if shape is not None]
+    if len(known) != len(operands):
+        return None
+    rank = max((len(shape) for shape in known), default=0)
+    result: list[Dim] = [1] * rank
+    for shape in known:
+        for axis, size in enumerate(shape, start=rank - len(shape)):
+            result[axis] = broadcast(result[axis], size)
+    return tuple(result)
+
+
+def _axes(shapes: Shapes, node: ir.Node, index: int = 1) -> list[int] | None:
+    """Axes given as an input (opset 13 and up) or as an attribute; None where unknown."""
+    given = attribute(node, "axes")
+    if given is not None:
+        return list(given)
+    if len(node.inputs) > index and node.inputs[index] is not None:
+        content = shapes.content(node.inputs[index])
+        if content is None or not all(isinstance(axis, int) for axis in content.flat):
+            return None
+        return [int(axis) for axis in content.flat]
+    return []
+
+
+def _shape_of_content(shapes: Shapes, node: ir.Node, index: int) -> list[Dim] | None:
+    """A target shape: its content, or unknown sizes where only its length is known."""
+    if len(node.inputs) <= index:
+        return None
+    content = shapes.content(node.inputs[index])
+    if content is not None:
+        return list(content.flat)
+    length = shapes.of(node.inputs[index])
+    if length and isinstance(length[0], int):
+        return [shapes.unknown("dim") for _ in range(length[0])]
+    return None
+
+
+def _reshape(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source, target = shapes.of(node.inputs[0]), _shape_of_content(shapes, node, 1)
+    if target is None:
+        return [None]
+    if source is not None and not attribute(node, "allowzero", 0):
+        target = [
+            source[axis] if isinstance(size, int) and size == 0 and axis < len(source) else size
+            for axis, size in enumerate(target)
+        ]
+    if any(isinstance(size, int) and size == -1 for size in target):
+        rest = product(s for s in target if not (isinstance(s, int) and s == -1))
+        total = None if source is None else divide(
+            shapes.resolve(product(source)), shapes.resolve(rest)
+        )
+        missing = shapes.unknown("dim") if total is None else total
+        target = [missing if isinstance(s, int) and s == -1 else s for s in target]
+    return [tuple(target)]
+
+
+def _flatten(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source = shapes.of(node.inputs[0])
+    if source is None:
+        return [None]
+    axis = attribute(node, "axis", 1)
+    axis += len(source) if axis < 0 else 0
+    return [(product(source[:axis]), product(source[axis:]))]
+
+
+def _expand(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    target = _shape_of_content(shapes, node, 1)
+    return [broadcast_shapes([shapes.of(node.inputs[0]), None if target is None else tuple(target)])]
+
+
+def _tile(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source, repeats = shapes.of(node.inputs[0]), shapes.content(node.inputs[1])
+    if source is None or repeats is None:
+        return [None]
+    return [tuple(size * times for size, times in zip(source, repeats.flat, strict=True))]
+
+
+def _transpose(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source = shapes.of(node.inputs[0])
+    if source is None:
+        return [None]
+    order = attribute(node, "perm", range(len(source))[::-1])
+    return [tuple(source[axis] for axis in order)]
+
+
+def _unsqueeze(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source, axes = shapes.of(node.inputs[0]), _axes(shapes, node)
+    if source is None or axes is None:
+        return [None]
+    rank = len(source) + len(axes)
+    new = {axis % rank for axis in axes}
+    rest = iter(source)
+    return [tuple(1 if axis in new else next(rest) for axis in range(rank))]
+
+
+def _squeeze(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source, axes = shapes.of(node.inputs[0]), _axes(shapes, node)
+    if source is None or axes is None:
+        return [None]
+    gone = {axis % len(source) for axis in axes} if axes else {
+        axis for axis, size in enumerate(source) if size == 1
+    }
+    return [tuple(size for axis, size in enumerate(source) if axis not in gone)]
+
+
+def _concat(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    parts = [shapes.of(value) for value in node.inputs]
+    known = [part for part in parts if part is not None]
+    if not known:
+        return [None]
+    joined = attribute(node, "axis") % len(known[0])
+    result = list(known[0])
+    for axis in range(len(result)):
+        if axis == joined:
+            result[axis] = (
+                sum((part[axis] for part in known), start=0)  # type: ignore[misc]
+                if len(known) == len(parts)
+                else shapes.unknown("dim")
+            )
+        else:
+            for part in known[1:]:
+                result[axis] = shapes.merge(result[axis], part[axis])
+    return [tuple(result)]
+
+
+def _split(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source = shapes.of(node.inputs[0])
+    if source is None:
+        return [None] * len(node.outputs)
+    axis = attribute(node, "axis", 0) % len(source)
+    lengths = shapes.content(node.inputs[1]) if len(node.inputs) > 1 else None
+    sizes: list[Dim]
+    if lengths is not None:
+        sizes = list(lengths.flat)
+    else:
+        equal = divide(source[axis], len(node.outputs))
+        sizes = [shapes.unknown("dim") if equal is None else equal for _ in node.outputs]
+    return [(*source[:axis], size, *source[axis + 1 :]) for size in sizes]
+
+
+def slice_bounds(
+    shapes: Shapes, node: ir.Node
+) -> list[tuple[int, Dim, Dim, int]] | None:
+    """What a Slice takes: (axis, start, length, step) for each axis; None where unknown."""
+    source = shapes.of(node.inputs[0])
+    given = [shapes.content(value) for value in node.inputs[1:]]
+    if source is None or len(given) < 2 or given[0] is None or given[1] is None:
+        return None
+    count = given[0].size
+    axes = given[2] if len(given) > 2 and node.inputs[3] is not None else np.arange(count)
+    steps = given[3] if len(given) > 3 and node.inputs[4] is not None else np.ones(count, int)
+    if axes is None or steps is None:
+        return None
+    result = []
+    for start, end, raw_axis, step in zip(
+        given[0].flat, given[1].flat, axes.flat, steps.flat, strict=True
+    ):
+        axis = int(raw_axis) % len(source)
+        size = source[axis]
+        if not isinstance(step, (int, np.integer)) or step < 1:
+            return None
+        first, last = _clamp(start, size), _clamp(end, size)
+        length = last - first
+        if not never_negative(length):
+            length = maximum(0, length)
+        if step > 1:
+            length = floor_divide(length + (int(step) - 1), int(step))
+        result.append((axis, first, length, int(step)))
+    return result
+
+
+def _clamp(index: Dim, size: Dim) -> Dim:
+    if isinstance(index, int) and index < 0:
+        return maximum(0, size + index)
+    if not isinstance(index, int) and never_negative(0 - index):
+        index = size + index
+        return index if never_negative(index) else maximum(0, index)
+    return minimum(index, size)
+
+
+def _slice(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source, bounds = shapes.of(node.inputs[0]), slice_bounds(shapes, node)
+    if source is None:
+        return [None]
+    result = list(source)
+    if bounds is None:
+        axes = shapes.content(node.inputs[3]) if len(node.inputs) > 3 else None
+        if axes is None:
+            return [tuple(shapes.unknown("dim") for _ in source)]
+        for axis in axes.flat:
+            result[int(axis)] = shapes.unknown("dim")
+        return [tuple(result)]
+    for axis, _, length, _ in bounds:
+        result[axis] = length
+    return [tuple(result)]
+
+
+def _gather(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source, indices = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
+    if source is None or indices is None:
+        return [None]
+    axis = attribute(node, "axis", 0) % len(source)
+    return [(*source[:axis], *indices, *source[axis + 1 :])]
+
+
+def _gather_nd(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source, indices = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
+    if source is None or not indices or not isinstance(indices[-1], int):
+        return [None]
+    batch = attribute(node, "batch_dims", 0)
+    return [(*indices[:-1], *source[batch + indices[-1] :])]
+
+
+def _matmul(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    a, b = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
+    if a is None or b is None or len(a) < 1 or len(b) < 1:
+        return [None]
+    if len(a) == 1 or len(b) == 1:
+        return [(*a[:-1], *b[:-2]) if len(b) == 1 else (*b[:-2], b[-1])]
+    shapes.merge(a[-1], b[-2])
+    batch = broadcast_shapes([a[:-2], b[:-2]])
+    return [None if batch is None else (*batch, a[-2], b[-1])]
+
+
+def _gemm(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    a, b = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
+    if a is None or b is None:
+        return [None]
+    rows = a[1] if attribute(node, "transA", 0) else a[0]
+    return [(rows, b[0] if attribute(node, "transB", 0) else b[1])]
+
+
+def _reduce(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source, axes = shapes.of(node.inputs[0]), _axes(shapes, node)
+    if source is None or axes is None:
+        return [None]
+    if not axes and attribute(node, "noop_with_empty_axes", 0):
+        return [source]
+    gone = {axis % len(source) for axis in axes} if axes else set(range(len(source)))
+    if attribute(node, "keepdims", 1):
+        return [tuple(1 if axis in gone else size for axis, size in enumerate(source))]
+    return [tuple(size for axis, size in enumerate(source) if axis not in gone)]
+
+
+def _range(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    ends = [shapes.content(value) for value in node.inputs]
+    if any(end is None or end.size != 1 for end in ends):
+        return [(shapes.unknown("dim"),)]
+    start, limit, step = (end.flat[0] for end in ends if end is not None)
+    length = limit - start if step == 1 else floor_divide(limit - start + step - 1, step)
+    return [(length if never_negative(length) else maximum(0, length),)]
+
+
+def _constant_of_shape(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    target = _shape_of_content(shapes, node, 0)
+    return [None if target is None else tuple(target)]
+
+
+def _einsum(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    terms, _, result = attribute(node, "equation").replace(" ", "").partition("->")
+    if not result or "." in terms:
+        return [None]
+    sizes: dict[str, Dim] = {}
+    for letters, value in zip(terms.split(","), node.inputs, strict=True):
+        shape = shapes.of(value)
+        if shape is None:
+            return [None]
+        for letter, size in zip(letters, shape, strict=True):
+            sizes[letter] = broadcast(sizes.get(letter, 1), size)
+    return [tuple(sizes[letter] for letter in result)]
+
+
+def _shape(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    rank = shapes.rank(node.inputs[0])
+    if rank is None:
+        return [(shapes.unknown("rank"),)]
+    return [(len(range(*slice(attribute(node, "start"), attribute(node, "end")).indices(rank))),)]
+
+
+def _top_k(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source, count = shapes.of(node.inputs[0]), shapes.content(node.inputs[1])
+    if source is None:
+        return [None, None]
+    axis = attribute(node, "axis", -1) % len(source)
+    size = shapes.unknown("dim") if count is None else count.flat[0]
+    result = (*source[:axis], size, *source[axis + 1 :])
+    return [result, result]
+
+
+def _attention(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    q, k, v = (shapes.of(value) for value in node.inputs[:3])
+    if q is None or k is None or v is None:
+        return [None]
+    past = shapes.of(node.inputs[4]) if len(node.inputs) > 4 else None
+    past_value = shapes.of(node.inputs[5]) if len(node.inputs) > 5 else None
+    if len(q) == 4:
+        kv_heads, new, k_size, v_size = k[1], k[2], k[3], v[3]
+        result = (*q[:3], v_size)
+    else:
+        heads, kv_heads = attribute(node, "q_num_heads"), attribute(node, "kv_num_heads")
+        new, k_size, v_size = (
+            k[1],
+            floor_divide(k[2], kv_heads),
+            floor_divide(v[2], kv_heads),
+        )
+        result = (*q[:2], v_size * heads)
+    total = new + past[2] if past else new
+    key = (q[0], kv_heads, total, past[3] if past else k_size)
+    value = (q[0], kv_heads, total, past_value[3] if past_value else v_size)
+    return [result, key, value]
+
+
+_SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
+    "Reshape": _reshape,
+    "Flatten": _flatten,
+    "Expand": _expand,
+    "Tile": _tile,
+    "Transpose": _transpose,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze,
+    "Concat": _concat,
+    "Split": _split,
+    "Slice": _slice,
+    "Gather": _gather,
+    "GatherND": _gather_nd,
+    "GatherElements": lambda shapes, node: [shapes.of(node.inputs[1])],
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Range": _range,
+    "ConstantOfShape": _constant_of_shape,
+    "Einsum": _einsum,
+    "Shape": _shape,
+    "Size": lambda shapes, node: [()],
+    "TopK": _top_k,
+    "Attention": _attention,
+    **dict.fromkeys(
+        "ReduceSum ReduceMean ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceSumSquare "
+        "ReduceLogSum ReduceLogSumExp".split(),
+        _reduce,
+    ),
+}
+
+
+# --- contents -----------------------------------------------------------------------------
+
+
+def output_content(shapes: Shapes, node: ir.Node) -> Content | None:
+    """Elements of the first output where it is an index tensor small enough to follow."""
+    rule = _CONTENT_RULES.get(node.op_type)
+    if rule is None:
+        return None
+    try:
+        return rule(shapes, node)
+    except (IndexError, ValueError, TypeError, ZeroDivisionError):
+        return None  # an invalid graph: the runtime will say so
+
+
+def _contents(shapes: Shapes, node: ir.Node) -> list[Any] | None:
+    contents = [shapes.content(value) for value in node.inputs if value is not None]
+    return None if any(content is None for content in contents) else contents
+
+
+def _content_shape(shapes: Shapes, node: ir.Node) -> Content | None:
+    shape = shapes.of(node.inputs[0])
+    if shape is None:
+        return None
+    part = shape[slice(attribute(node, "start"), attribute(node, "end"))]
+    return _array(part, (len(part),))
+
+
+def _array(elements: Sequence[Dim], shape: tuple[int, ...]) -> Content:
+    result = np.empty(len(elements), dtype=object)
+    result[:] = list(elements)
+    return result.reshape(shape)
+
+
+def _content_elementwise(function: Callable[..., Any]) -> Callable[..., Content | None]:
+    def rule(shapes: Shapes, node: ir.Node) -> Content | None:
+        contents = _contents(shapes, node)
+        if contents is None:
+            return None
+        arrays = np.broadcast_arrays(*contents)
+        elements = [function(*each) for each in zip(*(a.flat for a in arrays), strict=True)]
+        return None if any(e is None for e in elements) else _array(elements, arrays[0].shape)
+
+    return rule
+
+
+def _compare(function: Callable[[int, int], bool]) -> Callable[[Dim, Dim], bool | None]:
+    def rule(a: Dim, b: Dim) -> bool | None:
+        difference = a - b
+        return function(difference, 0) if isinstance(difference, int) else None
+
+    return rule
+
+
+def _equal(a: Dim, b: Dim) -> bool | None:
+    difference = a - b
+    if isinstance(difference, int):
+        return difference == 0
+    # A size is never negative: the usual question is whether it is -1.
+    return False if never_negative(difference - 1) or never_negative(-1 - difference) else None
+
+
+def _where(condition: Any, a: Dim, b: Dim) -> Dim | None:
+    if a == b:
+        return a
+    return (a if condition else b) if isinstance(condition, (bool, np.bool_, int)) else None
+
+
+def _content_cast(shapes: Shapes, node: ir.Node) -> Content | None:
+    target = attribute(node, "to")
+    if target not in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL):
+        return None  # contents are integers: a float would be rounded
+    content = shapes.content(node.inputs[0])
+    if content is None or target != ir.DataType.BOOL:
+        return content
+    return _content_elementwise(lambda e: bool(e) if isinstance(e, int) else None)(shapes, node)
+
+
+def _content_by_numpy(function: Callable[[ir.Node, list[Any]], Any]) -> Callable[..., Any]:
+    def rule(shapes: Shapes, node: ir.Node) -> Content | None:
+        contents = _contents(shapes, node)
+        return None if contents is None else np.asarray(function(node, contents), dtype=object)
+
+    return rule
+
+
+def _content_reshape(shapes: Shapes, node: ir.Node) -> Content | None:
+    content = shapes.content(node.inputs[0])
+    shape = output_shapes(shapes, node)
+    if content is None or not shape or shape[0] is None:
+        return None
+    if not all(isinstance(size, int) for size in shape[0]):
+        return None
+    return content.reshape([int(evaluate(size, {}) or 0) for size in shape[0]])
+
+
+def _content_slice(shapes: Shapes, node: ir.Node) -> Content | None:
+    content, bounds = shapes.content(node.inputs[0]), slice_bounds(shapes, node)
+    if content is None or bounds is None:
+        return None
+    index = [slice(None)] * content.ndim
+    for axis, start, length, step in bounds:
+        if not isinstance(start, int) or not isinstance(length, int):
+            return None
+        index[axis] = slice(start, start + length * step, step)
+    return content[tuple(index)]
+
+
+def _content_range(shapes: Shapes, node: ir.Node) -> Content | None:
+    ends = _contents(shapes, node)
+    if ends is None or not all(isinstance(end.flat[0], int) for end in ends):
+        return None
+    numbers = range(*(int(end.flat[0]) for end in ends))
+    return _array(list(numbers), (len(numbers),)) if len(numbers) <= 64 else None
+
+
+def _content_constant_of_shape(shapes: Shapes, node: ir.Node) -> Content | None:
+    target = shapes.content(node.inputs[0])
+    tensor = attribute(node, "value")
+    if target is None or not all(isinstance(size, int) for size in target.flat):
+        return None
+    if tensor is None or tensor.dtype not in (ir.DataType.INT64, ir.DataType.BOOL):
+        return None
+    if int(np.prod([int(size) for size in target.flat])) > 64:
+        return None
+    return np.full([int(size) for size in target.flat], tensor.numpy().item(), dtype=object)
+
+
+def _content_expand(shapes: Shapes, node: ir.Node) -> Content | None:
+    content, shape = shapes.content(node.inputs[0]), output_shapes(shapes, node)
+    if content is None or not shape or shape[0] is None:
+        return None
+    if not all(isinstance(size, int) for size in shape[0]):
+        return None
+    sizes = [int(evaluate(size, {}) or 0) for size in shape[0]]
+    return np.broadcast_to(content, sizes).copy() if np.prod(sizes) <= 64 else None
+
+
+def _content_reduce(function: Callable[[Sequence[Dim]], Dim]) -> Callable[..., Content | None]:
+    def rule(shapes: Shapes, node: ir.Node) -> Content | None:
+        content = shapes.content(node.inputs[0])
+        shape = output_shapes(shapes, node)
+        if content is None or content.ndim > 1 or not shape or shape[0] is None:
+            return None
+        return _array([function(list(content.flat))], (1,) * len(shape[0]))
+
+    return rule
+
+
+_CONTENT_RULES: dict[str, Callable[[Shapes, ir.Node], Content | None]] = {
+    "Shape": _content_shape,
+    "Size": lambda shapes, node: (
+        None
+        if (shape := shapes.of(node.inputs[0])) is None
+        else _array([product(shape)], ())
+    ),
+    "Identity": lambda shapes, node: shapes.content(node.inputs[0]),
+    "Cast": _content_cast,
+    "Add": _content_elementwise(operator.add),
+    "Sub": _content_elementwise(operator.sub),
+    "Mul": _content_elementwise(operator.mul),
+    "Div": _content_elementwise(floor_divide),
+    "Mod": _content_elementwise(modulo),
+    "Neg": _content_elementwise(lambda a: 0 - a),
+    "Min": _content_elementwise(minimum),
+    "Max": _content_elementwise(maximum),
+    "Abs": _content_elementwise(lambda a: a if never_negative(a) else atom("abs", a)),
+    "Equal": _content_elementwise(_equal),
+    "Less": _content_elementwise(_compare(operator.lt)),
+    "Greater": _content_elementwise(_compare(operator.gt)),
+    "LessOrEqual": _content_elementwise(_compare(operator.le)),
+    "GreaterOrEqual": _content_elementwise(_compare(operator.ge)),
+    "Not": _content_elementwise(lambda a: not a),
+    "Where": _content_elementwise(_where),
+    "Reshape": _content_reshape,
+    "Squeeze": _content_reshape,
+    "Unsqueeze": _content_reshape,
+    "Expand": _content_expand,
+    "Slice": _content_slice,
+    "Concat": _content_by_numpy(lambda node, c: np.concatenate(c, axis=attribute(node, "axis"))),
+    "Gather": _content_by_numpy(
+        lambda node, c: np.take(c[0], c[1].astype(int), axis=attribute(node, "axis", 0))
+    ),
+    "Transpose": _content_by_numpy(lambda node, c: np.transpose(c[0], attribute(node, "perm"))),
+    "Range": _content_range,
+    "ConstantOfShape": _content_constant_of_shape,
+    "ReduceProd": _content_reduce(product),
+    "ReduceSum": _content_reduce(lambda elements: sum(elements, start=0)),  # type: ignore[arg-type]
+}

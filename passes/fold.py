@@ -1,0 +1,108 @@
+"""Fold constants: everything that depends on no input becomes an initializer.
+
+Index arithmetic is solved symbolically first (a Shape whose sizes are known, a Gather of it);
+the rest is cut out and run on ONNX Runtime, all of it in one run, instead of node by node.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen.analysis.evaluate import CutError, cut
+from onnxgen.analysis.graph import NONDETERMINISTIC, has_subgraph
+from onnxgen.analysis.shapes import Shapes
+from onnxgen.runtime import Runtime, RuntimeFailure
+
+# Larger constants are weights: not read, and not multiplied into new ones.
+MAX_INPUT_BYTES = 1 << 16
+MAX_OUTPUT_BYTES = 1 << 20
+
+
+def fold_constants(model: ir.Model, runtime: Runtime) -> None:
+    """Replace nodes of the main graph that are constant by initializers, in place."""
+    graph = model.graph
+    shapes = Shapes(graph)
+    constants = {
+        value
+        for value in graph.initializers.values()
+        if value.const_value is not None
+        and value.const_value.nbytes <= MAX_INPUT_BYTES
+        and not value.is_graph_input()
+    }
+    solved: dict[ir.Value, np.ndarray] = {}
+    computed: set[ir.Value] = set()
+    for node in graph:
+        output = node.outputs[0] if node.outputs else None
+        if output is None:
+            continue
+        content = shapes.content(output)
+        if (
+            content is not None
+            and all(isinstance(element, (int, np.integer)) for element in content.flat)
+            and output.dtype in (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)
+        ):
+            solved[output] = content.astype(output.dtype.numpy())
+            constants.add(output)
+        elif _foldable(node) and all(v in constants for v in node.inputs if v is not None):
+            constants.update(node.outputs)
+            computed.update(node.outputs)
+    # Only what the rest of the graph reads has to be known.
+    wanted = [v for v in computed if v.is_graph_output() or _read_outside(v, constants)]
+    wanted.sort(key=lambda value: value.name or "")
+    for value, array in {**solved, **_run(wanted, solved, model, runtime)}.items():
+        if (value in solved and not _read_outside(value, constants)) or value.is_graph_output():
+            continue
+        if array.nbytes <= MAX_OUTPUT_BYTES:
+            _replace(graph, value, array)
+
+
+def _foldable(node: ir.Node) -> bool:
+    """A node without inputs that is no known source of randomness is constant as well."""
+    return (
+        node.op_type not in NONDETERMINISTIC
+        and node.domain in ("", "ai.onnx")
+        and not has_subgraph(node)
+        and all(output.name for output in node.outputs)
+    )
+
+
+def _read_outside(value: ir.Value, constants: set[ir.Value]) -> bool:
+    return any(
+        not any(output in constants for output in use.node.outputs) for use in value.uses()
+    )
+
+
+def _run(
+    wanted: list[ir.Value],
+    solved: dict[ir.Value, np.ndarray],
+    model: ir.Model,
+    runtime: Runtime,
+) -> dict[ir.Value, np.ndarray]:
+    """The wanted values, computed; none of them where the runtime refuses."""
+    if not wanted:
+        return {}
+    try:
+        part = cut(solved, wanted, model.graph.opset_imports)
+        feeds = {value.name: array for value, array in solved.items()}
+        given = {each.name for each in part.graph.input}
+        session = runtime.load(part.SerializeToString())
+        found = runtime.run(session, {n: a for n, a in feeds.items() if n in given})
+        runtime.unload(session)
+    except (CutError, RuntimeFailure):
+        return {}  # nothing is folded: less is known, nothing is wrong
+    return {value: found[value.name or ""] for value in wanted if value.name in found}
+
+
+def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
+    name = f"{value.name}_folded"
+    while name in graph.initializers:
+        name += "_"
+    folded = ir.Value(
+        name=name,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(value.dtype or ir.DataType.from_numpy(array.dtype)),
+        const_value=ir.tensor(np.ascontiguousarray(array), name=name),
+    )
+    graph.register_initializer(folded)
+    value.replace_all_uses_with(folded)

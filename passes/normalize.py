@@ -1,0 +1,195 @@
+"""Normalize: one spelling where a difference means nothing.
+
+    functions inlined -> opset raised -> constants lifted, folded -> nodes that change nothing out
+    -> shape arithmetic from the inputs' sizes -> duplicates merged
+
+What is left of exporters' differences is seen through by the analyses, not rewritten here: this
+pass changes no arithmetic.
+"""
+
+from __future__ import annotations
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+from onnxscript import version_converter
+
+from onnxgen.analysis.dtypes import output_dtypes
+from onnxgen.errors import RefusedError
+from onnxgen.passes.fold import fold_constants
+from onnxgen.passes.shape_arithmetic import canonical_shape_arithmetic
+from onnxgen.passes.simplify import simplify
+from onnxgen.runtime import Runtime
+
+# The first opset that onnxscript's converter, which keeps names and metadata, can start from.
+_KEEPS_NAMES = 18
+# Tensors up to this size travel through the converters; it reads axes and shapes from them.
+_SMALL = 1024
+
+
+def normalize(model: ir.Model, opset: int, runtime: Runtime) -> list[str]:
+    """Bring a model to the form that the raising passes expect, in place.
+
+    Args:
+        opset: version of the default domain to convert to; a model above it stays where it is.
+        runtime: evaluates the constants.
+
+    Returns:
+        Warnings, one sentence each.
+
+    Raises:
+        RefusedError: the opset cannot be converted.
+    """
+    warnings: list[str] = []
+    if model.functions:
+        common.InlinePass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+    common.TopologicalSortPass()(model)
+    common.NameFixPass()(model)
+    raise_opset(model, opset)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    common.IdentityEliminationPass()(model)
+    drop_dead(model)
+    set_dtypes(model)
+    fold_constants(model, runtime)
+    simplify(model)
+    canonical_shape_arithmetic(model)
+    drop_dead(model)
+    merge_duplicates(model)
+    return warnings
+
+
+def drop_dead(model: ir.Model) -> None:
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)
+
+
+def merge_duplicates(model: ir.Model) -> None:
+    """Nodes that compute the same from the same inputs become one."""
+    common.DeduplicateInitializersPass(size_limit=_SMALL)(model)
+    common.CommonSubexpressionEliminationPass()(model)
+
+
+def set_dtypes(model: ir.Model) -> None:
+    """Give every value of the main graph its element type."""
+    opset = model.graph.opset_imports.get("", 24)
+    for value in model.graph.initializers.values():
+        if value.dtype is None and value.const_value is not None:
+            value.dtype = value.const_value.dtype
+    for node in model.graph:
+        for output, dtype in zip(node.outputs, output_dtypes(node, opset), strict=False):
+            if dtype is not None:
+                output.dtype = dtype
+
+
+def raise_opset(model: ir.Model, opset: int) -> None:
+    """Convert the default domain to `opset`, keeping node names and metadata.
+
+    From opset 18 up onnxscript's converter does it. Below, it leaves some nodes in the old form
+    (ReduceMean keeps its axes attribute), so onnx's own converter goes to 18 first, on the graph
+    without its weights; it drops metadata, which is kept aside and put back by node name.
+
+    Raises:
+        RefusedError: a converter does not know how, with its reason.
+    """
+    before = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0))
+    if before >= opset:
+        return
+    try:
+        if before < _KEEPS_NAMES:
+            _convert_with_onnx(model, _KEEPS_NAMES)
+        version_converter.convert_version(model, opset)
+    except RefusedError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise RefusedError(f"opset {before} cannot be converted to {opset}: {reason}") from error
+    if model.graph.opset_imports.get("") != opset:
+        raise RefusedError(f"opset {before} cannot be converted to {opset}")
+
+
+def _convert_with_onnx(model: ir.Model, opset: int) -> None:
+    graph = model.graph
+    kept = {name: value for name, value in graph.initializers.items()}
+    metadata = {node.name: dict(node.metadata_props) for node in graph}
+    values = {value.name: value for node in graph for value in node.outputs}
+    proto = _without_weights(model)
+    converted = ir.from_proto(onnx.version_converter.convert_version(proto, opset))
+    old_outputs = list(graph.outputs)
+    # The converted nodes replace the old ones inside the same graph object, so that inputs,
+    # outputs and initializers keep their identity.
+    by_name: dict[str, ir.Value] = {value.name or "": value for value in graph.inputs}
+    by_name |= kept
+    for name, value in converted.graph.initializers.items():
+        if name not in by_name:
+            by_name[name] = value
+    new_nodes = []
+    for node in converted.graph:
+        new_nodes.append(_adopt(node, by_name, metadata, values))
+    for value in old_outputs:
+        if value.producer() is not None and by_name.get(value.name or "") is None:
+            raise RefusedError(f"onnx's version converter lost the output {value.name!r}")
+    graph.outputs[:] = [by_name[value.name or ""] for value in old_outputs]
+    graph.remove(list(graph), safe=False)
+    for value in converted.graph.initializers.values():
+        if value.name not in graph.initializers:
+            fresh = by_name[value.name or ""]
+            if fresh.uses():
+                graph.register_initializer(fresh)
+    graph.extend(new_nodes)
+    graph.opset_imports[""] = opset
+
+
+def _adopt(
+    node: ir.Node,
+    by_name: dict[str, ir.Value],
+    metadata: dict[str | None, dict[str, str]],
+    values: dict[str | None, ir.Value],
+) -> ir.Node:
+    """The converted node over the values of the original graph."""
+    inputs = [None if v is None or not v.name else by_name[v.name] for v in node.inputs]
+    while inputs and inputs[-1] is None:  # ONNX Runtime has crashed on trailing empty inputs
+        inputs.pop()
+    new = ir.Node(
+        node.domain,
+        node.op_type,
+        inputs,
+        list(node.attributes.values()),
+        num_outputs=len(node.outputs),
+        name=node.name,
+        metadata_props=metadata.get(node.name),
+    )
+    for old, output in zip(node.outputs, new.outputs, strict=True):
+        output.name = old.name
+        known = values.get(old.name)
+        if known is not None:
+            output.shape, output.type = known.shape, known.type
+        if old.name:
+            by_name[old.name] = output
+    return new
+
+
+def _without_weights(model: ir.Model) -> onnx.ModelProto:
+    """The model's protobuf with every large initializer turned into an input."""
+    graph = model.graph
+    large = {
+        name: value
+        for name, value in graph.initializers.items()
+        if value.const_value is not None and value.const_value.nbytes > _SMALL
+    }
+    for name in large:
+        graph.initializers.pop(name)
+    try:
+        proto = ir.to_proto(model)
+    finally:
+        for value in large.values():
+            graph.register_initializer(value)
+    declared = {each.name for each in proto.graph.input}
+    for name, value in large.items():
+        if name not in declared and value.const_value is not None:
+            proto.graph.input.append(
+                onnx.helper.make_tensor_value_info(
+                    name, int(value.const_value.dtype), list(value.const_value.shape.numpy())
+                )
+            )
+    return proto

@@ -1,0 +1,168 @@
+"""Shape arithmetic: sizes are read off the graph's inputs, each once.
+
+Exporters compute every shape they need from some tensor nearby: Shape, Gather, Unsqueeze, Concat,
+in every layer again. Each such number is a polynomial of the inputs' sizes
+(`onnxgen.analysis.symbols`), so it is computed from those instead, once for the whole model, and a
+Reshape gets a constant target where 0 (keep) and -1 (the rest) can say it.
+
+Besides the nodes it saves, this frees Attention: a mask whose length is read off a layer's present
+key could not be an input of the node that makes the present key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen.analysis.graph import attribute
+from onnxgen.analysis.shapes import Shapes
+from onnxgen.analysis.symbols import Dim, Poly
+from onnxgen.passes.building import Builder
+
+
+class SizesOfInputs:
+    """Makes index tensors from the sizes of the graph's inputs, each part once."""
+
+    def __init__(self, builder: Builder) -> None:
+        self._builder = builder
+        self._shapes = builder.shapes
+        self._vectors: dict[Dim, ir.Value] = {}
+        self._tensors: dict[tuple[object, ...], ir.Value] = {}
+
+    def tensor(self, elements: Sequence[Dim], shape: tuple[int, ...] | None) -> ir.Value | None:
+        """An int64 tensor of these sizes (a vector for shape None); None where one is unknown."""
+        resolved = tuple(map(self._shapes.resolve, elements))
+        key = (resolved, shape)
+        if key not in self._tensors:
+            made = self._make(resolved, shape)
+            if made is None:
+                return None
+            self._tensors[key] = made
+        return self._tensors[key]
+
+    def known(self, dim: Dim) -> bool:
+        """Whether a size can be computed from the inputs' sizes."""
+        if not isinstance(dim, Poly):
+            return True
+        return all(
+            part.name in self._shapes.origins
+            if not part.arguments
+            else part.name in ("div", "mod", "min", "max") and all(map(self.known, part.arguments))
+            for monomial, _ in dim.terms
+            for part in monomial
+        )
+
+    def _make(self, elements: tuple[Dim, ...], shape: tuple[int, ...] | None) -> ir.Value | None:
+        if not all(map(self.known, elements)):
+            return None
+        op, ints = self._builder.op, self._builder.ints
+        parts: list[ir.Value] = []
+        numbers: list[int] = []
+        for element in elements:
+            if isinstance(element, Poly):
+                if numbers:
+                    parts.append(ints(*numbers))
+                    numbers = []
+                parts.append(self._vector(element))
+            else:
+                numbers.append(int(element))
+        if numbers or not parts:
+            parts.append(ints(*numbers))
+        vector = parts[0] if len(parts) == 1 else op("Concat", parts, {"axis": 0}, name="sizes")
+        if shape is None or shape == (len(elements),):
+            return vector
+        if shape == ():
+            return op("Squeeze", [vector], name="size")
+        return op("Reshape", [vector, ints(*shape)], name="sizes")
+
+    def _vector(self, dim: Dim) -> ir.Value:
+        """A size as an int64 vector of one element."""
+        if dim not in self._vectors:
+            self._vectors[dim] = self._compute(dim)
+        return self._vectors[dim]
+
+    def _compute(self, dim: Dim) -> ir.Value:
+        op, ints = self._builder.op, self._builder.ints
+        if not isinstance(dim, Poly):
+            return ints(int(dim))
+        total: ir.Value | None = None
+        for monomial, factor in dim.terms:
+            term: ir.Value | None = None if factor == 1 and monomial else ints(factor)
+            for part in monomial:
+                if part.arguments:
+                    operands = [self._vector(argument) for argument in part.arguments]
+                    names = {"div": "Div", "mod": "Mod", "min": "Min", "max": "Max"}
+                    size = op(names[part.name], operands, name="size")
+                else:
+                    value, axis = self._shapes.origins[part.name]
+                    size = op("Shape", [value], {"start": axis, "end": axis + 1}, name="size")
+                term = size if term is None else op("Mul", [term, size], name="size")
+            assert term is not None
+            total = term if total is None else op("Add", [total, term], name="size")
+        assert total is not None
+        return total
+
+
+def canonical_shape_arithmetic(model: ir.Model) -> None:
+    """Rewrite every index tensor that ordinary nodes read, in place."""
+    graph = model.graph
+    shapes = Shapes(graph)
+    builder = Builder(graph, shapes)
+    sizes = SizesOfInputs(builder)
+    first = next(iter(graph), None)
+    for node in list(graph):
+        if all(shapes.content(output) is not None for output in node.outputs):
+            continue  # shape arithmetic itself: dies when nothing reads it any more
+        if node.op_type == "Reshape" and node.domain == "" and _literal_target(node, builder):
+            continue
+        for index, value in enumerate(node.inputs):
+            content = shapes.content(value)
+            if content is None or value is None or value.producer() is None:
+                continue
+            if value.dtype not in (ir.DataType.INT64, None) or content.dtype == bool:
+                continue
+            if any(isinstance(element, (bool, np.bool_)) for element in content.flat):
+                continue
+            made = sizes.tensor(list(content.flat), content.shape)
+            if made is not None and made is not value:
+                node.replace_input_with(index, made)
+    nodes = builder.take()
+    if first is not None and nodes:
+        graph.insert_before(first, nodes)
+
+
+def _literal_target(node: ir.Node, builder: Builder) -> bool:
+    """Give a Reshape a constant target, if 0 and at most one -1 can say it."""
+    shapes = builder.shapes
+    source, result = shapes.of(node.inputs[0]), shapes.of(node.outputs[0])
+    if source is None or result is None:
+        return False
+    target = literal_target(shapes, source, result)
+    if target is None:
+        return False
+    given = shapes.content(node.inputs[1])
+    if attribute(node, "allowzero", 0) and 0 in target:
+        del node.attributes["allowzero"]
+    elif given is not None and list(given.flat) == target:
+        return True
+    node.replace_input_with(1, builder.ints(*target))
+    return True
+
+
+def literal_target(
+    shapes: Shapes, source: Sequence[Dim], result: Sequence[Dim]
+) -> list[int] | None:
+    """Reshape's constant target from `source` to `result`: sizes, 0 to keep, one -1."""
+    target: list[int] = []
+    for axis, size in enumerate(result):
+        if isinstance(size, int):
+            if size == 0:
+                return None
+            target.append(size)
+        elif axis < len(source) and shapes.same(size, source[axis]):
+            target.append(0)
+        else:
+            target.append(-1)
+    return target if target.count(-1) <= 1 else None
