@@ -1,0 +1,213 @@
+"""Inputs for a run of given lengths: what a user would feed, made from the roles.
+
+    roles = find_roles(model)
+    shape = RunShape(batch=2, new=3, past=5, padding="left")
+    feeds = make_feeds(roles, shape, np.random.default_rng(0))
+    rows = shape.real_new                     # bool [B,S]: rows that belong to real tokens
+
+Shapes: B batch, S new tokens, P past, T = P + S, L length of a static cache, E encoder length.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxgen.analysis.roles import InputRole, Roles
+
+Array = npt.NDArray[Any]
+Padding = Literal["none", "left", "right"]
+
+
+@dataclass(frozen=True)
+class RunShape:
+    """The lengths and the padding of one run.
+
+    Left padding stands before each row's first token, so with a past it lies in the past, and
+    reaches into the new tokens where it is longer than that. Right padding stands after each
+    row's last token, among the new ones. Every row keeps a real new token.
+
+    Attributes:
+        batch, new, past, encoder: B, S, P and E.
+        padding: where the padding stands.
+        pads: padded places of each row; by default uneven, the second row of a batch with none.
+
+    Raises:
+        ValueError: lengths below what a run needs, or padding that leaves a row no new token.
+    """
+
+    batch: int = 1
+    new: int = 1
+    past: int = 0
+    padding: Padding = "none"
+    pads: tuple[int, ...] = ()
+    encoder: int = 7
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or self.new < 1 or self.past < 0 or self.encoder < 1:
+            raise ValueError(f"no such run: {self}")
+        if self.padding == "none":
+            object.__setattr__(self, "pads", (0,) * self.batch)
+            return
+        room = self.total - 1 if self.padding == "left" else self.new - 1
+        if not self.pads:
+            most = min(room, max(2, (self.past or self.new) // 2))
+            object.__setattr__(self, "pads", _uneven(self.batch, most))
+        if len(self.pads) != self.batch or not 1 <= max(self.pads) <= room or min(self.pads) < 0:
+            raise ValueError(f"{self.padding} padding of {self.pads} does not fit {self}")
+
+    @property
+    def total(self) -> int:
+        """T: past and new tokens."""
+        return self.past + self.new
+
+    @property
+    def real(self) -> npt.NDArray[np.bool_]:
+        """bool [B,T]: places that hold a real token."""
+        at, pads = np.arange(self.total), np.array(self.pads)[:, None]
+        return at >= pads if self.padding == "left" else at < self.total - pads
+
+    @property
+    def real_new(self) -> npt.NDArray[np.bool_]:
+        """bool [B,S]: new rows that hold a real token."""
+        return self.real[:, self.past :]
+
+    def real_kept(self, length: int) -> npt.NDArray[np.bool_]:
+        """bool [B,length]: the places of a cache that is T long, cropped, or static.
+
+        A cropped cache holds the last places. A static one holds the first, and what was
+        there before behind them.
+        """
+        real, spare = self.real, length - self.total
+        if spare > 0:
+            return np.pad(real, ((0, 0), (0, spare)), constant_values=True)
+        return real[:, -spare:]
+
+    @property
+    def positions(self) -> npt.NDArray[np.int64]:
+        """int64 [B,S]: counts real tokens, as `generate` does; 0 before the first."""
+        counted = np.cumsum(self.real, axis=1, dtype=np.int64) - 1
+        return np.maximum(counted, 0)[:, self.past :]
+
+
+def make_feeds(
+    roles: Roles,
+    shape: RunShape,
+    rng: np.random.Generator,
+    names: Collection[str] | None = None,
+) -> dict[str, Array]:
+    """Inputs of the right dtypes for a run, by name.
+
+    Token ids, caches, states and features are random (standard deviation 1); masks, positions
+    and lengths say what `shape` says. The values of an input do not depend on which others are
+    asked for. A dim that the graph fixes keeps its size; ask `misfit` whether that fits.
+
+    Args:
+        names: make only these inputs, by default all.
+
+    Raises:
+        ValueError: the graph fixes lengths that differ from the shape's.
+    """
+    reason = misfit(roles, shape)
+    if reason:
+        raise ValueError(reason)
+    seed = int(rng.integers(2**32))
+    chosen = [each for each in roles.inputs.values() if names is None or each.name in names]
+    return {
+        each.name: _values(
+            each, roles, shape, np.random.default_rng([seed, zlib.crc32(each.name.encode())])
+        )
+        for each in chosen
+    }
+
+
+def misfit(roles: Roles, shape: RunShape) -> str:
+    """Why the graph cannot take this shape, as one sentence; "" where it can."""
+    wanted = {"B": shape.batch, "S": shape.new, "P": shape.past, "T": shape.total}
+    words = {"B": "batch", "S": "new tokens", "P": "past", "T": "total length"}
+    for letter, length in wanted.items():
+        fixed = roles.fixed.get(letter)
+        if fixed is not None and fixed != length:
+            return f"the graph fixes {words[letter]} at {fixed}"
+    if roles.static_length is not None and shape.total > roles.static_length:
+        return f"the graph's caches hold {roles.static_length} tokens"
+    if shape.past and not roles.pairs:
+        return "the graph takes no past"
+    if shape.padding != "none" and not roles.named("mask"):
+        return "the graph takes no mask"
+    return ""
+
+
+def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Generator) -> Array:
+    dims = _dims(each, roles, shape)
+    values: Array
+    match each.role:
+        case "ids" | "type_ids":
+            values = rng.integers(0, each.bound or 2, dims)
+        case "positions":
+            rows = shape.positions if "B" in each.axes else shape.past + np.arange(shape.new)
+            values = np.broadcast_to(rows[: dims[-2]] if len(dims) > 1 else rows, dims)
+        case "cache_position":
+            values = np.broadcast_to(shape.past + np.arange(shape.new), dims)
+        case "cache_length":
+            values = np.full(dims, shape.past)
+        case "mask":
+            values = _mask(each, dims, bool(roles.pairs), shape)
+        case "encoder_mask":
+            values = np.ones(dims)
+            if shape.padding != "none":
+                values[0, -max(1, dims[-1] // 3) :] = 0
+            if each.additive:
+                values = np.where(values > 0, 0, np.finfo(each.dtype.numpy()).min)
+        case "use_cache_branch":
+            values = np.full(dims, shape.past > 0)
+        case _ if each.dtype.is_floating_point():
+            values = rng.standard_normal(dims, dtype=np.float32)
+        case _:
+            values = np.ones(dims)
+    return np.ascontiguousarray(values.astype(each.dtype.numpy())).reshape(dims)
+
+
+def _mask(each: InputRole, dims: tuple[int, ...], causal: bool, shape: RunShape) -> Array:
+    """A key mask [B,T], or [B,1,S,T] with what each row may see; 1, or 0 where it is added."""
+    seen = shape.real_kept(dims[-1]) if dims[-1] >= shape.total else shape.real[:, : dims[-1]]
+    seen = seen & (np.arange(dims[-1]) < shape.total)  # a static cache's free places
+    if "S" in each.axes:
+        at = np.arange(dims[-1]) - shape.past
+        rows = at <= np.arange(shape.new)[:, None] if causal else np.True_
+        seen = seen[:, None, :] & rows
+        if len(dims) == 4:
+            seen = seen[:, None]
+    seen = np.broadcast_to(seen[: dims[0]], dims) if len(dims) > 1 else seen[0]
+    if each.additive:
+        return np.where(seen, 0, np.finfo(each.dtype.numpy()).min)
+    return seen
+
+
+def _dims(each: InputRole, roles: Roles, shape: RunShape) -> tuple[int, ...]:
+    """The size of every dim: fixed ones as they are, symbols by what they stand for."""
+    past, total = shape.past, shape.total
+    pair = roles.pair_of(each.name)
+    if pair is not None and pair.cap is not None:
+        past = min(past, pair.cap)
+    if roles.static_length is not None:
+        total = roles.static_length
+    sizes = {"B": shape.batch, "S": shape.new, "P": past, "T": total, "E": shape.encoder}
+    dims = []
+    for dim, letter in zip(each.shape, each.axes, strict=True):
+        if isinstance(dim, int):
+            # A cropped cache fixed at its full length is fed that much.
+            dims.append(dim)
+            continue
+        letter = letter or roles.symbols.get(dim or "", "")
+        dims.append(sizes.get(letter, shape.encoder))
+    return tuple(dims)
+
+
+def _uneven(batch: int, most: int) -> tuple[int, ...]:
+    return tuple((most, 0, (most + 1) // 2)[row % 3] for row in range(batch))

@@ -1,0 +1,438 @@
+"""What every input and output of a graph is for, read from the structure around it.
+
+    roles = find_roles(model)
+    roles.named("ids")[0].bound          # rows of the embedding table
+    roles.pairs[0].past, roles.pairs[0].present, roles.pairs[0].axis
+
+Works on a graph as any exporter left it, on fused ones and on ours. An input is followed
+forwards through views and arithmetic to what it is used for: rows of a table, angles, scores,
+a place in a cache. An output is followed backwards to the past that it continues. Names are
+asked only where two inputs are used alike, or where an input is not used at all.
+
+Axes are letters: B batch, S new tokens, P past, T past and new, L length of a static cache,
+K key/value heads, D head size, E encoder length, H hidden size, "" none of these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import onnx_ir as ir
+from onnx_ir.passes.common import InlinePass
+
+from onnxgen.analysis.role_joins import Join, find_joins
+from onnxgen.analysis.role_uses import Evidence, Uses
+from onnxgen.errors import UsageError
+
+Dim = int | str | None
+
+ROLES: Mapping[str, str] = {
+    "ids": "int [B,S]: rows of the embedding table",
+    "type_ids": "int [B,S]: rows of the token type table",
+    "positions": "int [B,S], [S] or [3,B,S]: angles of a rotary, or rows of a position table",
+    "mask": "int, bool or float [B,T], or [B,1,S,T]: which keys may be seen",
+    "past": "float [B,K,P,D]: a cache that a present output continues by growing",
+    "static_past": "float [B,K,L,D]: a cache of fixed length that is written in place",
+    "cache_position": "int [S]: where a static cache is written",
+    "cache_length": "int [] or [1]: how many tokens a static cache holds",
+    "embeds": "float [B,S,H]: what the embedding table would have given",
+    "pixels": "float: an image or video that meets a convolution",
+    "features": "float: audio or other features of an encoder",
+    "encoder_states": "float [B,E,H]: what cross-attention reads",
+    "encoder_mask": "int, bool or float [B,E]: which encoder states may be seen",
+    "cross_past": "float [B,K,E,D]: keys or values of the encoder states",
+    "use_cache_branch": "bool [1]: chooses a merged decoder's branch",
+    "constant_like": "passes straight through to an output, or is not used",
+    "unknown": "none of these",
+}
+
+# Asked last, the first that fits: where structure leaves several readings, or none.
+_NAMES = (
+    ("type_ids", r"token_?type|segment"),
+    ("cache_position", r"cache_position"),
+    ("positions", r"pos(ition)?"),
+    ("encoder_mask", r"encoder.*mask"),
+    ("mask", r"mask"),
+    ("ids", r"(^|[._])ids$|input_ids|tokens?$"),
+)
+
+
+@dataclass(frozen=True)
+class InputRole:
+    """What one graph input is for.
+
+    Attributes:
+        name: the input's name.
+        role: a key of ROLES.
+        dtype: its element type.
+        shape: its dims: int where fixed (a symbol that is a number is fixed too), else the
+            symbol, None where nothing is said.
+        axes: a letter for each dim, "" where it is none of the module's.
+        bound: rows of the table it indexes; 0 where there is none.
+        additive: a float mask that is added to the scores as it is (0 where seen).
+    """
+
+    name: str
+    role: str
+    dtype: ir.DataType
+    shape: tuple[Dim, ...]
+    axes: tuple[str, ...] = ()
+    bound: int = 0
+    additive: bool = False
+
+
+@dataclass(frozen=True)
+class CachePair:
+    """A past input and the present output that continues it.
+
+    Attributes:
+        past, present: their names.
+        axis: the axis that grows (P), or that is written to (L, static).
+        static: the cache has a fixed length and is written in place.
+        cap: the longest present of a cropped sliding cache (window - 1), None where it is free.
+        heads, head_size: K and D where they are fixed and the cache has rank 4, else 0.
+    """
+
+    past: str
+    present: str
+    axis: int
+    static: bool = False
+    cap: int | None = None
+    heads: int = 0
+    head_size: int = 0
+
+
+@dataclass(frozen=True)
+class OutputRole:
+    """What one graph output is.
+
+    Attributes:
+        name: the output's name.
+        role: "present" (see Roles.pairs), "copy" (an input passed through), "rows" (one row for
+            each new token, such as logits [B,S,V]) or "other".
+        dtype, shape, axes: as for InputRole.
+    """
+
+    name: str
+    role: str
+    dtype: ir.DataType | None
+    shape: tuple[Dim, ...] | None
+    axes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Roles:
+    """What the inputs and outputs of a graph are for.
+
+    Attributes:
+        inputs, outputs: by name, in graph order; initializers that are listed as inputs
+            are left out.
+        pairs: caches, in input order.
+        fixed: lengths that the graph fixes, by axis letter.
+        symbols: the axis letter of each symbolic dim.
+    """
+
+    inputs: Mapping[str, InputRole]
+    outputs: Mapping[str, OutputRole]
+    pairs: tuple[CachePair, ...] = ()
+    fixed: Mapping[str, int] = field(default_factory=dict)
+    symbols: Mapping[str, str] = field(default_factory=dict)
+
+    def named(self, role: str) -> list[InputRole]:
+        """The inputs of one role, in graph order."""
+        return [each for each in self.inputs.values() if each.role == role]
+
+    def pair_of(self, name: str) -> CachePair | None:
+        """The cache pair whose past or present bears this name."""
+        return next((pair for pair in self.pairs if name in (pair.past, pair.present)), None)
+
+    @property
+    def static_length(self) -> int | None:
+        """L: the length of the static caches, None where caches grow."""
+        return self.fixed.get("L")
+
+
+def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> Roles:
+    """What every input and output of the model is for. The model is not changed.
+
+    Args:
+        overrides: roles given by the user, by input name; they win.
+
+    Raises:
+        UsageError: an override names no input, or no role.
+    """
+    overrides = overrides or {}
+    if model.functions:
+        model = model.clone()
+        InlinePass()(model)
+    graph = model.graph
+    inputs = [value for value in graph.inputs if value.name not in graph.initializers]
+    _check(overrides, [str(value.name) for value in inputs])
+
+    uses = Uses(graph)
+    joins = find_joins(graph)
+    found = {str(value.name): uses.of(value) for value in inputs}
+    roles = _structural(inputs, found, joins)
+    _separate_tables(roles, found)
+    _separate_masks(roles, found, uses)
+    _ask_names(roles, found)
+    roles.update(overrides)
+
+    grown = {j.past: j for j in joins if roles.get(j.past) in ("past", "static_past")}
+    named: dict[str, InputRole] = {}
+    for value in inputs:
+        name = str(value.name)
+        shape = _shape(value) or ()
+        dtype = value.dtype or ir.DataType.UNDEFINED
+        axes = _axes(roles[name], shape, grown.get(name))
+        added = bool(found[name].scores) and dtype.is_floating_point() and len(shape) > 2
+        bound = max((t.rows for t in found[name].tables), default=0)
+        named[name] = InputRole(name, roles[name], dtype, shape, axes, bound, added)
+
+    capped = {name for name, join in grown.items() if join.cap is not None}
+    fixed, symbols = _lengths(named.values(), capped)
+    pairs = tuple(_pair(grown[name], named[name]) for name in named if name in grown)
+    copies = {join.present for join in joins if not join.grows}
+    outputs = {}
+    for value in graph.outputs:
+        output = _output(value, pairs, copies, symbols, named)
+        outputs[output.name] = output
+    return Roles(named, outputs, pairs, fixed, symbols)
+
+
+def _check(overrides: Mapping[str, str], names: Sequence[str]) -> None:
+    for name, role in overrides.items():
+        if name not in names:
+            raise UsageError(f"--role {name}={role}: no such input; inputs: {', '.join(names)}")
+        if role not in ROLES:
+            raise UsageError(f"--role {name}={role}: no such role; roles: {', '.join(ROLES)}")
+
+
+def _structural(
+    inputs: Sequence[ir.Value], found: Mapping[str, Evidence], joins: Sequence[Join]
+) -> dict[str, str]:
+    """The role of each input as far as its own uses tell."""
+    grown = {join.past: join for join in joins if join.grows}
+    copied = {join.past for join in joins if not join.grows}
+    roles: dict[str, str] = {}
+    for value in inputs:
+        name, uses = str(value.name), found[str(value.name)]
+        if name in grown:
+            roles[name] = "static_past" if grown[name].static else "past"
+        elif value.dtype is not None and value.dtype.is_floating_point():
+            roles[name] = _float_role(value, uses)
+        else:
+            roles[name] = _integer_role(value, uses)
+        if roles[name] == "unknown" and name in copied:
+            roles[name] = "constant_like"
+    main = {"ids", "embeds"} & set(roles.values())
+    for name, role in roles.items():
+        # Alone, projected states are an encoder's features; beside a main path, they are read.
+        if role == "encoder_states" and not main:
+            roles[name] = "features"
+    return roles
+
+
+def _integer_role(value: ir.Value, uses: Evidence) -> str:
+    rank = None if value.shape is None else len(value.shape)
+    if uses.branch:
+        return "use_cache_branch"
+    if any(table.direct for table in uses.tables):
+        return "ids"  # or type_ids, or positions: separated below
+    if uses.writes and rank is not None and rank < 2:
+        return "cache_length" if rank == 0 else "cache_position"
+    if uses.angles == "direct":
+        return "cache_length" if rank == 0 else "positions"
+    if uses.scores or uses.lengths or uses.tables or uses.angles:
+        return "mask" if rank != 0 else "unknown"
+    return "unknown"
+
+
+def _float_role(value: ir.Value, uses: Evidence) -> str:
+    rank = len(value.shape) if value.shape is not None else 0
+    if uses.convolved:
+        return "pixels" if rank >= 4 else "features"
+    if uses.scores and not uses.normed:
+        return "mask"
+    if uses.attended and rank >= 3:
+        return "cross_past"
+    if uses.normed or (uses.added and rank == 3):
+        return "embeds"
+    if uses.projected:
+        return "encoder_states" if rank == 3 else "features"
+    return "unknown"
+
+
+def _separate_tables(roles: dict[str, str], found: Mapping[str, Evidence]) -> None:
+    """Tell ids, type_ids and positions apart: each indexes a table whose rows are added."""
+    rivals = [name for name, role in roles.items() if role == "ids"]
+    rows = {name: max(t.rows for t in found[name].tables if t.direct) for name in rivals}
+    hints = {name: _hint(name) for name in rivals}
+    if len(rivals) == 1 and "embeds" not in roles.values():
+        return
+    for name in rivals:
+        if hints[name] in ("type_ids", "positions", "ids"):
+            roles[name] = str(hints[name])
+    open_ = [name for name in rivals if hints[name] not in ("type_ids", "positions", "ids")]
+    if not open_:
+        return
+    # Without names: the largest table is the vocabulary, a table of a few rows the types.
+    largest = max(open_, key=lambda name: rows[name])
+    for name in open_:
+        taken = name != largest or any(roles[n] == "ids" for n in rivals if n not in open_)
+        if taken:
+            roles[name] = "type_ids" if rows[name] <= 16 else "positions"
+
+
+def _separate_masks(roles: dict[str, str], found: Mapping[str, Evidence], uses: Uses) -> None:
+    """Tell the mask of cross-attention from the mask of self-attention.
+
+    The first self-attention knows nothing of the encoder; every cross-attention does.
+    """
+    encoder = [n for n, role in roles.items() if role in ("encoder_states", "cross_past")]
+    masks = [name for name, role in roles.items() if role == "mask"]
+    if not encoder or not masks:
+        return
+    reached = uses.reach(encoder)
+    for name in masks:
+        scores = found[name].scores
+        if scores and all(out in reached for node in scores for out in node.outputs):
+            roles[name] = "encoder_mask"
+
+
+def _ask_names(roles: dict[str, str], found: Mapping[str, Evidence]) -> None:
+    for name, role in roles.items():
+        if role == "unknown":
+            hint = _hint(name)
+            if hint is not None and not found[name].any_use:
+                roles[name] = hint
+            elif not found[name].any_use:
+                roles[name] = "constant_like"
+
+
+def _hint(name: str) -> str | None:
+    return next((role for role, words in _NAMES if re.search(words, name.lower())), None)
+
+
+def _axes(role: str, shape: tuple[Dim, ...], join: Join | None) -> tuple[str, ...]:
+    """A letter for each dim of an input of this role."""
+    rank = len(shape)
+    if join is not None:
+        letters = {1: ["B"], 2: ["B", "D"], 3: ["B", "K", "D"]}.get(rank - 1)
+        if rank == 3:
+            letters = ["B", "D"]
+        if letters is None:  # keys and values, or layers, packed in front
+            letters = [""] * (rank - 4) + ["B", "K", "D"]
+        letters.insert(join.axis, "L" if join.static else "P")
+        return tuple(letters)
+    long = {"mask": "T", "encoder_mask": "E"}.get(role)
+    if long:
+        if rank == 4:
+            return ("B", "", "S", long)
+        return ("B", "S", long)[-rank:] if rank == 3 else ("B", long)[-rank:] if rank else ()
+    if role in ("ids", "type_ids", "positions"):
+        return ("",) * (rank - 2) + ("B", "S")[-rank:] if rank else ()
+    if role == "cache_position":
+        return ("",) * (rank - 1) + ("S",)
+    if role in ("embeds", "encoder_states"):
+        return ("B", "S" if role == "embeds" else "E", "H")[:rank]
+    if role == "cross_past":
+        return ("B", "K", "E", "D") if rank == 4 else ("B", "E", "H")[:rank]
+    if role in ("pixels", "features") and rank:
+        return ("B",) + ("",) * (rank - 1)
+    return ("",) * rank
+
+
+def _lengths(
+    inputs: Iterable[InputRole], capped: Collection[str]
+) -> tuple[dict[str, int], dict[str, str]]:
+    """Lengths that the inputs fix, and the letter of each symbol.
+
+    Args:
+        capped: cropped caches; the length of such a one is not how much came before.
+    """
+    fixed: dict[str, int] = {}
+    free: set[str] = set()
+    symbols: dict[str, str] = {}
+    for each in inputs:
+        for dim, letter in zip(each.shape, each.axes, strict=True):
+            if not letter:
+                continue
+            if isinstance(dim, str):
+                symbols.setdefault(dim, letter)
+                free.add(letter)
+            elif isinstance(dim, int) and letter in "BSPTEL":
+                if letter == "P" and each.name in capped:
+                    continue
+                # Layers may differ: the longest counts.
+                fixed[letter] = max(fixed.get(letter, 0), dim)
+    # A mask [1,T] beside ids [B,S] is broadcast and fixes nothing.
+    if fixed.get("B") == 1 and "B" in free:
+        del fixed["B"]
+    if "L" in fixed:
+        fixed.pop("T", None)  # the mask spans the cache, not the tokens so far
+    elif "T" in fixed and "S" in fixed:
+        fixed.setdefault("P", fixed["T"] - fixed["S"])
+    elif "T" in fixed and "P" in fixed:
+        fixed.setdefault("S", fixed["T"] - fixed["P"])
+    return fixed, symbols
+
+
+def _pair(join: Join, past: InputRole) -> CachePair:
+    sizes = {
+        letter: dim
+        for letter, dim in zip(past.axes, past.shape, strict=True)
+        if isinstance(dim, int)
+    }
+    return CachePair(
+        join.past,
+        join.present,
+        join.axis,
+        join.static,
+        join.cap,
+        sizes.get("K", 0),
+        sizes.get("D", 0),
+    )
+
+
+def _output(
+    value: ir.Value,
+    pairs: Sequence[CachePair],
+    copies: set[str],
+    symbols: Mapping[str, str],
+    inputs: Mapping[str, InputRole],
+) -> OutputRole:
+    name, shape = str(value.name), _shape(value)
+    blank = OutputRole(name, "other", value.dtype, shape, ("",) * len(shape or ()))
+    pair = next((pair for pair in pairs if pair.present == name), None)
+    if pair is not None:
+        axes = tuple("T" if letter == "P" else letter for letter in inputs[pair.past].axes)
+        return replace(blank, role="present", axes=axes)
+    if name in copies:
+        return replace(blank, role="copy")
+    if shape is None:
+        return blank
+    axes = tuple(symbols.get(dim, "") if isinstance(dim, str) else "" for dim in shape)
+    tokens = any(each.role in ("ids", "embeds") for each in inputs.values())
+    if "S" in axes:
+        return replace(blank, role="rows", axes=axes)
+    # TorchScript names a symbol of its own for each output, and a length may be fixed.
+    if tokens and len(shape) == 3:
+        return replace(blank, role="rows", axes=("B", "S", ""))
+    return replace(blank, axes=axes)
+
+
+def _shape(value: ir.Value) -> tuple[Dim, ...] | None:
+    if value.shape is None:
+        return None
+    dims: list[Dim] = []
+    for dim in value.shape:
+        if isinstance(dim, int):
+            dims.append(dim)
+        elif dim.value is None:
+            dims.append(None)
+        else:
+            dims.append(int(dim.value) if str(dim.value).isdigit() else str(dim.value))
+    return tuple(dims)
