@@ -1,0 +1,347 @@
+"""The `onnxgen` command: reads words, calls the pipeline, prints what it reports.
+
+Nothing is decided here but how things are said. Heavy modules are imported by the commands
+that need them, so that `onnxgen --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from onnxgen import __version__
+from onnxgen.errors import OnnxgenError, RefusedError, UsageError
+from onnxgen.report import as_json, files
+from onnxgen.report.values import Proof, Report
+
+Progress = Callable[[str], None]
+
+INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+
+
+class _Program(click.Group):
+    """Turns every failure into one sentence and its documented exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):  # "→" must not fail where it cannot be said
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        try:
+            return super().invoke(ctx)
+        except OnnxgenError as error:
+            _say_error(error)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("Interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+            raise
+        except Exception as error:
+            _say_error(_unexpected(error))
+            ctx.exit(RefusedError.exit_code)
+
+
+@click.group(cls=_Program, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="onnxgen")
+def main() -> None:
+    """Rewrite exported ONNX models to the newest standard ops, and prove each rewrite.
+
+    Exit codes: 0 done, and proven unless told not to; 1 the result differs; 2 usage;
+    3 refused or unverifiable; 4 a file cannot be read or written; 5 an expectation was
+    not met.
+
+    \b
+    Example:
+      onnxgen fuse model.onnx
+    """
+
+
+_role = click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    metavar="NAME=ROLE",
+    help="Say what an input is for, such as tokens=ids, where its use leaves that open. Repeatable.",
+)
+_report = click.option(
+    "--report",
+    "report_file",
+    type=click.Path(path_type=Path),
+    metavar="FILE.json",
+    help="Write the report as JSON, whatever the outcome.",
+)
+_json = click.option(
+    "--json", "json_output", is_flag=True, help="Print the report as JSON and nothing else."
+)
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    metavar="OUT",
+    help="Where to write; MODEL with .fused.onnx unless given.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["onnx"]),
+    default="onnx",
+    show_default=True,
+    help="What the result is to run on: the ONNX standard.",
+)
+@click.option(
+    "--no-verify", is_flag=True, help="Run nothing, per-rewrite checks included: unproven."
+)
+@click.option(
+    "--disable",
+    multiple=True,
+    metavar="CODE",
+    help="Leave out the rule with this code. Repeatable.",
+)
+@click.option("--opset", type=click.IntRange(min=1), metavar="N", help="Write this opset.")
+@click.option("--inline", is_flag=True, help="Expand functions of our own to standard ops.")
+@click.option("--force", is_flag=True, help="Allow OUT to replace MODEL.")
+@_role
+@_report
+@_json
+def fuse(
+    model: Path,
+    output: Path | None,
+    target: str,
+    no_verify: bool,
+    disable: tuple[str, ...],
+    opset: int | None,
+    inline: bool,
+    force: bool,
+    roles: tuple[str, ...],
+    report_file: Path | None,
+    json_output: bool,
+) -> None:
+    """Fuse MODEL's attention, norms and rotary embeddings, prove the result, and write it.
+
+    Every rewrite is checked where it happens, then the whole model is compared with the
+    original on ONNX Runtime. Where it differs nothing is written.
+
+    \b
+    Example:
+      onnxgen fuse model.onnx -o fused.onnx --report report.json
+    """
+    from onnxgen import pipeline
+
+    output = output or default_output(model)
+    _check_report_file(report_file, model, output)
+    options = pipeline.FuseOptions(
+        output=output,
+        target=target,
+        verify=not no_verify,
+        disable=disable,
+        opset=opset,
+        inline=inline,
+        roles=parse_roles(roles),
+        force=force,
+    )
+
+    def show(report: Report | None, code: int, error: str | None) -> None:
+        document = as_json.dumps(as_json.fuse_document(report, code, error))
+        _show(document, report, report_file, json_output)
+
+    with _outcome(show) as outcome, _progress() as progress:
+        outcome.value = report = pipeline.fuse(model, options, progress)
+        outcome.exit_code = proof_exit_code(report.proof, unproven=0)
+
+
+@main.command()
+@click.argument("original", type=click.Path(path_type=Path))
+@click.argument("rewritten", type=click.Path(path_type=Path))
+@_role
+@_report
+@_json
+def verify(
+    original: Path,
+    rewritten: Path,
+    roles: tuple[str, ...],
+    report_file: Path | None,
+    json_output: bool,
+) -> None:
+    """Compare two models that have the same inputs and outputs, by running both.
+
+    \b
+    Example:
+      onnxgen verify model.onnx model.fused.onnx
+    """
+    from onnxgen import pipeline
+
+    _check_report_file(report_file, original, rewritten)
+    parsed = parse_roles(roles)
+
+    def show(proof: Proof | None, code: int, error: str | None) -> None:
+        document = as_json.verify_document(str(original), str(rewritten), proof, code, error)
+        _show(as_json.dumps(document), proof, report_file, json_output)
+
+    with _outcome(show) as outcome, _progress() as progress:
+        outcome.value = proof = pipeline.verify(
+            original, rewritten, roles=parsed, progress=progress
+        )
+        outcome.exit_code = proof_exit_code(proof, unproven=RefusedError.exit_code)
+
+
+@main.command()
+@click.option(
+    "--keep",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Keep the model and the fused model in this folder.",
+)
+def demo(keep: Path | None) -> None:
+    """Grow a small exported decoder that ships with onnxgen, fuse it and prove it.
+
+    \b
+    Example:
+      onnxgen demo --keep demo
+    """
+    from onnxgen import pipeline, testing
+
+    def show(report: Report | None, code: int, error: str | None) -> None:
+        _show("", report, None, False)
+        if keep is None:
+            click.echo(
+                "Both models are in a temporary folder and removed now: --keep DIR keeps them"
+            )
+
+    with contextlib.ExitStack() as stack:
+        if keep is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="onnxgen-")))
+        else:
+            folder = keep
+            files.make_folder(folder)
+        with _outcome(show) as outcome, _progress() as progress:
+            progress("growing the demo model")
+            model = testing.write_demo_model(folder)
+            options = pipeline.FuseOptions(output=default_output(model))
+            outcome.value = report = pipeline.fuse(model, options, progress)
+            outcome.exit_code = proof_exit_code(report.proof, unproven=RefusedError.exit_code)
+
+
+def default_output(model: Path) -> Path:
+    """MODEL with .fused.onnx: `model.onnx` gives `model.fused.onnx`, beside it."""
+    stem = model.name.removesuffix(".onnx")
+    return model.with_name(f"{stem}.fused.onnx")
+
+
+def parse_roles(words: Sequence[str]) -> Mapping[str, str]:
+    """`NAME=ROLE` words as a mapping; a name may hold "=", a role does not.
+
+    Raises:
+        UsageError: a word is not of that form, or a name has two roles.
+    """
+    roles: dict[str, str] = {}
+    for word in words:
+        name, equals, role = word.rpartition("=")
+        if not (name and equals and role):
+            raise UsageError(f"--role {word} is not of the form NAME=ROLE")
+        if roles.setdefault(name, role) != role:
+            raise UsageError(f"--role gives {name} two roles, {roles[name]} and {role}")
+    return roles
+
+
+def proof_exit_code(proof: Proof | None, *, unproven: int) -> int:
+    """The exit code of a command that ended with this proof.
+
+    Args:
+        proof: None counts as unproven.
+        unproven: the code where nothing was run; 0 where the user asked for that.
+    """
+    if proof is None:
+        return unproven
+    codes = {"proven": 0, "differs": 1, "unproven": unproven, "unverifiable": 3}
+    return codes[proof.status]
+
+
+class _Outcome:
+    value: Any = None
+    exit_code: int = 0
+
+
+@contextmanager
+def _outcome(show: Callable[[Any, int, str | None], None]) -> Iterator[_Outcome]:
+    """Run a command's work; whatever the end, show what there is, then exit with its code."""
+    outcome = _Outcome()
+    failure: OnnxgenError | None = None
+    try:
+        yield outcome
+    except OnnxgenError as error:
+        failure = error
+    except Exception as error:
+        failure = _unexpected(error)
+    if failure is not None:
+        try:
+            show(getattr(failure, "report", None), failure.exit_code, str(failure))
+        except OnnxgenError as error:  # the report cannot be written: the first failure counts
+            _say_error(error)
+        raise failure
+    show(outcome.value, outcome.exit_code, None)
+    if outcome.exit_code:
+        sys.exit(outcome.exit_code)
+
+
+def _show(
+    document: str, value: Report | Proof | None, report_file: Path | None, json_output: bool
+) -> None:
+    if report_file is not None:
+        files.write_text(report_file, document)
+    if json_output:
+        click.echo(document, nl=False)
+    elif value is not None:
+        from onnxgen.report import text
+
+        text.console().print(text.render(value))
+
+
+def _check_report_file(report_file: Path | None, *others: Path) -> None:
+    if report_file is None:
+        return
+    for other in others:
+        if report_file.absolute() == other.absolute():
+            raise UsageError(f"--report {report_file} is a model of this command")
+    files.check_writable(report_file)
+
+
+def _say_error(error: Exception) -> None:
+    click.echo(f"Error: {error}", err=True)
+
+
+def _unexpected(error: Exception) -> OnnxgenError:
+    """A failure of onnxgen itself, as a sentence."""
+    if os.environ.get("ONNXGEN_DEBUG") == "1":
+        traceback.print_exception(error)
+    detail = " ".join(str(error).split())[:300]
+    return RefusedError(
+        f"onnxgen failed unexpectedly ({type(error).__name__}: {detail}); this is a bug, please "
+        "report it with what ONNXGEN_DEBUG=1 prints"
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """What is being done, on one line of stderr while it is a terminal; nothing in a pipe."""
+    if not sys.stderr.isatty():
+        yield lambda message: None
+        return
+    from rich.text import Text
+
+    from onnxgen.report import text
+
+    with text.console(stderr=True).status(Text("starting")) as status:
+        yield lambda message: status.update(Text(message))

@@ -1,0 +1,84 @@
+"""The command reference, written from the commands themselves.
+
+python -m onnxgen.cli_reference > cli.md
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+import click
+
+from onnxgen.cli import main
+
+
+def reference() -> str:
+    """cli.md: every command with its usage, arguments, options and example."""
+    lines = [
+        "# Commands",
+        "",
+        "Generated from the commands by `python -m onnxgen.cli_reference > cli.md`.",
+        "",
+        *_command("onnxgen", main),
+    ]
+    for name, command in sorted(main.commands.items()):
+        if not command.hidden:
+            lines += ["", *_command(f"onnxgen {name}", command)]
+    return "\n".join(lines) + "\n"
+
+
+def _command(name: str, command: click.Command) -> Iterator[str]:
+    yield f"## {name}"
+    yield ""
+    yield f"    {name} {_usage(command)}"
+    yield from _help(command.help or "")
+    options = [param for param in command.params if isinstance(param, click.Option)]
+    shown = [option for option in options if not option.hidden]
+    if shown:
+        yield ""
+        yield "| option | meaning |"
+        yield "|---|---|"
+        for option in shown:
+            yield f"| `{_spelling(option)}` | {_meaning(option)} |"
+
+
+def _usage(command: click.Command) -> str:
+    arguments = [p for p in command.params if isinstance(p, click.Argument)]
+    words = ["[OPTIONS]", *(str(argument.name).upper() for argument in arguments)]
+    if isinstance(command, click.Group):
+        words.append("COMMAND")
+    return " ".join(words)
+
+
+def _help(text: str) -> Iterator[str]:
+    """A docstring's paragraphs; those that click leaves as they are become code."""
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        yield ""
+        if not paragraph.startswith("\b\n"):
+            yield " ".join(paragraph.split())
+            continue
+        title, *code = paragraph.removeprefix("\b\n").splitlines()
+        yield title
+        yield ""
+        yield from (f"    {line.strip()}" for line in code)
+
+
+def _spelling(option: click.Option) -> str:
+    spelling = ", ".join(option.opts)
+    if option.is_flag or option.count:
+        return spelling
+    if isinstance(option.type, click.Choice):
+        return spelling + " " + "|".join(map(str, option.type.choices))
+    return f"{spelling} {option.metavar or option.type.name.upper()}"
+
+
+def _meaning(option: click.Option) -> str:
+    text = option.help or ""
+    if option.show_default:
+        text += f" Default: {option.default}."
+    return text
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

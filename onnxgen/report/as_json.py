@@ -1,0 +1,109 @@
+"""A command's outcome as JSON: documented, versioned, valid.
+
+Every document holds:
+
+- ``schema``: 1; it grows only when a key changes its meaning or goes.
+- ``onnxgen``: the version that wrote it.
+- ``command``: "fuse" or "verify".
+- ``exit_code``: what the command ended with (see README.md).
+- ``error``: the sentence the command ended with, null where it succeeded.
+
+``fuse`` adds ``report``: the fields of `onnxgen.report.values.Report`, sites, proof and cases
+nested, and two that are derived from them: ``summary``, by kind of site how many were found,
+fused, kept and undone, and in the proof ``worst``, the case with the largest difference. It is
+null where the command failed before there was anything to report.
+
+``verify`` adds ``original``, ``rewritten`` and ``proof``.
+
+Numbers that JSON cannot say are the strings "Infinity", "-Infinity" and "NaN".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from onnxgen import __version__
+from onnxgen.report.values import SCHEMA_VERSION, Proof, Report, Site
+
+
+def fuse_document(report: Report | None, exit_code: int, error: str | None) -> dict[str, Any]:
+    """The outcome of `onnxgen fuse`."""
+    document = _header("fuse", exit_code, error)
+    document["report"] = None
+    if report is not None:
+        document["report"] = {
+            **dataclasses.asdict(report),
+            "summary": summary(report.sites),
+            "proof": _proof(report.proof),
+        }
+    return document
+
+
+def verify_document(
+    original: str, rewritten: str, proof: Proof | None, exit_code: int, error: str | None
+) -> dict[str, Any]:
+    """The outcome of `onnxgen verify`."""
+    return {
+        **_header("verify", exit_code, error),
+        "original": original,
+        "rewritten": rewritten,
+        "proof": _proof(proof),
+    }
+
+
+def summary(sites: list[Site]) -> dict[str, dict[str, int]]:
+    """By kind, in the order met: how many sites were found, fused, kept and undone."""
+    counts: dict[str, dict[str, int]] = {}
+    for site in sites:
+        count = counts.setdefault(site.kind, {"found": 0, "fused": 0, "kept": 0, "undone": 0})
+        count["found"] += 1
+        count[site.status] += 1
+    return counts
+
+
+def dumps(document: Mapping[str, Any]) -> str:
+    """The document as text, valid JSON whatever numbers it holds."""
+    return json.dumps(_plain(document), indent=2, allow_nan=False) + "\n"
+
+
+def _header(command: str, exit_code: int, error: str | None) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA_VERSION,
+        "onnxgen": __version__,
+        "command": command,
+        "exit_code": exit_code,
+        "error": error,
+    }
+
+
+def _proof(proof: Proof | None) -> dict[str, Any] | None:
+    if proof is None:
+        return None
+    worst = proof.worst
+    return {
+        **dataclasses.asdict(proof),
+        "worst": None if worst is None else dataclasses.asdict(worst),
+    }
+
+
+def _plain(value: Any) -> Any:
+    """Only what JSON knows: NumPy scalars as numbers, tuples as lists, no NaN."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    if hasattr(value, "item"):  # a NumPy scalar
+        return _plain(value.item())
+    if isinstance(value, float):
+        if math.isnan(value):
+            return "NaN"
+        if math.isinf(value):
+            return "Infinity" if value > 0 else "-Infinity"
+        return value
+    return str(value)

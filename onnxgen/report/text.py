@@ -1,0 +1,180 @@
+"""A report as text for a person: counts by kind, and sites grouped by reason.
+
+A model of a hundred layers gives as many lines as one of two: equal things are said once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from onnxgen.report.as_json import summary
+from onnxgen.report.values import Case, Proof, Report, Site
+
+NAMES_SHOWN = 3
+GROUPS_SHOWN = 4
+
+_NAMES = {
+    "attention": "attention",
+    "rms_norm": "RMS norm",
+    "layer_norm": "layer norm",
+    "rotary": "rotary embedding",
+}
+_STYLES = {"proven": "green", "differs": "red", "unproven": "yellow", "unverifiable": "red"}
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is; NO_COLOR and pipes get no colours."""
+    return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def render(value: Report | Proof) -> RenderableType:
+    """A report, or a proof alone."""
+    return render_report(value) if isinstance(value, Report) else render_proof(value)
+
+
+def render_report(report: Report) -> RenderableType:
+    """Everything `onnxgen fuse` has to say."""
+    parts: list[RenderableType] = [_header(report)]
+    if report.sites:
+        parts.append(_counts(report))
+    else:
+        parts.append(Text("Nothing was found to fuse.", "yellow"))
+    parts += _fused(report.sites)
+    parts += _not_fused(report.sites)
+    parts.append(render_proof(report.proof))
+    parts += [_labelled("Warning", warning, "yellow") for warning in report.warnings]
+    parts.append(_footer(report))
+    return Group(*parts)
+
+
+def render_proof(proof: Proof | None) -> RenderableType:
+    """What was run, and the largest difference."""
+    if proof is None or proof.status == "unproven":
+        reason = proof.reason if proof is not None and proof.reason else "nothing was run"
+        return _labelled("Unproven", reason, _STYLES["unproven"])
+    lines: list[RenderableType] = []
+    ran = [case for case in proof.cases if not case.skipped]
+    status = proof.status.capitalize()
+    said = [proof.reason] if proof.reason else []
+    if ran:
+        said.append(f"{_many(len(ran), 'case')} run, {_largest(proof)}")
+    lines.append(_labelled(status, "; ".join(said), _STYLES[proof.status]))
+    if proof.rewrites:
+        lines.append(
+            Text(
+                f"  {_many(proof.rewrites, 'rewrite')} checked in place "
+                f"({_many(proof.structures, 'distinct structure')}), "
+                f"largest difference {proof.rewrite_difference:.1e}"
+            )
+        )
+    skipped: dict[str, list[Case]] = {}
+    for case in proof.cases:
+        if case.skipped:
+            skipped.setdefault(case.skipped, []).append(case)
+    for reason, cases in skipped.items():
+        names = _some(case.name for case in cases)
+        lines.append(Text(f"  {_many(len(cases), 'case')} skipped ({names}): {reason}", "yellow"))
+    return Group(*lines)
+
+
+def _largest(proof: Proof) -> str:
+    worst = proof.worst
+    assert worst is not None
+    where = ", ".join(filter(None, [worst.output and f"output {worst.output}", worst.name]))
+    return (
+        f"largest difference {worst.difference:.1e} standard deviations "
+        f"of {proof.tolerance:.0e} allowed ({where})"
+    )
+
+
+def _header(report: Report) -> Text:
+    changes = [f"target {report.target}"]
+    if report.opset_after:
+        changes.append(f"opset {report.opset_before} → {report.opset_after}")
+    if report.nodes_before:
+        changes.append(f"nodes {report.nodes_before} → {report.nodes_after}")
+    return Text.assemble((report.input, "bold"), ": ", ", ".join(changes))
+
+
+def _counts(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("site")
+    columns = ["found", "fused", "kept", "undone"]
+    counts = summary(report.sites)
+    if not any(count["undone"] for count in counts.values()):
+        columns.remove("undone")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for kind, count in counts.items():
+        style = "green" if count["fused"] == count["found"] else "yellow"
+        cells = [str(count[column]) for column in columns]
+        table.add_row(_NAMES.get(kind, kind), *cells, style=style)
+    return table
+
+
+def _fused(sites: Sequence[Site]) -> Iterator[Text]:
+    """What was fused, equal sites on one line."""
+    groups: dict[tuple[str, str], list[Site]] = {}
+    for site in sites:
+        if site.status == "fused":
+            details = ", ".join(f"{key} {value}" for key, value in site.details.items())
+            groups.setdefault((site.kind, details), []).append(site)
+    by_kind: dict[str, int] = {}
+    for (kind, details), group in groups.items():
+        by_kind[kind] = by_kind.get(kind, 0) + 1
+        if details and by_kind[kind] <= GROUPS_SHOWN:
+            yield Text(f"Fused {_NAMES.get(kind, kind)} ({len(group)}): {details}")
+    for kind, count in by_kind.items():
+        if count > GROUPS_SHOWN:
+            more = _many(count - GROUPS_SHOWN, "other form")
+            yield Text(f"Fused {_NAMES.get(kind, kind)}: and {more} (--json lists all)")
+
+
+def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:
+    """What was kept or undone, and why, one line a reason."""
+    groups: dict[tuple[str, str, str, str], list[Site]] = {}
+    for site in sites:
+        if site.status != "fused":
+            rule = site.decline.rule if site.decline else site.rule
+            code = site.decline.code if site.decline else ""
+            groups.setdefault((site.status, site.kind, rule, code), []).append(site)
+    for (status, kind, rule, code), group in groups.items():
+        reasons = {site.decline.reason for site in group if site.decline}
+        reason = min(reasons, default="no reason was given")
+        if len(reasons) > 1:
+            reason += f" (and {_many(len(reasons) - 1, 'like reason')})"
+        where = _some(site.scope or site.node for site in group)
+        label = f"{status} {_NAMES.get(kind, kind)} ({len(group)})"
+        yield _labelled(
+            label, f"{' '.join(filter(None, [rule, code]))}: {reason} [{where}]", "yellow"
+        )
+
+
+def _footer(report: Report) -> Text:
+    total = sum(report.seconds.values())
+    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in report.seconds.items())
+    took = f" in {total:.2f} s ({stages})" if stages else ""
+    if report.output:
+        return Text.assemble("Written to ", (report.output, "bold"), took)
+    return Text.assemble(("Nothing was written", "bold"), took)
+
+
+def _labelled(label: str, text: str, style: str) -> Text:
+    label = label[:1].upper() + label[1:]
+    return Text.assemble((f"{label}: " if text else label, style), text)
+
+
+def _some(names: Iterable[str]) -> str:
+    """The first few of many names."""
+    names = list(names)
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
