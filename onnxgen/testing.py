@@ -96,7 +96,8 @@ class CorpusEntry:
     A form is an exporter (`torchscript`, `dynamo18`, `dynamo20`, `dynamo23`, `transformers`),
     followed by what is special about the export: `-eager`, `-decode` (one new token), `-static`
     (a cache of fixed length), `-prefill` (no past), `-fp16`, `-cropped` (sliding layers keep the
-    last W-1 tokens), `-batched` or `-unrolled` (how experts run).
+    last W-1 tokens), `-sliding` (a cache that knows its window, not cropped), `-batched` (how
+    experts run).
     """
 
     model: str

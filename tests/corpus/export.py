@@ -46,6 +46,7 @@ FAILURES = HERE / "failures.json"
 README = HERE / "README.md"
 KEPT_METADATA = ("pkg.torch.onnx.name_scopes", "pkg.torch.onnx.class_hierarchy")
 PROBES = ((2, 4, 7), (1, 5, 0), (2, 3, 0), (1, 1, 9), (2, 1, 3), (2, 2, 2))
+MORE_PAST = ((2, 3, 5), (1, 6, 12), (2, 1, 17))
 TRACED = (2, 4, 7)  # B, S, P: pairwise distinct, and none of them 0 or 1
 STATIC_LENGTH = 20
 
@@ -99,7 +100,7 @@ MORE = (
     "torchscript-fp16",
     "dynamo20-fp16",
 )
-CROPPED = (*BASIC, "torchscript-cropped", "dynamo20-cropped", "transformers-cropped")
+CROPPED = (*BASIC, "torchscript-cropped", "dynamo20-cropped", "transformers-sliding")
 EXPERTS = (
     "torchscript-batched",
     "dynamo20-batched",
@@ -207,7 +208,7 @@ MODELS = (
     Model("gpt2", "GPT2LMHeadModel", gpt, BASIC),
     Model("opt", "OPTForCausalLM", lambda d: {**wide(d), "ffn_dim": d.inner, "word_embed_proj_dim": d.width}, BASIC),
     Model("gpt_neox", "GPTNeoXForCausalLM", lambda d: {**wide(d), "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1 / 3}}, BASIC),
-    Model("falcon", "FalconForCausalLM", lambda d: {**wide(d), "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False, "bias": False}, BASIC),
+    Model("falcon", "FalconForCausalLM", lambda d: {**wide(d), "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False, "bias": False}, (*BASIC, "dynamo23-eager")),
     Model("bloom", "BloomForCausalLM", lambda d: {**wide(d), "n_head": d.heads, "n_layer": d.layers, "num_hidden_layers": d.layers}, BASIC, attention="eager"),
     Model("gptj", "GPTJForCausalLM", lambda d: {**gpt(d), "rotary_dim": 16}, BASIC, attention="eager"),
     Model("mixtral", "MixtralForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": None}, EXPERTS),
@@ -253,7 +254,9 @@ def liven(module: nn.Module) -> dict[str, Growth]:
     """
     embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
     conv1d = {id(m.weight) for m in module.modules() if type(m).__name__ == "Conv1D"}
-    frozen = {id(m.weight) for n, m in module.named_modules() if n.endswith("encoder.embed_positions")}
+    frozen = {
+        id(m.weight) for n, m in module.named_modules() if n.endswith("encoder.embed_positions")
+    }
     growths = {}
     named = list(module.named_parameters())
     named += [(n, b) for n, b in module.named_buffers() if n.endswith("e_score_correction_bias")]
@@ -311,7 +314,9 @@ class Wrapper(nn.Module):
     forward takes the inputs in order; those from the first past on come as one tuple.
     """
 
-    def __init__(self, module: nn.Module, kind: str, mods: Sequence[str], inputs: list[Input]) -> None:
+    def __init__(
+        self, module: nn.Module, kind: str, mods: Sequence[str], inputs: list[Input]
+    ) -> None:
         super().__init__()
         self.m = module
         self.kind = kind
@@ -339,7 +344,7 @@ class Wrapper(nn.Module):
         )
         if "prefill" in self.mods:
             return (out.logits,)
-        return (out.logits, *(t for l in cache.layers for t in (l.keys, l.values)))
+        return (out.logits, *(t for layer in cache.layers for t in (layer.keys, layer.values)))
 
     def encoder(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
         types = {"token_type_ids": given["types"]} if "types" in given else {}
@@ -365,7 +370,8 @@ class Wrapper(nn.Module):
         keys = {}
         if "encoder_mask" in given and "T5" in type(self.m).__name__:
             keys["attention_mask"] = given["encoder_mask"]
-        hidden = given["features"]
+        # With its cache filled, cross-attention asks nothing but the length of hidden states.
+        hidden = given["features"] if "features" in given else pairs[1][0][:, 0]
         out = self.m(
             encoder_outputs=(hidden,), decoder_input_ids=given["ids"],
             past_key_values=cache, use_cache=True, **keys,
@@ -388,7 +394,10 @@ def inputs_of(model: Model, dims: Dims, mods: Sequence[str], module: nn.Module) 
     if model.kind == "audio":
         return [Input("input_features", "features", ("B", 16, 28), real)]
     if model.kind == "encoder":
-        inputs = [Input("input_ids", "ids", ("B", "S")), Input("attention_mask", "mask", ("B", "S"))]
+        inputs = [
+            Input("input_ids", "ids", ("B", "S")),
+            Input("attention_mask", "mask", ("B", "S")),
+        ]
         if model.name == "bert":
             inputs.append(Input("token_type_ids", "types", ("B", "S")))
         return inputs
@@ -396,9 +405,9 @@ def inputs_of(model: Model, dims: Dims, mods: Sequence[str], module: nn.Module) 
         t5_like = model.name.startswith("t5")
         length: str | int = "E" if t5_like else 14
         inputs = [Input("input_ids", "ids", ("B", new))]
-        width = dims.hidden if t5_like else dims.width
-        # With a past, only the hidden states' length matters (T5), or nothing of them.
-        inputs.append(Input("encoder_hidden_states", "features", ("B", length, width), real))
+        if "prefill" in mods:
+            width = dims.hidden if t5_like else dims.width
+            inputs.append(Input("encoder_hidden_states", "features", ("B", length, width), real))
         if t5_like:
             inputs.append(Input("encoder_attention_mask", "encoder_mask", ("B", "E")))
         if "prefill" not in mods:
@@ -509,14 +518,13 @@ def by_torch(
     buffer = io.BytesIO()
     if exporter == "torchscript":
         axes = {
-            i.name: {a: AXES[s] for a, s in enumerate(i.shape) if isinstance(s, str)} for i in inputs
+            i.name: {a: AXES[s] for a, s in enumerate(i.shape) if isinstance(s, str)}
+            for i in inputs
         }
         past = "kept" if "C" in {s for i in inputs for s in i.shape} else "past_sequence_length"
         for name, role in zip(names["output_names"], roles, strict=True):
             axes[name] = {0: "batch_size"}
-            if role == "logits":
-                axes[name][1] = "sequence_length"
-            elif role == "hidden" and model.kind == "encoder":
+            if role == "logits" or (role == "hidden" and model.kind == "encoder"):
                 axes[name][1] = "sequence_length"
             elif role.startswith("present") and past == "past_sequence_length":
                 axes[name][2] = AXES["P+S"]
@@ -533,9 +541,7 @@ def by_torch(
     )
     if any("C" in i.shape for i in inputs):
         inputs = [
-            dataclasses.replace(
-                i, shape=tuple(dims.window - 1 if s == "C" else s for s in i.shape)
-            )
+            dataclasses.replace(i, shape=tuple(dims.window - 1 if s == "C" else s for s in i.shape))
             for i in inputs
         ]
     opset = {} if exporter == "dynamo20" else {"opset_version": int(exporter[-2:])}
@@ -553,6 +559,7 @@ def by_transformers(
 
     batch, new, past = TRACED
     new = 1 if "decode" in mods else new
+    past = 3 if "sliding" in mods else past  # a longer one is cropped to the window at once
     flat = inputs_of(model, dims, mods, module)
     values = dict(zip([i.name for i in flat], example(flat, dims, (batch, new, past)), strict=True))
     if model.kind == "decoder":
@@ -563,13 +570,11 @@ def by_transformers(
             key = next(v for n, v in values.items() if n.endswith("0.key"))
             cache.early_initialization(batch, shape[1], shape[3], key.dtype, torch.device("cpu"))
         else:
-            cropped = {"config": module.config} if "cropped" in mods else {}
-            cache = transformers.DynamicCache(**cropped)
+            config = {"config": module.config} if "sliding" in mods else {}
+            cache = transformers.DynamicCache(**config)
         for i in range(dims.layers):
             pair = [values[f"past_key_values.{i}.{part}"] for part in ("key", "value")]
             cache.update(*pair, i)
-            if "cropped" in mods and cache.layers[i].is_sliding:
-                cache.layers[i].cumulative_length = past
         sample["past_key_values"] = cache
     else:
         sample = values
@@ -618,13 +623,17 @@ class Weights:
     """Recognises random weights by their values, whatever the exporter did to their shape."""
 
     def __init__(self, growths: Mapping[str, Growth], half: bool) -> None:
-        self.half = half
+        self.alike: list[str] = []  # grown like the original, but not equal to it
         self.by_values: dict[bytes, list[tuple[Growth, np.ndarray[Any, Any]]]] = {}
         everything = []
         for growth in growths.values():
             values = growth.values().astype(np.float16 if half else np.float32).astype(np.float32)
             self.by_values.setdefault(self._key(values), []).append((growth, values))
-            everything += [values.ravel(), 1 + values.ravel()]
+            everything.append(values.ravel())
+            if values.ndim == 1 and not growth.mean:  # Gemma's norms, with the 1 folded in
+                folded = values + np.float32(1)
+                plus_one = dataclasses.replace(growth, mean=1.0)
+                self.by_values.setdefault(self._key(folded), []).append((plus_one, folded))
         self.everything = np.unique(np.concatenate(everything))
 
     @staticmethod
@@ -642,10 +651,11 @@ class Weights:
                 if np.array_equal(seen.ravel(), values.ravel()):
                     identity = axes == tuple(range(drawn.ndim))
                     return dataclasses.replace(growth, axes=() if identity else axes)
-        # A slice, a concatenation, or with the 1 added: as many numbers, drawn alike.
+        # A slice or a concatenation: as many numbers, drawn alike.
         known = np.isin(values, self.everything).mean()
         if values.size >= 8 and known > 0.999:
             mean, std = (float(f"{v:.2g}") for v in (values.mean(), values.std()))
+            self.alike.append(name)
             return Growth(name, mean if abs(mean) > 0.5 else 0.0, std, values.shape)
         return None
 
@@ -731,10 +741,10 @@ def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
 
 def probe(
     model: Model, dims: Dims, mods: Sequence[str], module: nn.Module,
-    exported: Exported, grown: onnx.ModelProto, info: dict[str, Any],
+    exported: Exported, proto: onnx.ModelProto, info: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Run the grown model at several sizes, compare with torch, and record where it holds."""
-    session = session_of(grown)
+    """Run the exported model at several sizes, compare with torch, and record where it holds."""
+    session = session_of(proto)
     flat = inputs_of(model, dims, mods, module)
     wrapper = Wrapper(module, model.kind, mods, flat).eval()
     info["runs"], info["fails"] = [], {}
@@ -764,7 +774,7 @@ def probe(
 
 
 def sizes_of(model: Model, mods: Sequence[str]) -> Iterator[tuple[int, int, int]]:
-    for batch, new, past in PROBES:
+    for batch, new, past in (*PROBES, *(MORE_PAST if "cropped" in mods else ())):
         no_past = model.kind not in ("decoder", "cross") or "prefill" in mods
         fixed = model.kind in ("vision", "audio")
         yield batch, (1 if "decode" in mods or fixed else new), (0 if no_past else past)
@@ -817,7 +827,10 @@ def export(model: Model, form: str, dims: Dims) -> tuple[onnx.ModelProto, list[s
     proto, module, growths, exported = export_full(model, form, dims)
     mods = form.split("-")[1:]
     tidy_metadata(proto)
-    kept = strip(proto, Weights(growths, "fp16" in mods))
+    original = onnx.ModelProto()
+    original.CopyFrom(proto)
+    weights = Weights(growths, "fp16" in mods)
+    kept = strip(proto, weights)
     info = {
         "model": model.name,
         "form": form,
@@ -836,7 +849,12 @@ def export(model: Model, form: str, dims: Dims) -> tuple[onnx.ModelProto, list[s
     grown = onnx.ModelProto()
     grown.CopyFrom(proto)
     with quiet():
-        probe(model, dims, mods, module, exported, testing.grow(grown), info)
+        probe(model, dims, mods, module, exported, original, info)
+    feeds = testing.make_feeds(info, *info["runs"][0])
+    want, got = (session_of(m).run(None, feeds)[0] for m in (original, testing.grow(grown)))
+    if not np.isfinite(got).all() or not (weights.alike or np.allclose(want, got, atol=1e-3)):
+        raise RuntimeError("the grown model differs from the exported one")
+    kept += [f"alike: {name}" for name in weights.alike]
     proto.metadata_props.add(key=CORPUS, value=json.dumps(info, separators=(",", ":")))
     return proto, kept
 
@@ -901,7 +919,10 @@ def main() -> None:
                 dims = dataclasses.replace(model.dims, **changed)
                 proto, kept = export(model, form, dims)
             except Exception as error:
-                failures[cell] = f"{type(error).__name__}: {short(error)}"
+                cause: BaseException = error  # exporters wrap the cause in advice
+                while cause.__cause__ is not None:
+                    cause = cause.__cause__
+                failures[cell] = f"{type(cause).__name__}: {short(cause)}"
                 print(f"{cell}: FAILED {failures[cell]}", flush=True)
                 traceback.print_exc(limit=-4, file=sys.stderr)
             else:
@@ -919,8 +940,62 @@ def main() -> None:
                 FAILURES.write_text(json.dumps(dict(sorted(failures.items())), indent=1) + "\n")
 
 
+ABOUT = """# Exported models
+
+Graphs that real exporters wrote, from transformers *configurations* with random weights. Written by
+`export.py`, which also wrote this page (`python tests/corpus/export.py --readme`).
+
+    from onnxgen.testing import corpus
+    for entry in corpus("llama/*"):
+        model, feeds = entry.load(), entry.feeds(batch=2, new=4, past=3)
+
+- Random weights are left out of the files and grown from a seed when loaded; all forms of a model
+  grow the same weights. Everything else is as the exporter wrote it, but stack traces.
+- Dims differ pairwise: {dims}. GPT-like models, whose hidden size must be heads times head size,
+  take {width}.
+- A form is an exporter and what is special: `torchscript` is `torch.onnx.export(dynamo=False)` at
+  opset 17; `dynamo18`, `dynamo20` (its default) and `dynamo23` are `dynamo=True`; `transformers` is
+  `OnnxExporter(dynamic=True)`. `-eager` attention, `-decode` one new token, `-static` a StaticCache
+  of {static}, `-prefill` no past, `-fp16`, `-cropped` a cache whose sliding layers keep W-1 tokens,
+  `-sliding` such a cache as transformers' exporter takes it: not cropped, the window an input,
+  `-batched` and `-unrolled` experts.
+- Decoders of encoder-decoders take both caches; their `-prefill` makes both.
+- Each export was run by ONNX Runtime at several sizes and compared with torch, on the same weights.
+  Where it agrees stands in its metadata (`onnxgen.corpus`: `runs`, `fails`).
+- A new model is one line in `MODELS`, then `python tests/corpus/export.py --only 'name/*'`, which
+  needs the extra `corpus`.
+- A large one, for benchmarks: `python tests/corpus/export.py --model qwen3 --form dynamo20
+  --layers 32 --full -o big.onnx`.
+"""
+
+
 def write_readme(folder: Path) -> None:
-    raise NotImplementedError
+    """Write README.md: what is stored, how large, where it runs, and what could not be exported."""
+    entries = testing.corpus(folder=folder)
+    dims = ", ".join(f"{k} {v}" for k, v in feed_dims(Dims()).items())
+    lines = [ABOUT.format(dims=dims, width=Dims().width, static=STATIC_LENGTH)]
+    total = sum(e.path.stat().st_size for e in entries)
+    versions = f"torch {torch.__version__.split('+')[0]}, transformers {transformers.__version__}"
+    lines += [f"## Stored\n\n{len(entries)} exports, {total:,} bytes. {versions}.\n"]
+    lines += ["| export | opset | nodes | bytes |", "|---|---|---|---|"]
+    for e in entries:
+        size, nodes = e.path.stat().st_size, len(e.stored.graph.node)
+        lines.append(f"| {e.name} | {e.info['opset']} | {nodes} | {size:,} |")
+    lines += ["\n## Stored, but not general\n"]
+    lines += ["Sizes are batch,new,past.\n", "| export | runs | fails |", "|---|---|---|"]
+    for e in entries:
+        if e.info["fails"]:
+            runs = " ".join(",".join(map(str, r)) for r in e.info["runs"])
+            fails = "; ".join(f"{k}: {escape(v)}" for k, v in e.info["fails"].items())
+            lines.append(f"| {e.name} | {runs} | {fails} |")
+    lines += ["\n## Not exported\n", "| export | error |", "|---|---|"]
+    lines += [f"| {k} | {escape(v)} |" for k, v in json.loads(FAILURES.read_text()).items()]
+    README.write_text("\n".join(lines) + "\n")
+
+
+def escape(text: str) -> str:
+    """Make a message safe inside a table."""
+    return text.replace("|", "\\|").replace("<", "&lt;")
 
 
 if __name__ == "__main__":
