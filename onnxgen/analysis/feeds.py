@@ -134,6 +134,10 @@ def misfit(roles: Roles, shape: RunShape) -> str:
         fixed = roles.fixed.get(letter)
         if fixed is not None and fixed != length:
             return f"the graph fixes {words[letter]} at {fixed}"
+    for pair in roles.pairs:
+        held = roles.inputs[pair.past].shape[pair.axis]
+        if pair.cap is not None and isinstance(held, int) and shape.past < held:
+            return f"the graph fixes its cropped caches at {held} tokens"
     if roles.static_length is not None and shape.total > roles.static_length:
         return f"the graph's caches hold {roles.static_length} tokens"
     if shape.past and not roles.pairs:

@@ -1,0 +1,267 @@
+"""Which runs two models are compared on.
+
+`plan` takes what the graph allows of: prefill, several new tokens over a past, one new token;
+batches of one, two and three; no, left and right padding; and lengths on both sides of every
+edge, where a window starts to hide keys or a rotary switches its frequencies.
+
+Shapes: B batch, S new tokens, P past, T = P + S.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from onnxgen.analysis.feeds import RunShape, misfit
+from onnxgen.analysis.roles import Roles
+
+LONGEST = 8192
+"""No run is longer than this: an edge beyond it is noted, not run."""
+
+MOST_BYTES = 1 << 29
+"""No run is fed caches larger than this."""
+
+_LONGEST_PREFILL = 1024
+_MOST_FOUND = 6
+
+_COMPARISONS = frozenset(["Less", "LessOrEqual", "Greater", "GreaterOrEqual"])
+_LIMITS = frozenset(["Max", "Min", "Clip"])
+_OFFSETS = frozenset(["Add", "Sub", "Div", "Mod"])
+# Through these a length or a position is followed back to the constants that it meets.
+_PASSED = frozenset(
+    ["Cast", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Identity", "Transpose", "Concat"]
+) | frozenset(["Where", "Floor", "Abs", "Neg", "Range", "ReduceMax", "ReduceMin", "Mul"])
+_WINDOWS = ("local_window_size", "left_window_size")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of both models, or, with a reason, one that is not made.
+
+    Attributes:
+        name: what it is about.
+        shape: its lengths.
+        steps: greedy steps that follow, each model on its own cache.
+        skipped: why it is not run, else "".
+    """
+
+    name: str
+    shape: RunShape
+    steps: int = 0
+    skipped: str = ""
+
+
+def plan(roles: Roles, edges: Iterable[int] = ()) -> list[Run]:
+    """The runs that the graph's fixed lengths allow, those with greedy steps last.
+
+    Of the runs with steps one is enough: the first that the original can do.
+
+    Args:
+        edges: total lengths at which behaviour may switch.
+    """
+    shapes = list(_SHAPES)
+    if not {"S", "P", "T"} & {letter for each in roles.inputs.values() for letter in each.axes}:
+        # An image or audio encoder: only the batch varies, and the length of its features.
+        shapes = [RunShape(batch, encoder=length) for length in (7, 400) for batch in (1, 2, 3)]
+    runs = _fitting(roles, [Run("", shape) for shape in shapes])
+    runs += _fitting(roles, _edge_runs(roles, edges))
+    if roles.pairs and (roles.named("ids") or roles.named("embeds")):
+        caps = [pair.cap for pair in roles.pairs if pair.cap is not None]
+        full = [RunShape(2, 3, max(caps) + 2, "left")] if caps else []
+        runs += _fitting(roles, [Run("", shape, 3) for shape in (*_CHAINS, *full)])
+    seen: set[tuple[RunShape, int]] = set()
+    kept = []
+    for run in runs:
+        key = (run.shape, run.steps)
+        if key not in seen:
+            seen.add(key)
+            kept.append(run if run.name else replace(run, name=_name(roles, run)))
+    return kept
+
+
+_SHAPES = (
+    RunShape(1, 5),
+    RunShape(2, 4),
+    RunShape(2, 5, padding="left"),
+    RunShape(2, 5, padding="right"),
+    RunShape(3, 6, padding="left", pads=(3, 0, 1), encoder=5),
+    RunShape(3, 6, padding="right", pads=(0, 4, 1), encoder=5),
+    RunShape(1, 3, 7),
+    RunShape(2, 3, 5),
+    RunShape(2, 3, 7, padding="left"),
+    RunShape(2, 4, 2, padding="left", pads=(4, 1)),  # longer than the past
+    RunShape(2, 4, 7, padding="right"),
+    RunShape(1, 1),
+    RunShape(1, 1, 7),
+    RunShape(2, 1, 8),
+    RunShape(2, 1, 8, padding="left", encoder=5),
+    RunShape(3, 1, 9, padding="left", pads=(0, 5, 8)),
+)
+# Greedy steps start from the first of these that the original can run.
+_CHAINS = (
+    RunShape(2, 5, padding="left"),
+    RunShape(2, 5),
+    RunShape(1, 5),
+    RunShape(2, 1, 7, padding="left"),
+    RunShape(2, 1, 7),
+    RunShape(1, 1, 7),
+    RunShape(1, 3, 7),
+)
+
+
+def _edge_runs(roles: Roles, edges: Iterable[int]) -> list[Run]:
+    runs: list[Run] = []
+    for edge in sorted(set(edges)):
+        if roles.pairs:
+            shapes = [
+                RunShape(1, 1, edge - 1),
+                RunShape(1, 1, edge),
+                RunShape(1, 4, max(edge - 2, 0)),
+                RunShape(2, 3, edge + 1, padding="left", pads=(2, 0)),
+                RunShape(2, 3, edge + 1),
+            ]
+            if edge <= 64:
+                shapes.append(RunShape(1, edge + 1))
+        elif roles.named("ids") or roles.named("embeds"):
+            shapes = [RunShape(1, edge), RunShape(1, edge + 1)]
+        else:
+            continue
+        reason = _too_large(roles, edge)
+        if reason:
+            runs.append(Run(f"lengths around {edge}", shapes[-1], skipped=reason))
+            continue
+        runs += [Run("", shape) for shape in shapes]
+    return runs
+
+
+def _too_large(roles: Roles, edge: int) -> str:
+    longest = LONGEST if roles.pairs else _LONGEST_PREFILL
+    if edge > longest:
+        return f"not run: longer than {longest} tokens"
+    size = 0
+    for pair in roles.pairs:
+        past = roles.inputs[pair.past]
+        sizes = {"B": 2, "P": min(edge + 1, pair.cap or edge + 1)}
+        item = past.dtype.itemsize
+        for dim, letter in zip(past.shape, past.axes, strict=True):
+            item *= dim if isinstance(dim, int) else sizes.get(letter, 1)
+        size += int(item)
+    if size > MOST_BYTES:
+        return f"not run: its caches take {size >> 20} MiB"
+    return ""
+
+
+def _fitting(roles: Roles, runs: Sequence[Run]) -> list[Run]:
+    """The runs as the graph's fixed lengths force them; those that cannot be are left out."""
+    kept: list[Run] = []
+    for run in runs:
+        if run.skipped:
+            kept.append(run)
+            continue
+        shape = _forced(roles, run.shape)
+        if shape is None or misfit(roles, shape):
+            continue
+        if run.steps and (shape.new > 1 or shape.past) and _stuck(roles, shape):
+            continue
+        kept.append(replace(run, shape=shape))
+    return kept
+
+
+def _stuck(roles: Roles, shape: RunShape) -> bool:
+    """True where the graph takes no single token after this run."""
+    one = RunShape(shape.batch, 1, shape.total + 3, encoder=shape.encoder)
+    return bool(misfit(roles, one))
+
+
+def _forced(roles: Roles, shape: RunShape) -> RunShape | None:
+    fixed = roles.fixed
+    batch, new, past = (
+        fixed.get("B", shape.batch),
+        fixed.get("S", shape.new),
+        fixed.get("P", shape.past),
+    )
+    if "T" in fixed and "P" not in fixed and "S" not in fixed:
+        past = fixed["T"] - new if roles.pairs else 0
+        new = new if roles.pairs else fixed["T"]
+    if not roles.pairs and past and not fixed.get("P"):
+        return None
+    if past < 0:
+        return None
+    pads = shape.pads[:batch] if (new, past) == (shape.new, shape.past) else ()
+    if len(pads) != batch or not any(pads):
+        pads = ()
+    try:
+        return RunShape(batch, new, past, shape.padding, pads, shape.encoder)
+    except ValueError:  # no room for its padding
+        return None
+
+
+def _name(roles: Roles, run: Run) -> str:
+    shape = run.shape
+    tokens = {"S", "P", "T"} & {letter for each in roles.inputs.values() for letter in each.axes}
+    if not tokens:
+        name = f"batch {shape.batch}"
+        return name if shape.encoder == 7 else f"{name}, length {shape.encoder}"
+    if shape.past == 0:
+        name = f"prefill of {shape.new}"
+    elif shape.new == 1:
+        name = f"decode over past {shape.past}"
+    else:
+        name = f"{shape.new} tokens over past {shape.past}"
+    if run.steps:
+        name = f"{run.steps} greedy steps after {name}"
+    if shape.batch > 1:
+        name += f", batch {shape.batch}"
+    if shape.padding != "none":
+        name += f", {shape.padding} padding {'/'.join(map(str, shape.pads))}"
+    return name
+
+
+def find_edges(model: ir.Model, roles: Roles) -> tuple[list[int], list[int]]:
+    """Total lengths at which the graph's own arithmetic may switch: to run, and to note only.
+
+    They are the constants that lengths and positions are compared with, limited to or shifted
+    by before a comparison, window attributes of fused attentions, and the lengths of cropped
+    caches. At most the six smallest are to be run.
+    """
+    found = {pair.cap + 1 for pair in roles.pairs if pair.cap is not None}
+    seen: set[ir.Value] = set()
+    stack: list[ir.Value] = []
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    for node in (node for graph in graphs for node in graph.all_nodes()):
+        for name in _WINDOWS:
+            attribute = node.attributes.get(name)
+            if attribute is not None and attribute.type == ir.AttributeType.INT:
+                found.add(attribute.as_int())
+        if node.op_type in _COMPARISONS | _LIMITS:
+            floats = node.op_type in _COMPARISONS
+            found.update(number for v in node.inputs if (number := _integer(v, floats)) is not None)
+        if node.op_type in _COMPARISONS:
+            stack.extend(value for value in node.inputs if value is not None)
+    while stack:
+        value = stack.pop()
+        source = value.producer()
+        if value in seen or source is None or len(seen) > 10_000:
+            continue
+        seen.add(value)
+        if source.op_type in _OFFSETS:
+            found.update(n for v in source.inputs if (n := _integer(v, False)) is not None)
+        if source.op_type in _OFFSETS | _PASSED | _LIMITS:
+            stack.extend(each for each in source.inputs if each is not None)
+    lengths = sorted(abs(number) for number in found if abs(number) >= 2)
+    near = [length for length in dict.fromkeys(lengths) if length <= LONGEST]
+    far = [length for length in dict.fromkeys(lengths) if LONGEST < length <= 1 << 20]
+    return near[:_MOST_FOUND], near[_MOST_FOUND:] + far
+
+
+def _integer(value: ir.Value | None, floats: bool) -> int | None:
+    """A constant of one integer; with `floats` a float that is one counts too."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    if tensor is None or tensor.size != 1:
+        return None
+    if not (tensor.dtype.is_integer() or (floats and tensor.dtype.is_floating_point())):
+        return None
+    number = float(tensor.numpy().ravel()[0])
+    return int(number) if number.is_integer() and abs(number) < 1 << 31 else None

@@ -1,0 +1,314 @@
+"""Whether a rewritten model computes what the original computes: both run on the same inputs.
+
+    proof = verify_models(Path("model.onnx"), Path("model.fused.onnx"))
+    proof.status, proof.reason
+
+Shapes: B batch, S new tokens, P past tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from onnxgen.analysis.feeds import RunShape, make_feeds
+from onnxgen.analysis.roles import Roles, find_roles
+from onnxgen.model_io import read_model
+from onnxgen.report.values import Case, Proof
+from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.verify.cases import Run, find_edges, plan
+from onnxgen.verify.difference import NotANumberError, output_difference
+
+Array = npt.NDArray[Any]
+Source = Path | bytes
+
+TOLERANCES: Mapping[ir.DataType, float] = {
+    ir.DataType.DOUBLE: 1e-4,
+    ir.DataType.FLOAT: 1e-4,
+    ir.DataType.FLOAT16: 1e-2,
+    ir.DataType.BFLOAT16: 1e-2,
+}
+"""Largest allowed difference, over the original output's standard deviation."""
+
+
+def verify_models(
+    original: Source,
+    rewritten: Source,
+    *,
+    roles: Mapping[str, str] | None = None,
+    edges: Sequence[int] = (),
+    runtime: Runtime | None = None,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Proof:
+    """Run both models as a user would and compare every output on the rows of real tokens.
+
+    The tolerance follows the type that most of the original's floating point weights have,
+    whatever the outputs have: a float16 model with float32 logits is held to 1e-2. A case on
+    which the original itself fails is skipped and says so; one on which only the rewritten
+    model fails counts as different.
+
+    Args:
+        original, rewritten: paths, or serialized models.
+        roles: roles of inputs given by the user, by name; see `analysis.roles.ROLES`.
+        edges: total lengths at which behaviour may switch (windows, a rotary's
+            original_max_position); the graph's own comparisons are searched for more.
+        runtime: where to run; by default a child process of its own.
+        progress: told what is about to run.
+
+    Returns:
+        "proven", "differs" (with output, case and difference) or "unverifiable" (nothing could
+        be run).
+
+    Raises:
+        FileError: a path cannot be read as a model.
+        UsageError: `roles` names no input or no role.
+    """
+    if runtime is None:
+        with Runtime() as own:
+            return verify_models(
+                original, rewritten, roles=roles, edges=edges, runtime=own, progress=progress
+            )
+    model, other = _read(original), _read(rewritten)
+    compute = _compute_type(model)
+    proof = Proof("unverifiable", TOLERANCES[compute])
+    if compute == ir.DataType.BFLOAT16:
+        proof.reason = "the model computes in bfloat16, which ONNX Runtime cannot run on CPU"
+        return proof
+    mismatch = _mismatch(model, other)
+    if mismatch:
+        proof.status, proof.reason = "differs", mismatch
+        return proof
+    found = find_roles(model, roles)
+    own_edges, unrun = find_edges(model, found)
+    sides = _Side(runtime, original), _Side(runtime, rewritten)
+    try:
+        sides[0].load()
+    except RuntimeFailure as error:
+        proof.reason = f"ONNX Runtime cannot load the original: {error}"
+        return proof
+    try:
+        sides[1].load()
+    except RuntimeFailure as error:
+        proof.status = "differs"
+        proof.reason = f"ONNX Runtime cannot load the rewritten model: {error}"
+        return proof
+    try:
+        comparison = _Comparison(found, *sides)
+        runs = plan(found, [*edges, *own_edges])
+        for number, run in enumerate(runs, 1):
+            progress(f"comparing {number}/{len(runs)}: {run.name}")
+            case = comparison.case(run)
+            if run.steps and not case.skipped:
+                proof.cases.append(case)
+                break
+            if not run.steps or run is runs[-1]:
+                proof.cases.append(case)
+    finally:
+        for side in sides:
+            side.unload()
+    far = [edge for edge in unrun if edge not in edges]
+    if far and proof.cases:
+        shape, name = proof.cases[0], "lengths around " + ", ".join(map(str, far))
+        note = Case(name, 1, 1, 0, "none", skipped="not run: too many, or too long")
+        proof.cases.append(replace(note, batch=shape.batch))
+    _conclude(proof, comparison.failures)
+    return proof
+
+
+def _conclude(proof: Proof, failures: Mapping[str, str]) -> None:
+    worst = proof.worst
+    if worst is None:
+        reasons = [case.skipped for case in proof.cases]
+        proof.reason = "the original runs on none of the cases" + (
+            f": {reasons[0]}" if reasons else ""
+        )
+    elif worst.difference <= proof.tolerance:
+        proof.status = "proven"
+    else:
+        proof.status = "differs"
+        failure = failures.get(worst.name)
+        if failure:
+            proof.reason = f"the rewritten model fails in the case {worst.name!r}: {failure}"
+        elif math.isinf(worst.difference):
+            proof.reason = (
+                f"output {worst.output!r} differs in shape, type or in which values are finite "
+                f"in the case {worst.name!r}"
+            )
+        else:
+            proof.reason = (
+                f"output {worst.output!r} differs by {worst.difference:.2g} standard deviations "
+                f"in the case {worst.name!r}; at most {proof.tolerance:g} is allowed"
+            )
+
+
+class _Side:
+    """One of the two models; loaded again when a crash took its session along."""
+
+    def __init__(self, runtime: Runtime, source: Source) -> None:
+        self.runtime = runtime
+        self.source = source
+        self.session = 0
+
+    def load(self) -> None:
+        self.session = self.runtime.load(self.source, optimize=True)
+
+    def unload(self) -> None:
+        self.runtime.unload(self.session)
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            return self.runtime.run(self.session, feeds)
+        except RuntimeFailure as error:
+            if "session was lost" not in str(error):
+                raise
+        self.load()
+        return self.runtime.run(self.session, feeds)
+
+
+@dataclass
+class _Step:
+    """One run of a case: its lengths, and what each side is fed."""
+
+    shape: RunShape
+    feeds: tuple[dict[str, Array], dict[str, Array]]
+
+
+class _Comparison:
+    """Runs cases on both models.
+
+    Attributes:
+        failures: ONNX Runtime's words where only the rewritten model failed, by case name.
+    """
+
+    def __init__(self, roles: Roles, original: _Side, rewritten: _Side) -> None:
+        self.roles = roles
+        self.original = original
+        self.rewritten = rewritten
+        self.failures: dict[str, str] = {}
+
+    def case(self, run: Run) -> Case:
+        """Compare the two models on one case."""
+        shape = run.shape
+        case = Case(run.name, shape.batch, shape.new, shape.past, shape.padding)
+        if run.skipped:
+            return replace(case, skipped=run.skipped)
+        feeds = make_feeds(self.roles, shape, np.random.default_rng(0))
+        step: _Step | None = _Step(shape, (feeds, feeds))
+        worst, where = 0.0, ""
+        for number in range(run.steps + 1):
+            assert step is not None
+            try:
+                wanted = self.original.run(step.feeds[0])
+            except RuntimeFailure as error:
+                return replace(case, skipped=f"the original fails: {error}")
+            try:
+                got = self.rewritten.run(step.feeds[1])
+            except RuntimeFailure as error:
+                self.failures[run.name] = str(error)
+                return replace(case, difference=math.inf)
+            try:
+                difference, name = self._worst(step.shape, wanted, got)
+            except NotANumberError as error:
+                return replace(case, skipped=f"the original computes NaN in output {error}")
+            if not where or difference > worst:
+                worst, where = difference, name
+            if number < run.steps:
+                step = self._next(step, wanted, got, number)
+                if step is None:
+                    return replace(case, skipped="the outputs do not tell the next token")
+        return replace(case, difference=worst, output=where)
+
+    def _worst(
+        self, shape: RunShape, wanted: dict[str, Array], got: dict[str, Array]
+    ) -> tuple[float, str]:
+        worst, where = -1.0, ""
+        for name, output in self.roles.outputs.items():
+            try:
+                difference = output_difference(self.roles, output, shape, wanted[name], got[name])
+            except NotANumberError as error:
+                raise NotANumberError(repr(name)) from error
+            if difference > worst:
+                worst, where = difference, name
+        return max(worst, 0.0), where
+
+    def _next(
+        self, step: _Step, wanted: dict[str, Array], got: dict[str, Array], number: int
+    ) -> _Step | None:
+        """The likeliest next token for both sides, over the cache that each made itself."""
+        last = step.shape
+        shape = RunShape(last.batch, 1, last.total, last.padding, last.pads, last.encoder)
+        fresh = make_feeds(self.roles, shape, np.random.default_rng(number + 1))
+        for each in self.roles.named("ids"):
+            rows = [o for o in self.roles.outputs.values() if o.role == "rows"]
+            logits = next((wanted[o.name] for o in rows if wanted[o.name].ndim == 3), None)
+            if logits is None or logits.shape[-1] < 2:
+                return None
+            best = logits[:, -1].astype(np.float64).argmax(-1) % (each.bound or logits.shape[-1])
+            fresh[each.name] = np.broadcast_to(best[:, None], fresh[each.name].shape).astype(
+                fresh[each.name].dtype
+            )
+        sides = []
+        for outputs in (wanted, got):
+            feeds = dict(fresh)
+            feeds.update({pair.past: outputs[pair.present] for pair in self.roles.pairs})
+            sides.append(feeds)
+        return _Step(shape, (sides[0], sides[1]))
+
+
+def _read(source: Source) -> ir.Model:
+    if isinstance(source, Path):
+        return read_model(source)
+    return ir.serde.deserialize_model(onnx.ModelProto.FromString(source))
+
+
+def _mismatch(original: ir.Model, rewritten: ir.Model) -> str:
+    """How the two models' inputs or outputs differ, as one sentence; "" where they agree."""
+    for kind in ("input", "output"):
+        both = [
+            [v for v in getattr(m.graph, f"{kind}s") if v.name not in m.graph.initializers]
+            for m in (original, rewritten)
+        ]
+        names = [[str(v.name) for v in values] for values in both]
+        for name in names[0]:
+            if name not in names[1]:
+                return f"the rewritten model has no {kind} {name!r}"
+        for name in names[1]:
+            if name not in names[0]:
+                return f"the rewritten model has {kind} {name!r}, which the original has not"
+        if names[0] != names[1]:
+            return f"the {kind}s stand in another order: {', '.join(names[1])}"
+        for a, b in zip(*both, strict=True):
+            if a.dtype is not None and b.dtype is not None and a.dtype != b.dtype:
+                return f"{kind} {a.name!r} was {a.dtype.name} and is {b.dtype.name}"
+            if a.shape is not None and b.shape is not None and len(a.shape) != len(b.shape):
+                return f"{kind} {a.name!r} had {len(a.shape)} dims and has {len(b.shape)}"
+    return ""
+
+
+def _compute_type(model: ir.Model) -> ir.DataType:
+    """The floating point type that most weights have; where there are none, the inputs'."""
+    counts: dict[ir.DataType, int] = {}
+
+    def count(tensor: ir.TensorProtocol | None) -> None:
+        if tensor is not None and tensor.dtype in TOLERANCES:
+            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + int(tensor.size)
+
+    for value in model.graph.initializers.values():
+        count(value.const_value)
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    for node in (node for graph in graphs for node in graph.all_nodes()):
+        attribute = node.attributes.get("value") if node.op_type == "Constant" else None
+        if attribute is not None and attribute.type == ir.AttributeType.TENSOR:
+            count(attribute.as_tensor())
+    for value in model.graph.inputs:
+        if not counts and value.dtype is not None and value.dtype in TOLERANCES:
+            return value.dtype
+    return max(counts, key=lambda dtype: counts[dtype], default=ir.DataType.FLOAT)

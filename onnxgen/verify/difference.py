@@ -1,0 +1,97 @@
+"""How far apart two outputs are, on the places that belong to real tokens.
+
+Shapes: B batch, S new tokens, T past and new, L length of a static cache, N places compared.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxgen.analysis.feeds import RunShape
+from onnxgen.analysis.roles import OutputRole, Roles
+
+Array = npt.NDArray[Any]
+
+
+class NotANumberError(Exception):
+    """The original itself computes NaN for a real token: there is nothing to compare with."""
+
+
+def output_difference(
+    roles: Roles, output: OutputRole, shape: RunShape, original: Array, rewritten: Array
+) -> float:
+    """The largest |original - rewritten| over the original's standard deviation; 0 where equal.
+
+    Rows are compared where they belong to real tokens: what a graph computes for padding (NaN,
+    zeros, the mean of the values) depends on its spelling. The new places of a present
+    output are measured apart from the copied ones, whose scale may be another.
+
+    Args:
+        original, rewritten: the output's values; any shape and dtype.
+
+    Returns:
+        inf where shapes or dtypes differ, where integers differ, and where one is finite (or
+        +inf, or -inf) and the other is not.
+
+    Raises:
+        NotANumberError: a compared place of the original is NaN.
+    """
+    if original.shape != rewritten.shape or original.dtype != rewritten.dtype:
+        return float("inf")
+    pairs = _compared(roles, output, shape, original, rewritten)
+    return max((_scaled(a, b) for a, b in pairs), default=0.0)
+
+
+def _compared(
+    roles: Roles, output: OutputRole, shape: RunShape, original: Array, rewritten: Array
+) -> list[tuple[Array, Array]]:
+    """The places to compare, [N,...] each, in groups of one scale."""
+    both = [(original, rewritten)]
+    if len(output.axes) not in (0, original.ndim):
+        return both
+    pair = roles.pair_of(output.name)
+    if output.role == "present" and pair is not None and "B" in output.axes:
+        at = (output.axes.index("B"), pair.axis)
+        length = original.shape[pair.axis]
+        if original.shape[at[0]] != shape.batch:
+            return both
+        kept = shape.real_kept(length)
+        first = shape.past if pair.static else max(length - shape.new, 0)
+        new = np.zeros(length, np.bool_)
+        new[first : first + shape.new] = True
+        places = [kept & new, kept & ~new]
+    elif "S" in output.axes and "B" in output.axes:
+        at = (output.axes.index("B"), output.axes.index("S"))
+        if (original.shape[at[0]], original.shape[at[1]]) != (shape.batch, shape.new):
+            return both
+        places = [shape.real_new]
+    else:
+        return both
+    a, b = (np.moveaxis(values, at, (0, 1)) for values in (original, rewritten))
+    return [(a[place], b[place]) for place in places]
+
+
+def _scaled(original: Array, rewritten: Array) -> float:
+    if original.size == 0:
+        return 0.0
+    if not np.issubdtype(original.dtype, np.floating):
+        return 0.0 if np.array_equal(original, rewritten) else float("inf")
+    a, b = original.astype(np.float64, copy=False), rewritten.astype(np.float64, copy=False)
+    if np.isnan(a).any():
+        raise NotANumberError
+    finite = np.isfinite(a)
+    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite]):
+        return float("inf")
+    a, b = a[finite], b[finite]
+    if a.size == 0:
+        return 0.0
+    gap = float(np.abs(a - b).max())
+    if gap == 0:
+        return 0.0
+    # Of an output that hardly varies, its size is the measure; of one that is zero, 1.
+    size = float(np.abs(a).max())
+    scale = max(float(a.std()), 1e-3 * size) or 1.0
+    return gap / scale
