@@ -204,7 +204,9 @@ def _name(roles: Roles, run: Run) -> str:
     if not tokens:
         name = f"batch {shape.batch}"
         return name if shape.encoder == 7 else f"{name}, length {shape.encoder}"
-    if shape.past == 0:
+    if not roles.pairs:
+        name = "1 token" if shape.new == 1 else f"{shape.new} tokens"
+    elif shape.past == 0:
         name = f"prefill of {shape.new}"
     elif shape.new == 1:
         name = f"decode over past {shape.past}"

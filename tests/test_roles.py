@@ -1,0 +1,219 @@
+"""Roles are read from structure: they agree with what the exporters were told, names or not."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx.parser
+import onnx_ir as ir
+import pytest
+
+from onnxgen.analysis.roles import Roles, find_roles
+from onnxgen.errors import UsageError
+from onnxgen.testing import CorpusEntry, corpus
+
+# The corpus's own words for the roles, where they are others.
+SAME = {
+    "types": "type_ids",
+    "past_key": "past",
+    "past_value": "past",
+    "static_key": "static_past",
+    "static_value": "static_past",
+    "past_length": "cache_length",
+    "cache_positions": "cache_position",
+    "constant": "constant_like",
+    "cross_key": "cross_past",
+    "cross_value": "cross_past",
+    "hidden": "encoder_states",
+}
+ENTRIES = corpus()
+
+
+def by_id(entry: CorpusEntry) -> str:
+    return entry.name
+
+
+def roles_of(text: str) -> Roles:
+    """Roles of a model in ONNX text; what it declares without a value is a weight of zeros."""
+    model = onnx.parser.parse_model(text)
+    for value in model.graph.value_info:
+        dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        zeros = np.zeros(dims, np.float32)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(zeros, value.name))
+    return find_roles(ir.serde.deserialize_model(model))
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=by_id)
+def test_every_input_has_the_role_that_its_exporter_knew(entry: CorpusEntry) -> None:
+    roles = find_roles(ir.from_proto(entry.stored))
+    found = {name: each.role for name, each in roles.inputs.items()}
+    described = entry.info["inputs"]
+    known = {name: SAME.get(each["role"], each["role"]) for name, each in described.items()}
+    for name, role in known.items():
+        if role == "features":  # the corpus's word for whatever a model is given as floats
+            image, read = len(described[name]["shape"]) == 4, "ids" in known.values()
+            known[name] = "pixels" if image else "encoder_states" if read else "features"
+    assert found == known
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=by_id)
+def test_names_do_not_matter(entry: CorpusEntry) -> None:
+    model = ir.from_proto(entry.stored)
+    named = find_roles(model)
+    for index, value in enumerate(model.graph.inputs):
+        value.name = f"x{index}"
+    for index, value in enumerate(model.graph.outputs):
+        value.name = f"y{index}"
+    blind = find_roles(model)
+    assert [r.role for r in blind.inputs.values()] == [r.role for r in named.inputs.values()]
+    assert [r.role for r in blind.outputs.values()] == [r.role for r in named.outputs.values()]
+    assert [(p.axis, p.cap) for p in blind.pairs] == [(p.axis, p.cap) for p in named.pairs]
+
+
+@pytest.mark.parametrize("entry", corpus("*/*"), ids=by_id)
+def test_pasts_are_paired_with_their_own_presents(entry: CorpusEntry) -> None:
+    roles = find_roles(ir.from_proto(entry.stored))
+    known = entry.info["inputs"]
+    pasts = [n for n, e in known.items() if SAME.get(e["role"]) in ("past", "static_past")]
+    assert [pair.past for pair in roles.pairs] == pasts
+    for pair in roles.pairs:
+        past, present = pair.past.split(".")[1:], pair.present.split(".")[1:]
+        assert past == present, "layer and kind are in the names here"
+        assert pair.axis == 2
+        assert pair.heads == known[pair.past]["shape"][1]
+        assert pair.head_size == known[pair.past]["shape"][3]
+        assert pair.static == known[pair.past]["role"].startswith("static")
+
+
+def test_a_cropped_cache_knows_its_length() -> None:
+    (entry,) = corpus("mistral/torchscript-cropped")
+    roles = find_roles(ir.from_proto(entry.stored))
+    assert {pair.cap for pair in roles.pairs} == {entry.info["dims"]["window"] - 1}
+    (free,) = corpus("mistral/torchscript")
+    assert {pair.cap for pair in find_roles(ir.from_proto(free.stored)).pairs} == {None}
+
+
+def test_a_vocabulary_and_fixed_lengths_are_known() -> None:
+    (entry,) = corpus("llama/dynamo20-decode")
+    roles = find_roles(ir.from_proto(entry.stored))
+    assert roles.named("ids")[0].bound == entry.info["dims"]["vocab"]
+    assert dict(roles.fixed) == {"S": 1}
+    (static,) = corpus("llama/transformers-static")
+    roles = find_roles(ir.from_proto(static.stored))
+    assert roles.static_length == entry_length(static)
+
+
+def entry_length(entry: CorpusEntry) -> int:
+    known = entry.info["inputs"].values()
+    return int(next(e["shape"][2] for e in known if e["role"] == "static_key"))
+
+
+def test_symbols_are_resolved_by_role() -> None:
+    (entry,) = corpus("llama/dynamo20")
+    roles = find_roles(ir.from_proto(entry.stored))
+    # Batch of ids and batch of the mask are different symbols, and so are the pasts.
+    letters = list(roles.symbols.values())
+    assert letters.count("B") > 1
+    assert letters.count("P") > 1
+    assert roles.outputs["logits"].axes == ("B", "S", "")
+
+
+def test_an_override_wins_and_a_wrong_one_is_refused() -> None:
+    (entry,) = corpus("llama/dynamo20")
+    model = ir.from_proto(entry.stored)
+    roles = find_roles(model, {"position_ids": "constant_like"})
+    assert roles.inputs["position_ids"].role == "constant_like"
+    with pytest.raises(UsageError, match=r"no such input; inputs: input_ids, attention_mask"):
+        find_roles(model, {"nothing": "ids"})
+    with pytest.raises(UsageError, match=r"no such role; roles: ids, type_ids"):
+        find_roles(model, {"input_ids": "tokens"})
+
+
+def test_fused_caches_are_paired() -> None:
+    roles = roles_of("""
+        <ir_version: 10, opset_import: ["" : 21, "com.microsoft" : 1]>
+        g (int64[b,s] tokens, int64[b,t] a, float[b,2,p,16] c1, float[b,2,p,16] c2)
+          => (float[b,s,64] y, float[b,2,t,16] k, float[b,2,t,16] v)
+        <float[50,64] table, float[64,128] w, int64[1] one = {1}, int64[1] last = {1}, int64 at = {1}>
+        {
+            x = Gather(table, tokens)
+            qkv = MatMul(x, w)
+            counted = ReduceSum(a, last)
+            less = Sub(counted, one)
+            lens = Cast<to = 6>(less)
+            shape = Shape(a)
+            long = Gather(shape, at)
+            total = Cast<to = 6>(long)
+            y, k, v = com.microsoft.GroupQueryAttention<num_heads = 4, kv_num_heads = 2>(
+                qkv, , , c1, c2, lens, total)
+        }""")
+    assert [(p.past, p.present, p.axis) for p in roles.pairs] == [("c1", "k", 2), ("c2", "v", 2)]
+    assert {n: r.role for n, r in roles.inputs.items()} == {
+        "tokens": "ids",
+        "a": "mask",
+        "c1": "past",
+        "c2": "past",
+    }
+
+
+def test_a_standard_attention_with_cache_and_a_float_mask() -> None:
+    roles = roles_of("""
+        <ir_version: 10, opset_import: ["" : 24]>
+        g (float[b,s,24] h, float[b,1,s,t] m, float[b,3,p,8] c1, float[b,3,p,8] c2)
+          => (float[b,s,24] y, float[b,3,t,8] k, float[b,3,t,8] v)
+        <float[24] g1, float[24,24] w>
+        {
+            n = RMSNormalization(h, g1)
+            q = MatMul(n, w)
+            y, k, v = Attention<q_num_heads = 3, kv_num_heads = 3>(q, q, q, m, c1, c2)
+        }""")
+    assert {n: r.role for n, r in roles.inputs.items()} == {
+        "h": "embeds",
+        "m": "mask",
+        "c1": "past",
+        "c2": "past",
+    }
+    assert roles.inputs["m"].axes == ("B", "", "S", "T")
+    assert roles.inputs["m"].additive
+    assert roles.pair_of("k") == roles.pair_of("c1")
+
+
+def test_functions_are_looked_into() -> None:
+    roles = roles_of("""
+        <ir_version: 10, opset_import: ["" : 20, "local" : 1]>
+        g (int64[b,s] tokens, float[b,p,8] old) => (float[b,t,8] new)
+        <float[50,8] table>
+        { new = local.embed(table, tokens, old) }
+        <domain: "local", opset_import: ["" : 20]>
+        embed (table, tokens, old) => (new)
+        { x = Gather(table, tokens)
+          y = Relu(x)
+          new = Concat<axis = 1>(old, y) }""")
+    assert roles.inputs["tokens"].role == "ids"
+    assert roles.inputs["tokens"].bound == 50
+    assert [(p.past, p.present, p.axis) for p in roles.pairs] == [("old", "new", 1)]
+
+
+def test_unused_inputs_are_read_by_name_and_copies_are_known() -> None:
+    roles = roles_of("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (int64[b,s] ids, int64[b,s] attention_mask, int64 window, int64 nothing)
+          => (float[b,s,8] y, int64 kept)
+        <float[50,8] table>
+        { y = Gather(table, ids)
+          kept = Identity(window) }""")
+    assert [r.role for r in roles.inputs.values()] == [
+        "ids",
+        "mask",
+        "constant_like",
+        "constant_like",
+    ]
+    assert roles.outputs["kept"].role == "copy"
+
+
+def test_a_symbol_that_is_a_number_is_fixed() -> None:
+    model = onnx.parser.parse_model("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (int64[b,s] ids) => (float[b,s,8] y) <float[50,8] table> { y = Gather(table, ids) }""")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "2"
+    assert dict(find_roles(ir.serde.deserialize_model(model)).fixed) == {"B": 2}
