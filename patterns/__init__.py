@@ -1,1 +1,8 @@
 """Patterns: one exporter idiom a file."""
+
+from onnxgen.patterns.rms_norm import RMSNorm
+from onnxgen.patterns.rotary import Rotary
+from onnxgen.patterns.rule import Rule
+
+# In the order in which they are applied.
+RULES: tuple[Rule, ...] = (RMSNorm(), Rotary())

@@ -33,7 +33,8 @@ class RunShape:
     row's last token, among the new ones. Every row keeps a real new token.
 
     Attributes:
-        batch, new, past, encoder: B, S, P and E.
+        batch, new, past, encoder: B, S, P and E. The encoder's first row is padded at its end
+            wherever there are several rows.
         padding: where the padding stands.
         pads: padded places of each row; by default uneven, the second row of a batch with none.
 
@@ -164,7 +165,7 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
             values = _mask(each, dims, bool(roles.pairs), shape)
         case "encoder_mask":
             values = np.ones(dims)
-            if shape.padding != "none":
+            if shape.batch > 1 or shape.padding != "none":
                 values[0, -max(1, dims[-1] // 3) :] = 0
             if each.additive:
                 values = np.where(values > 0, 0, np.finfo(each.dtype.numpy()).min)

@@ -11,6 +11,7 @@ is what views are composed from (`analysis.views`).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
@@ -18,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis import shape_rules
-from onnxgen.analysis.symbols import Atom, Dim, Poly, atom, polynomial
+from onnxgen.analysis.symbols import Atom, Dim, Poly, atom, broadcast, polynomial
 
 Shape: TypeAlias = tuple[Dim, ...]
 Content: TypeAlias = "np.ndarray[Any, np.dtype[np.object_]]"
@@ -142,6 +143,8 @@ class Shapes:
     def _representative(self, part: Atom) -> Dim:
         if part.arguments:
             arguments = tuple(map(self.resolve, part.arguments))
+            if part.name == "bcast":
+                return functools.reduce(broadcast, arguments)
             return polynomial({(Atom(part.name, arguments),): 1})
         merged = self._merged.get(part)
         return polynomial({(part,): 1}) if merged is None else self.resolve(merged)

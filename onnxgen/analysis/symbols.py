@@ -12,7 +12,7 @@ to sizes are not used: exporters and people give one name to sizes that differ a
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -193,15 +193,26 @@ def broadcast(a: Dim, b: Dim) -> Dim:
         return b
     if isinstance(a, int):
         return a
-    return atom("bcast", *sorted((a, b), key=str))
+    # Whatever was broadcast once more does not change: a set of operands.
+    operands = {*_broadcast_operands(a), *_broadcast_operands(b)}
+    return atom("bcast", *sorted(operands, key=str)) if len(operands) > 1 else a
 
 
-_EVALUATE = {
+def _broadcast_operands(dim: Dim) -> tuple[Dim, ...]:
+    terms = terms_of(dim)
+    if len(terms) == 1 and terms[0][1] == 1 and len(terms[0][0]) == 1:
+        only = terms[0][0][0]
+        if only.name == "bcast":
+            return only.arguments
+    return (dim,)
+
+
+_EVALUATE: dict[str, Callable[..., int]] = {
     "div": lambda a, b: a // b,
     "mod": lambda a, b: a % b,
     "min": min,
     "max": max,
-    "bcast": lambda a, b: b if a == 1 else a,
+    "bcast": lambda *sizes: next((size for size in sizes if size != 1), 1),
 }
 
 

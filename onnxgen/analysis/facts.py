@@ -1,0 +1,77 @@
+"""What is known about a graph while it is rewritten: shapes, views, and what runs on inputs alone."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxgen.analysis.graph import FLOATS
+from onnxgen.analysis.shapes import Shapes
+from onnxgen.analysis.views import Views
+
+
+class Facts:
+    """The analyses of one graph, kept up to date as rewrites add nodes.
+
+    Attributes:
+        graph: the main graph.
+        opset: version of the default domain.
+        shapes: symbolic shapes and contents.
+        views: composed views.
+    """
+
+    def __init__(self, graph: ir.Graph) -> None:
+        self.graph = graph
+        self.opset = graph.opset_imports.get("", 24)
+        self.shapes = Shapes(graph)
+        self.views = Views(self.shapes)
+        self._activations: dict[ir.Value, bool] = {}
+        self._order: dict[ir.Node, int] = {}
+        for index, node in enumerate(graph):
+            self.added(node, index)
+
+    def added(self, node: ir.Node, order: int) -> None:
+        """Take note of a new node at a place (its shapes are inferred by whoever made it)."""
+        self._order[node] = order
+        self._classify(node)
+
+    def order(self, value: ir.Value) -> int:
+        """Where in the graph a value is made, -1 for inputs: later ones depend on earlier ones."""
+        node = value.producer()
+        return -1 if node is None else self._order.get(node, -1)
+
+    def is_activation(self, value: ir.Value | None) -> bool:
+        """Whether a value carries activations: it went through a weight matrix or a cache.
+
+        Masks, positions, rotary tables and index arithmetic are no activations: they follow from
+        integer inputs and constants, and can be computed on their own.
+        """
+        if value is None:
+            return False
+        if value not in self._activations:
+            self._activations[value] = (
+                value.is_graph_input() and value.dtype in FLOATS and value.producer() is None
+            )
+        return self._activations[value]
+
+    def _classify(self, node: ir.Node) -> None:
+        if node.op_type in ("Shape", "Size"):
+            carries = False  # sizes, not elements
+        else:
+            carries = any(self.is_activation(value) for value in node.inputs)
+            carries = carries or (
+                node.op_type in _CONTRACTIONS
+                and any(self._is_matrix(value) for value in node.inputs)
+            )
+        for output in node.outputs:
+            self._activations[output] = carries
+
+    def _is_matrix(self, value: ir.Value | None) -> bool:
+        """A constant with two or more axes that are longer than 1; a rotary frequency has one."""
+        if value is None or value.const_value is None:
+            return False
+        return sum(int(size) > 1 for size in value.const_value.shape.numpy()) >= 2
+
+
+_CONTRACTIONS = frozenset(
+    "MatMul Gemm Conv Einsum MatMulInteger MatMulNBits QLinearMatMul FusedMatMul".split()
+)

@@ -1,0 +1,27 @@
+"""Raise: recognise what an exporter decomposed, and say it in one standard operator each.
+
+The order matters: norms and rotary embeddings first, so that attention's inputs end at them.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxgen.passes.rewriting import Check, Rewriter
+from onnxgen.patterns import RULES
+from onnxgen.report.values import Site
+from onnxgen.runtime import Runtime
+
+
+def raise_model(
+    model: ir.Model,
+    runtime: Runtime,
+    *,
+    check: Check | None = None,
+    disabled: frozenset[str] = frozenset(),
+) -> list[Site]:
+    """Apply every raising rule to the main graph, in place; returns what happened at each site."""
+    rewriter = Rewriter(model, check, disabled)
+    for rule in RULES:
+        rewriter.apply(rule)
+    return rewriter.sites

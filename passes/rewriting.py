@@ -1,0 +1,176 @@
+"""The engine: shows nodes to rules, checks what they made, and puts it in the graph.
+
+    for each rule, in order:      for each anchor, in graph order:
+        rule -> new nodes -> check against the old ones -> splice -> old nodes that died removed
+
+A rewrite whose check fails never reaches the graph; its site is reported as undone.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import onnx_ir as ir
+
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import ancestors
+from onnxgen.patterns.building import Builder
+from onnxgen.patterns.rule import Declined, Rewrite, Rule
+from onnxgen.report.values import Decline, Site
+
+# Shows a rewrite's old and new values to the verifier: None where they agree, else the reason.
+Check = Callable[[Facts, Rewrite, Sequence[ir.Node]], str | None]
+
+SCOPES = "pkg.torch.onnx.name_scopes"
+RULE = "onnxgen.rule"
+REPLACED = "onnxgen.replaced"
+
+
+@dataclass
+class Rewriter:
+    """Applies rules to one model's main graph.
+
+    Attributes:
+        check: compares a rewrite with what it replaces; None skips it.
+        sites: what happened, in the order it did.
+    """
+
+    model: ir.Model
+    check: Check | None = None
+    disabled: frozenset[str] = frozenset()
+    sites: list[Site] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.facts = Facts(self.model.graph)
+        self.builder = Builder(self.model.graph, self.facts.shapes)
+
+    def apply(self, rule: Rule) -> None:
+        """Show every anchor of the rule to it, last ones first, so that the largest site wins."""
+        if rule.code in self.disabled:
+            return
+        anchors = [
+            node
+            for node in self.model.graph
+            if node.op_type in rule.anchors and node.domain in ("", "ai.onnx", "com.microsoft")
+        ]
+        for node in reversed(anchors):
+            if node.graph is None:
+                continue  # went with an earlier site
+            site = self._try(rule, node)
+            if site is not None:
+                self.sites.append(site)
+
+    def _try(self, rule: Rule, node: ir.Node) -> Site | None:
+        try:
+            rewrite = rule.rewrite(self.facts, self.builder, node)
+        except Declined as declined:
+            self.builder.take()
+            return self._kept(rule, node, "kept", declined.decline)
+        nodes = self.builder.take()
+        if rewrite is None:
+            return None
+        if self._cyclic(rewrite, nodes):
+            decline = Decline(
+                rule.code, "cycle", "an input of the fused node needs its output", (node.name or "",)
+            )
+            return self._kept(rule, node, "kept", decline)
+        place = max(self.facts.order(old) for old, _ in rewrite.outputs)
+        for new in nodes:
+            self.facts.added(new, place)
+        reason = None if self.check is None else self.check(self.facts, rewrite, nodes)
+        if reason is not None:
+            decline = Decline(rule.code, "check-failed", reason, (node.name or "",))
+            return self._kept(rule, node, "undone", decline)
+        return self._splice(rule, rewrite, nodes)
+
+    def _kept(self, rule: Rule, node: ir.Node, status: str, decline: Decline) -> Site:
+        scope = _scope([node])
+        undone = status == "undone"
+        return Site(
+            rule.kind, rule.code, node.name or "", scope, "undone" if undone else "kept", decline
+        )
+
+    def _cyclic(self, rewrite: Rewrite, nodes: Sequence[ir.Node]) -> bool:
+        """Whether a new node reads, however indirectly, an old value that it replaces."""
+        made = {output for node in nodes for output in node.outputs}
+        read = {v for node in nodes for v in node.inputs if v is not None and v not in made}
+        first = min(self.facts.order(old) for old, _ in rewrite.outputs)
+        late = [value for value in read if self.facts.order(value) >= first]
+        replaced = {old.producer() for old, _ in rewrite.outputs}
+        return bool(late) and any(node in replaced for node in ancestors(late, frozenset()))
+
+    def _splice(self, rule: Rule, rewrite: Rewrite, nodes: Sequence[ir.Node]) -> Site:
+        graph = self.model.graph
+        producers = [p for old, _ in rewrite.outputs if (p := old.producer()) is not None]
+        graph.insert_before(producers[-1], nodes)
+        for old, new in rewrite.outputs:
+            if new.shape is None:
+                new.shape = old.shape
+            if old.is_graph_output():
+                # The name is the model's interface: it stays with the output.
+                old.name, new.name = self.builder.unique(f"{old.name}:replaced"), old.name
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        removed = _remove_dead(graph, producers)
+        scope = _scope(removed)
+        for node in nodes:
+            if scope:
+                node.metadata_props.setdefault(SCOPES, scope)
+            node.metadata_props[RULE] = rule.code
+        fused = rewrite.node
+        fused.metadata_props[REPLACED] = ", ".join(
+            sorted(node.name for node in removed if node.name)
+        )
+        fused.name = self.builder.unique(f"{scope or rule.kind}/{fused.op_type}")
+        return Site(
+            rule.kind,
+            rule.code,
+            fused.name,
+            scope,
+            "fused",
+            replaced=len(removed),
+            details=dict(rewrite.details),
+        )
+
+
+def _remove_dead(graph: ir.Graph, roots: Sequence[ir.Node]) -> list[ir.Node]:
+    """Remove the nodes whose outputs nobody reads any more, from the roots upwards."""
+    removed: list[ir.Node] = []
+    pending = list(roots)
+    while pending:
+        node = pending.pop()
+        if node.graph is not graph or any(
+            output.uses() or output.is_graph_output() for output in node.outputs
+        ):
+            continue
+        sources = [value.producer() for value in node.inputs if value is not None]
+        graph.remove(node, safe=True)
+        removed.append(node)
+        pending.extend(source for source in sources if source is not None)
+    return removed
+
+
+def _scope(nodes: Sequence[ir.Node]) -> str:
+    """The module path that the exporter left on these nodes: what they have in common."""
+    paths = [path for node in nodes if (path := _path(node)) is not None]
+    if not paths:
+        return ""
+    common = os.path.commonprefix(paths)
+    return common[-1] if common else ""
+
+
+def _path(node: ir.Node) -> list[str] | None:
+    """The modules a node was in, outermost first: metadata (dynamo) or its name (TorchScript)."""
+    scopes = node.metadata_props.get(SCOPES)
+    if scopes is not None:
+        try:
+            found = ast.literal_eval(scopes)
+        except (ValueError, SyntaxError):
+            return [scopes]
+        return [str(each) for each in found][:-1] if isinstance(found, list) else [scopes]
+    if node.name and "/" in node.name.strip("/"):
+        parts = node.name.strip("/").split("/")[:-1]
+        return [".".join(parts[: index + 1]) for index in range(len(parts))]
+    return None

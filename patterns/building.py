@@ -1,0 +1,192 @@
+"""Making nodes: names, constants, element types and shapes are taken care of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen.analysis.dtypes import output_dtypes
+from onnxgen.analysis.shapes import Shapes
+from onnxgen.analysis.symbols import Dim, Poly
+
+
+class Builder:
+    """Collects new nodes over a graph's values until they are inserted.
+
+    Constants are registered with the graph at once (equal ones once); nodes are only collected,
+    so that a rewrite can be checked, and dropped, before it touches the graph.
+    """
+
+    def __init__(self, graph: ir.Graph, shapes: Shapes) -> None:
+        self.graph = graph
+        self.shapes = shapes
+        self.nodes: list[ir.Node] = []
+        self._taken: set[str] = {node.name or "" for node in graph}
+        self._taken |= {value.name or "" for node in graph for value in node.outputs}
+        self._taken |= {value.name or "" for value in graph.inputs} | set(graph.initializers)
+        self._constants: dict[tuple[Any, ...], ir.Value] = {}
+
+    def take(self) -> list[ir.Node]:
+        """The nodes collected since the last call."""
+        nodes, self.nodes = self.nodes, []
+        return nodes
+
+    def op(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: dict[str, Any] | None = None,
+        *,
+        name: str = "",
+    ) -> ir.Value:
+        """A new node with one output; the output is returned."""
+        return self.ops(op_type, inputs, 1, attributes, name=name)[0]
+
+    def ops(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: int,
+        attributes: dict[str, Any] | None = None,
+        *,
+        name: str = "",
+    ) -> Sequence[ir.Value]:
+        """A new node; trailing inputs that are None are left out."""
+        given = list(inputs)
+        while given and given[-1] is None:
+            given.pop()
+        node = ir.node(op_type, given, attributes or {}, num_outputs=outputs)
+        node.name = self.unique(name or f"onnxgen/{op_type}")
+        for index, output in enumerate(node.outputs):
+            output.name = self.unique(f"{node.name}:{index}" if index else f"{node.name}:out")
+        dtypes = output_dtypes(node, self.graph.opset_imports.get("", 24))
+        for output, dtype in zip(node.outputs, dtypes, strict=False):
+            if dtype is not None:
+                output.dtype = dtype
+        self.shapes.infer(node)
+        self.nodes.append(node)
+        return node.outputs
+
+    def constant(self, array: np.ndarray[Any, Any], name: str = "onnxgen/constant") -> ir.Value:
+        """An initializer with these elements; an equal one is made once."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        found = self._constants.get(key)
+        if found is None or found.name not in self.graph.initializers:
+            tensor = ir.tensor(array)
+            found = ir.Value(
+                name=self.unique(name),
+                shape=ir.Shape(array.shape),
+                type=ir.TensorType(tensor.dtype),
+                const_value=tensor,
+            )
+            self.graph.register_initializer(found)
+            self._constants[key] = found
+        return found
+
+    def ints(self, *numbers: int) -> ir.Value:
+        """A constant int64 vector."""
+        return self.constant(np.array(numbers, dtype=np.int64))
+
+    def sizes(self, dims: Sequence[Dim]) -> ir.Value | None:
+        """An int64 vector of sizes, read off the graph's inputs; None where one is unknown."""
+        return SizesOfInputs(self).tensor(dims, None)
+
+    def unique(self, name: str) -> str:
+        """The name, with a number behind it if it is taken."""
+        candidate, number = name, 1
+        while candidate in self._taken:
+            number += 1
+            candidate = f"{name}_{number}"
+        self._taken.add(candidate)
+        return candidate
+
+
+_SIZE_OPS = {"div": "Div", "mod": "Mod", "min": "Min", "max": "Max", "bcast": "Max"}
+
+
+class SizesOfInputs:
+    """Makes index tensors from the sizes of the graph's inputs, each part once."""
+
+    def __init__(self, builder: Builder) -> None:
+        self._builder = builder
+        self._shapes = builder.shapes
+        self._vectors: dict[Dim, ir.Value] = {}
+        self._tensors: dict[tuple[object, ...], ir.Value] = {}
+
+    def tensor(self, elements: Sequence[Dim], shape: tuple[int, ...] | None) -> ir.Value | None:
+        """An int64 tensor of these sizes (a vector for shape None); None where one is unknown."""
+        resolved = tuple(map(self._shapes.resolve, elements))
+        key = (resolved, shape)
+        if key not in self._tensors:
+            made = self._make(resolved, shape)
+            if made is None:
+                return None
+            self._tensors[key] = made
+        return self._tensors[key]
+
+    def known(self, dim: Dim) -> bool:
+        """Whether a size can be computed from the inputs' sizes."""
+        if not isinstance(dim, Poly):
+            return True
+        return all(
+            part.name in self._shapes.origins
+            if not part.arguments
+            else part.name in _SIZE_OPS and all(map(self.known, part.arguments))
+            for monomial, _ in dim.terms
+            for part in monomial
+        )
+
+    def _make(self, elements: tuple[Dim, ...], shape: tuple[int, ...] | None) -> ir.Value | None:
+        if not all(map(self.known, elements)):
+            return None
+        op, ints = self._builder.op, self._builder.ints
+        parts: list[ir.Value] = []
+        numbers: list[int] = []
+        for element in elements:
+            if isinstance(element, Poly):
+                if numbers:
+                    parts.append(ints(*numbers))
+                    numbers = []
+                parts.append(self._vector(element))
+            else:
+                numbers.append(int(element))
+        if numbers or not parts:
+            parts.append(ints(*numbers))
+        vector = parts[0] if len(parts) == 1 else op("Concat", parts, {"axis": 0}, name="sizes")
+        if shape is None or shape == (len(elements),):
+            return vector
+        if shape == ():
+            return op("Squeeze", [vector], name="size")
+        return op("Reshape", [vector, ints(*shape)], name="sizes")
+
+    def _vector(self, dim: Dim) -> ir.Value:
+        """A size as an int64 vector of one element."""
+        if dim not in self._vectors:
+            self._vectors[dim] = self._compute(dim)
+        return self._vectors[dim]
+
+    def _compute(self, dim: Dim) -> ir.Value:
+        op, ints = self._builder.op, self._builder.ints
+        if not isinstance(dim, Poly):
+            return ints(int(dim))
+        total: ir.Value | None = None
+        for monomial, factor in dim.terms:
+            term: ir.Value | None = None if factor == 1 and monomial else ints(factor)
+            for part in monomial:
+                if part.arguments:
+                    operands = [self._vector(argument) for argument in part.arguments]
+                    size = op(_SIZE_OPS[part.name], operands, name="size")
+                    if part.name == "bcast":  # of 0 and 1 it is 0
+                        least = op("Min", [*operands, ints(1)], name="size")
+                        size = op("Mul", [size, least], name="size")
+                else:
+                    value, axis = self._shapes.origins[part.name]
+                    size = op("Shape", [value], {"start": axis, "end": axis + 1}, name="size")
+                term = size if term is None else op("Mul", [term, size], name="size")
+            assert term is not None
+            total = term if total is None else op("Add", [total, term], name="size")
+        assert total is not None
+        return total

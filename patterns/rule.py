@@ -1,0 +1,68 @@
+"""What a rule is.
+
+A rule looks at one node, its anchor, and does one of three things: returns None (this is no site
+of mine), raises `Declined` (it is one, but I must not touch it, and here is why), or makes nodes
+with the builder and returns what they replace. It never changes the graph itself: the engine
+(`onnxgen.passes.rewriting`) checks the new nodes against the old ones first.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import onnx_ir as ir
+
+from onnxgen.analysis.facts import Facts
+from onnxgen.patterns.building import Builder
+from onnxgen.report.values import Decline
+
+Details = Mapping[str, str | int | float | bool]
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What a rule made.
+
+    Attributes:
+        node: the fused node.
+        outputs: (old value, new value): the new one takes the old one's place everywhere.
+        details: what was found, for the report.
+    """
+
+    node: ir.Node
+    outputs: tuple[tuple[ir.Value, ir.Value], ...]
+    details: Details = field(default_factory=dict)
+
+
+class Declined(Exception):
+    """A site was recognised and is kept, for the reason that the decline states."""
+
+    def __init__(self, rule: Rule, code: str, reason: str, *nodes: ir.Node | None) -> None:
+        names = tuple(node.name or "" for node in nodes if node is not None)
+        self.decline = Decline(rule.code, code, reason, names)
+        super().__init__(reason)
+
+
+class Rule(ABC):
+    """One exporter idiom.
+
+    Attributes:
+        code: the rule's stable code, as `--disable` takes it.
+        kind: what a site of it is called in the report.
+        anchors: op types of the nodes it is shown.
+    """
+
+    code: ClassVar[str]
+    kind: ClassVar[str]
+    anchors: ClassVar[frozenset[str]]
+
+    @abstractmethod
+    def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
+        """See the module's docstring.
+
+        Raises:
+            Declined: the node anchors a site that must be kept.
+        """
