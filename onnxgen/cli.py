@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,9 +35,7 @@ class _Program(click.Group):
     """Turns every failure into one sentence and its documented exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        for stream in (sys.stdout, sys.stderr):  # "→" must not fail where it cannot be said
-            if isinstance(stream, io.TextIOWrapper):
-                stream.reconfigure(errors="replace")
+        _prepare_streams()
         try:
             return super().invoke(ctx)
         except OnnxgenError as error:
@@ -318,13 +318,27 @@ def _check_report_file(report_file: Path | None, *others: Path) -> None:
     files.check_writable(report_file)
 
 
+def _prepare_streams() -> None:
+    """Only what onnxgen says is said, and saying it cannot fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # "→" where the encoding has none
+    if not _debugging():
+        logging.getLogger().addHandler(logging.NullHandler())
+        warnings.simplefilter("ignore")
+
+
+def _debugging() -> bool:
+    return os.environ.get("ONNXGEN_DEBUG") == "1"
+
+
 def _say_error(error: Exception) -> None:
     click.echo(f"Error: {error}", err=True)
 
 
 def _unexpected(error: Exception) -> OnnxgenError:
     """A failure of onnxgen itself, as a sentence."""
-    if os.environ.get("ONNXGEN_DEBUG") == "1":
+    if _debugging():
         traceback.print_exception(error)
     detail = " ".join(str(error).split())[:300]
     return RefusedError(

@@ -11,8 +11,11 @@ rewrite asks for their values.
 
 from __future__ import annotations
 
+import logging
 import mmap
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +59,14 @@ def read_model(path: Path) -> ir.Model:
     _check_model(path, proto)
     _check_external_data(path, real.parent, proto)
     try:
-        model = ir.serde.deserialize_model(proto)
+        with _quiet():
+            model = ir.serde.deserialize_model(proto)
         for weight in weights:
             _embed(model, weight, data)
     except Exception as error:
         detail = " ".join(str(error.__cause__ or error).split())[:300]
         raise FileError(f"{path} is no valid ONNX model: {detail}") from error
+    _check_connected(path, model)
     for slot in tensor_slots(model):
         if isinstance(slot.tensor, ir.ExternalTensor):
             slot.tensor.base_dir = str(real.parent)
@@ -109,6 +114,40 @@ def _check_model(path: Path, proto: onnx.ModelProto) -> None:
             )
     if proto.graph.sparse_initializer:
         raise RefusedError(f"{path} has sparse initializers, which onnxgen does not handle")
+
+
+def _check_connected(path: Path, model: ir.Model) -> None:
+    """onnx-ir makes up a value for a name that nothing makes; so does no runtime."""
+    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for root in roots:
+        for node in ir.traversal.RecursiveGraphIterator(root):
+            for value in node.inputs:
+                if value is not None and not _is_made(value):
+                    raise FileError(
+                        f"{path} is no valid ONNX model: node '{node.name}' ({node.op_type}) "
+                        f"reads '{value.name}', which nothing makes"
+                    )
+    for value in model.graph.outputs:
+        if not _is_made(value):
+            raise FileError(
+                f"{path} is no valid ONNX model: nothing makes its output '{value.name}'"
+            )
+
+
+def _is_made(value: ir.Value) -> bool:
+    return value.producer() is not None or value.is_graph_input() or value.is_initializer()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What onnx-ir warns of while it reads is checked here, and said once."""
+    logger = logging.getLogger("onnx_ir")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 def _embed(model: ir.Model, weight: wire.Weight, data: mmap.mmap) -> None:

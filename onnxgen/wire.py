@@ -114,10 +114,10 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
             stop = body + _FIXED_SIZES[wire_type]
         else:
             raise WireError(f"byte {start} begins a field of unknown type {wire_type}")
+        if stop > len(data):
+            raise WireError(f"it is truncated, at least {stop - len(data)} bytes are missing")
         if stop > end:
-            raise WireError(
-                f"the field that begins at byte {start} ends {stop - end} bytes too late"
-            )
+            raise WireError(f"the field that begins at byte {start} does not fit where it is")
         yield _Field(number, wire_type, start, body, stop)
         start = stop
 

@@ -324,6 +324,26 @@ def test_progress_and_colours_on_a_terminal() -> None:
     assert "\x1b[32m" not in printed
 
 
+def test_libraries_do_not_chatter_and_any_encoding_will_do() -> None:
+    code = """
+import logging, sys, types, warnings
+import onnxgen.cli
+from onnxgen.report.values import Report
+def fuse(path, options, progress):
+    logging.getLogger("onnx_ir").warning("chatter")
+    warnings.warn("chatter")
+    return Report("m.onnx", "f.onnx", "onnx", 18, 24, 9, 2)
+onnxgen.pipeline = types.SimpleNamespace(fuse=fuse, FuseOptions=dict)
+onnxgen.cli.main(["fuse", "m.onnx"])
+"""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert result.stderr == ""
+    assert "opset 18 ? 24" in result.stdout
+
+
 def test_the_module_runs() -> None:
     result = subprocess.run(
         [sys.executable, "-m", "onnxgen", "--version"], capture_output=True, text=True, check=True

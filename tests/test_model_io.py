@@ -209,6 +209,8 @@ def test_truncation_anywhere_is_noticed(tmp_path: Path) -> None:
     for size in (1, 2, 9, 40, 400, len(whole) // 2, len(whole) - 200, len(whole) - 7):
         path.write_bytes(whole[:size])
         refused(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    refused(path, "is truncated", "bytes are missing")
 
 
 def test_damage_never_ends_in_a_traceback(tmp_path: Path) -> None:
@@ -229,6 +231,38 @@ def test_an_unknown_opset(tmp_path: Path, opset: int) -> None:
     proto = model_of(numpy_helper.from_array(WEIGHT, "w"), opset)
     path.write_bytes(proto.SerializeToString())
     refused(path, f"opset {opset}", onnx.__version__)
+
+
+def test_names_that_nothing_makes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    proto = model_of(numpy_helper.from_array(WEIGHT, "w"))
+    path = tmp_path / "model.onnx"
+    proto.graph.node[1].input[0] = "lost"
+    path.write_bytes(proto.SerializeToString())
+    refused(path, "Add", "'lost'")
+    proto.graph.node[1].input[0] = "p"
+    proto.graph.output[0].name = "lost"
+    path.write_bytes(proto.SerializeToString())
+    refused(path, "nothing makes its output 'lost'")
+    assert caplog.text == ""
+
+
+def test_nodes_in_any_order_and_of_outer_graphs(tmp_path: Path) -> None:
+    proto = model_of(numpy_helper.from_array(WEIGHT, "w"))
+    late = proto.graph.node[0]
+    proto.graph.node.append(late)
+    del proto.graph.node[0]
+    outer = helper.make_node("Identity", ["y"], ["o"])
+    branch = helper.make_graph(
+        [outer], "branch", [], [helper.make_tensor_value_info("o", TensorProto.FLOAT, None)]
+    )
+    flag = helper.make_tensor("flag", TensorProto.BOOL, [], [True])
+    proto.graph.initializer.append(flag)
+    proto.graph.node.append(
+        helper.make_node("If", ["flag"], ["i"], then_branch=branch, else_branch=branch)
+    )
+    path = tmp_path / "model.onnx"
+    path.write_bytes(proto.SerializeToString())
+    assert [node.op_type for node in read_model(path).graph] == ["Add", "MatMul", "If"]
 
 
 def test_embedded_data_of_the_wrong_length(tmp_path: Path) -> None:
