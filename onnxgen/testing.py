@@ -243,7 +243,7 @@ def make_feeds(
     for entry in info["inputs"].values():
         if entry["role"] == "ids" and isinstance(entry["shape"][1], int):
             new = entry["shape"][1]  # a decode export takes one token
-    sizes = {"B": batch, "S": new, "P": past, "P+S": past + new, "E": 7}
+    sizes = {"B": batch, "S": new, "P": past, "P+S": past + new, "E": 8}
     if dims.get("window"):  # what a sliding layer keeps of the past, when its cache is cropped
         sizes["C"] = min(past, dims["window"] - 1)
     feeds: dict[str, npt.NDArray[Any]] = {}
