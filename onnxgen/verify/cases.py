@@ -63,8 +63,14 @@ def plan(roles: Roles, edges: Iterable[int] = ()) -> list[Run]:
     """
     shapes = list(_SHAPES)
     if not {"S", "P", "T"} & {letter for each in roles.inputs.values() for letter in each.axes}:
-        # An image or audio encoder: only the batch varies, and the length of its features.
-        shapes = [RunShape(batch, encoder=length) for length in (7, 400) for batch in (1, 2, 3)]
+        # An image or audio encoder: only the batch varies, and where it is free the length.
+        free = any(
+            not letter and not isinstance(dim, int)
+            for each in roles.inputs.values()
+            for dim, letter in zip(each.shape, each.axes, strict=True)
+        )
+        lengths = (7, 400) if free else (7,)
+        shapes = [RunShape(batch, encoder=length) for length in lengths for batch in (1, 2, 3)]
     runs = _fitting(roles, [Run("", shape) for shape in shapes])
     runs += _fitting(roles, _edge_runs(roles, edges))
     if roles.pairs and (roles.named("ids") or roles.named("embeds")):

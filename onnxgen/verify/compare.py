@@ -21,6 +21,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.feeds import RunShape, make_feeds
 from onnxgen.analysis.roles import Roles, find_roles
+from onnxgen.errors import FileError
 from onnxgen.model_io import read_model
 from onnxgen.report.values import Case, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
@@ -68,7 +69,7 @@ def verify_models(
         be run).
 
     Raises:
-        FileError: a path cannot be read as a model.
+        FileError: a path, or the bytes, cannot be read as a model.
         UsageError: `roles` names no input or no role.
     """
     if runtime is None:
@@ -266,7 +267,10 @@ class _Comparison:
 def _read(source: Source) -> ir.Model:
     if isinstance(source, Path):
         return read_model(source)
-    return ir.serde.deserialize_model(onnx.ModelProto.FromString(source))
+    try:
+        return ir.serde.deserialize_model(onnx.ModelProto.FromString(source))
+    except Exception as error:  # protobuf's DecodeError has no public base class
+        raise FileError("the serialized model is no ONNX model or is damaged") from error
 
 
 def _mismatch(original: ir.Model, rewritten: ir.Model) -> str:

@@ -63,15 +63,26 @@ def _compared(
         new = np.zeros(length, np.bool_)
         new[first : first + shape.new] = True
         places = [kept & new, kept & ~new]
-    elif "S" in output.axes and "B" in output.axes:
-        at = (output.axes.index("B"), output.axes.index("S"))
-        if (original.shape[at[0]], original.shape[at[1]]) != (shape.batch, shape.new):
-            return both
-        places = [shape.real_new]
+    elif (found := _row_axes(output, shape, original)) is not None:
+        at, places = found, [shape.real_new]
     else:
         return both
     a, b = (np.moveaxis(values, at, (0, 1)) for values in (original, rewritten))
     return [(a[place], b[place]) for place in places]
+
+
+def _row_axes(output: OutputRole, shape: RunShape, values: Array) -> tuple[int, int] | None:
+    """The axes of B and S, None where the output has no row for each new token."""
+    if "S" in output.axes and "B" in output.axes:
+        at = (output.axes.index("B"), output.axes.index("S"))
+    elif output.role == "other" and output.shape is not None and output.shape:
+        # Symbols that only this output has: the first free axis that is S long.
+        free = [i for i, dim in enumerate(output.shape) if i and not isinstance(dim, int)]
+        at = (0, next((i for i in free if values.shape[i] == shape.new), 0))
+    else:
+        return None
+    sizes = (values.shape[at[0]], values.shape[at[1]])
+    return at if at[0] != at[1] and sizes == (shape.batch, shape.new) else None
 
 
 def _scaled(original: Array, rewritten: Array) -> float:
