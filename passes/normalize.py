@@ -15,6 +15,7 @@ from onnx_ir.passes import common
 from onnxscript import version_converter
 
 from onnxgen.analysis.dtypes import output_dtypes
+from onnxgen.analysis.roles import Roles
 from onnxgen.errors import RefusedError
 from onnxgen.passes.fold import fold_constants
 from onnxgen.passes.shape_arithmetic import canonical_shape_arithmetic
@@ -27,12 +28,15 @@ _KEEPS_NAMES = 18
 _SMALL = 1024
 
 
-def normalize(model: ir.Model, opset: int, runtime: Runtime) -> list[str]:
+def normalize(
+    model: ir.Model, opset: int, runtime: Runtime, roles: Roles | None = None
+) -> list[str]:
     """Bring a model to the form that the raising passes expect, in place.
 
     Args:
         opset: version of the default domain to convert to; a model above it stays where it is.
         runtime: evaluates the constants.
+        roles: what the inputs are for; sizes that are equal in use are read off one input.
 
     Returns:
         Warnings, one sentence each.
@@ -53,7 +57,7 @@ def normalize(model: ir.Model, opset: int, runtime: Runtime) -> list[str]:
     set_dtypes(model)
     fold_constants(model, runtime)
     simplify(model)
-    canonical_shape_arithmetic(model)
+    canonical_shape_arithmetic(model, roles)
     drop_dead(model)
     merge_duplicates(model)
     return warnings

@@ -7,21 +7,21 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from onnxgen.analysis.roles import Roles
 from onnxgen.passes.rewriting import Check, Rewriter
 from onnxgen.patterns import RULES
 from onnxgen.report.values import Site
-from onnxgen.runtime import Runtime
 
 
 def raise_model(
     model: ir.Model,
-    runtime: Runtime,
+    roles: Roles | None = None,
     *,
     check: Check | None = None,
     disabled: frozenset[str] = frozenset(),
 ) -> list[Site]:
     """Apply every raising rule to the main graph, in place; returns what happened at each site."""
-    rewriter = Rewriter(model, check, disabled)
+    rewriter = Rewriter(model, roles, check, disabled)
     for rule in RULES:
         rewriter.apply(rule)
     return rewriter.sites

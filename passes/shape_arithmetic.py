@@ -11,21 +11,21 @@ key could not be an input of the node that makes the present key.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.graph import attribute
+from onnxgen.analysis.facts import sizes_in_use
+from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.shapes import Shapes
-from onnxgen.analysis.symbols import Dim
-from onnxgen.patterns.building import Builder, SizesOfInputs
+
+from onnxgen.patterns.building import Builder, SizesOfInputs, literal_target
 
 
-def canonical_shape_arithmetic(model: ir.Model) -> None:
+def canonical_shape_arithmetic(model: ir.Model, roles: Roles | None) -> None:
     """Rewrite every index tensor that ordinary nodes read, in place."""
     graph = model.graph
-    shapes = Shapes(graph)
+    shapes = Shapes(graph, sizes_in_use(roles))
     builder = Builder(graph, shapes)
     sizes = SizesOfInputs(builder)
     first = next(iter(graph), None)
@@ -66,20 +66,3 @@ def _literal_target(node: ir.Node, builder: Builder) -> bool:
         return True
     node.replace_input_with(1, builder.ints(*target))
     return True
-
-
-def literal_target(
-    shapes: Shapes, source: Sequence[Dim], result: Sequence[Dim]
-) -> list[int] | None:
-    """Reshape's constant target from `source` to `result`: sizes, 0 to keep, one -1."""
-    target: list[int] = []
-    for axis, size in enumerate(result):
-        if isinstance(size, int):
-            if size == 0:
-                return None
-            target.append(size)
-        elif axis < len(source) and shapes.same(size, source[axis]):
-            target.append(0)
-        else:
-            target.append(-1)
-    return target if target.count(-1) <= 1 else None

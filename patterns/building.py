@@ -94,6 +94,12 @@ class Builder:
         """An int64 vector of sizes, read off the graph's inputs; None where one is unknown."""
         return SizesOfInputs(self).tensor(dims, None)
 
+    def target(self, value: ir.Value, dims: Sequence[Dim]) -> ir.Value | None:
+        """What a Reshape of `value` to these sizes takes; None where a size is unknown."""
+        source = self.shapes.of(value)
+        literal = None if source is None else literal_target(self.shapes, source, dims)
+        return self.sizes(dims) if literal is None else self.ints(*literal)
+
     def unique(self, name: str) -> str:
         """The name, with a number behind it if it is taken."""
         candidate, number = name, 1
@@ -104,7 +110,7 @@ class Builder:
         return candidate
 
 
-_SIZE_OPS = {"div": "Div", "mod": "Mod", "min": "Min", "max": "Max", "bcast": "Max"}
+_SIZE_OPS = {"div": "Div", "mod": "Mod", "min": "Min", "max": "Max"}
 
 
 class SizesOfInputs:
@@ -179,9 +185,6 @@ class SizesOfInputs:
                 if part.arguments:
                     operands = [self._vector(argument) for argument in part.arguments]
                     size = op(_SIZE_OPS[part.name], operands, name="size")
-                    if part.name == "bcast":  # of 0 and 1 it is 0
-                        least = op("Min", [*operands, ints(1)], name="size")
-                        size = op("Mul", [size, least], name="size")
                 else:
                     value, axis = self._shapes.origins[part.name]
                     size = op("Shape", [value], {"start": axis, "end": axis + 1}, name="size")
@@ -190,3 +193,20 @@ class SizesOfInputs:
             total = term if total is None else op("Add", [total, term], name="size")
         assert total is not None
         return total
+
+
+def literal_target(
+    shapes: Shapes, source: Sequence[Dim], result: Sequence[Dim]
+) -> list[int] | None:
+    """Reshape's constant target from `source` to `result`: sizes, 0 to keep, one -1."""
+    target: list[int] = []
+    for axis, size in enumerate(result):
+        if isinstance(size, int):
+            if size == 0:
+                return None
+            target.append(size)
+        elif axis < len(source) and shapes.same(size, source[axis]):
+            target.append(0)
+        else:
+            target.append(-1)
+    return target if target.count(-1) <= 1 else None

@@ -149,14 +149,12 @@ class Rotary(Rule):
         if sign < 0:
             result = builder.op("Neg", [result])
         wanted = (*rows, len(indices))
-        if not facts.shapes.same_shape(facts.shapes.of(result), wanted):  # type: ignore[arg-type]
-            target = builder.sizes(wanted)  # type: ignore[arg-type]
-            if target is None:
-                raise Declined(
-                    self, "batch-unknown", "the size of the batch cannot be computed", node
-                )
-            result = builder.op("Expand", [result, target])
-        return result
+        # The operator does not broadcast, and position_ids of batch 1 are legal: `tidy` takes the
+        # Expand out again where the sizes are equal whatever is fed.
+        target = builder.sizes(wanted)  # type: ignore[arg-type]
+        if target is None:
+            raise Declined(self, "batch-unknown", "the size of the batch cannot be computed", node)
+        return builder.op("Expand", [result, target])
 
 
 def recognise(facts: Facts, written: Lanes, x: ir.Value) -> Rotation | None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxgen.analysis.graph import FLOATS
+from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.shapes import Shapes
+from onnxgen.analysis.symbols import Dim, atom
 from onnxgen.analysis.views import Views
 
 
@@ -19,10 +21,10 @@ class Facts:
         views: composed views.
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, roles: Roles | None = None) -> None:
         self.graph = graph
         self.opset = graph.opset_imports.get("", 24)
-        self.shapes = Shapes(graph)
+        self.shapes = Shapes(graph, sizes_in_use(roles))
         self.views = Views(self.shapes)
         self._activations: dict[ir.Value, bool] = {}
         self._order: dict[ir.Node, int] = {}
@@ -70,6 +72,33 @@ class Facts:
         if value is None or value.const_value is None:
             return False
         return sum(int(size) > 1 for size in value.const_value.shape.numpy()) >= 2
+
+
+def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
+    """The sizes of the inputs' axes in ordinary use: one batch, one new and one past length.
+
+    Exporters read the same length off whichever input is at hand, so that nothing in the graph
+    alone says that the batch of the ids and of a cache are one. Its users do: these equations hold
+    in every run that the roles describe. Cropped caches keep lengths of their own.
+    """
+    if roles is None:
+        return {}
+    first: dict[str, Dim] = {}
+    sizes: dict[str, Dim] = {}
+    for name, role in roles.inputs.items():
+        pair = roles.pair_of(name)
+        for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):
+            own = letter == "P" and pair is not None and pair.cap is not None
+            if isinstance(size, int) or letter not in ("B", "S", "P", "E") or own:
+                continue
+            sizes[f"{name}[{axis}]"] = first.setdefault(letter, atom(f"{name}[{axis}]"))
+    if "S" in first and not any(pair.static or pair.cap for pair in roles.pairs):
+        total = first["S"] + first.get("P", 0)
+        for name, role in roles.inputs.items():
+            for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):
+                if letter == "T" and not isinstance(size, int):
+                    sizes[f"{name}[{axis}]"] = total
+    return sizes
 
 
 _CONTRACTIONS = frozenset(

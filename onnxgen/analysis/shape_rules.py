@@ -108,10 +108,12 @@ def _reshape(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
         ]
     if any(isinstance(size, int) and size == -1 for size in target):
         rest = product(s for s in target if not (isinstance(s, int) and s == -1))
-        total = None if source is None else divide(
-            shapes.resolve(product(source)), shapes.resolve(rest)
+        exact = (
+            None
+            if source is None
+            else divide(shapes.resolve(product(source)), shapes.resolve(rest))
         )
-        missing = shapes.unknown("dim") if total is None else total
+        missing = shapes.unknown("dim") if exact is None else exact
         target = [missing if isinstance(s, int) and s == -1 else s for s in target]
     return [tuple(target)]
 

@@ -12,14 +12,22 @@ is what views are composed from (`analysis.views`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis import shape_rules
-from onnxgen.analysis.symbols import Atom, Dim, Poly, atom, broadcast, polynomial
+from onnxgen.analysis.symbols import (
+    Atom,
+    Dim,
+    Poly,
+    atom,
+    broadcast,
+    polynomial,
+    terms_of,
+)
 
 Shape: TypeAlias = tuple[Dim, ...]
 Content: TypeAlias = "np.ndarray[Any, np.dtype[np.object_]]"
@@ -39,11 +47,17 @@ class Shapes:
         origins: for each symbol, the graph input and the axis it is the size of.
     """
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, assumed: Mapping[str, Dim] | None = None) -> None:
+        """Infer the shapes of every value of a graph.
+
+        Args:
+            assumed: sizes that symbols are taken to have; nothing unless given.
+        """
         self._shapes: dict[ir.Value, Shape] = {}
         self._contents: dict[ir.Value, Content] = {}
         self._merged: dict[Atom, Dim] = {}
         self._fresh = 0
+        self._assumed = assumed or {}
         self.origins: dict[str, tuple[ir.Value, int]] = {}
         for value in (*graph.inputs, *graph.initializers.values()):
             self._declare(value)
@@ -94,14 +108,13 @@ class Shapes:
     def merge(self, a: Dim, b: Dim) -> Dim:
         """Note that an operator needs `a == b`; returns the better known of the two."""
         a, b = self.resolve(a), self.resolve(b)
-        difference = a - b
-        if isinstance(difference, Poly):
-            for monomial, factor in sorted(difference.terms, key=_better_gone):
-                if len(monomial) == 1 and abs(factor) == 1:
-                    rest = self.resolve((difference - polynomial({monomial: factor})) * -factor)
-                    if monomial[0] not in _atoms(rest):
-                        self._merged[monomial[0]] = rest
-                        return self.resolve(a)
+        zero = a - b
+        for monomial, factor in sorted(terms_of(zero), key=_better_gone):
+            if len(monomial) == 1 and abs(factor) == 1:
+                rest = (zero - polynomial({monomial: factor})) * -factor
+                if monomial[0] not in _atoms(rest):
+                    self._merged[monomial[0]] = rest
+                    return self.resolve(a)
         return a if isinstance(a, int) else b
 
     def unknown(self, hint: str) -> Dim:
@@ -136,7 +149,7 @@ class Shapes:
             names = [f"{value.name}[{axis}]" for axis in range(len(value.shape))]
             self.origins |= {name: (value, axis) for axis, name in enumerate(names)}
             self._shapes[value] = tuple(
-                size if isinstance(size, int) else atom(name)
+                size if isinstance(size, int) else self._assumed.get(name, atom(name))
                 for size, name in zip(value.shape, names, strict=True)
             )
 

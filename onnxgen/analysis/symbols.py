@@ -130,7 +130,7 @@ def divide(dim: Dim, divisor: Dim) -> Dim | None:
     if len(parts) != 1:  # (a + b) divides (a + b) * c: try c from the first term
         lead, lead_factor = parts[0]
         for monomial, factor in terms_of(dim):
-            rest = _without(monomial, lead)
+            rest = without(monomial, lead)
             if rest is not None and factor % lead_factor == 0:
                 quotient = polynomial({rest: factor // lead_factor})
                 if quotient * divisor == dim:
@@ -139,7 +139,7 @@ def divide(dim: Dim, divisor: Dim) -> Dim | None:
     (monomial, factor) = parts[0]
     result: dict[Monomial, int] = {}
     for term, coefficient in terms_of(dim):
-        rest = _without(term, monomial)
+        rest = without(term, monomial)
         if rest is None or coefficient % factor:
             return None
         result[rest] = result.get(rest, 0) + coefficient // factor
@@ -248,7 +248,8 @@ def symbols_of(dim: Dim) -> set[str]:
     return names
 
 
-def _without(monomial: Monomial, part: Monomial) -> Monomial | None:
+def without(monomial: Monomial, part: Monomial) -> Monomial | None:
+    """A product without some of its factors; None where it does not have them."""
     rest = list(monomial)
     for factor in part:
         if factor not in rest:

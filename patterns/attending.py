@@ -1,0 +1,245 @@
+"""What every attention rule ends in: the standard Attention with its cache inside.
+
+Rules find queries, keys, values and masks; `Attending` arranges them, takes a concatenated cache
+into the node, and makes the mask that the operator accepts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import attribute, producer
+from onnxgen.analysis.scores import Mask, constant_choice
+from onnxgen.analysis.symbols import Dim, product
+from onnxgen.analysis.views import Axis, Digit
+from onnxgen.patterns.arranging import arranged
+from onnxgen.patterns.building import Builder
+
+
+@dataclass(frozen=True)
+class Heads:
+    """An operand of a contraction as batch, heads, rows and columns.
+
+    Attributes:
+        value: the operand.
+        batch: digits of the batch axis.
+        heads: digits of the heads, without the repeats.
+        groups: how many times each head is repeated for neighbouring query heads; 1 for queries.
+        rows, columns: digits of the last two axes.
+    """
+
+    value: ir.Value
+    batch: Axis
+    heads: Axis
+    groups: Dim
+    rows: Axis
+    columns: Axis
+
+    @property
+    def count(self) -> Dim:
+        """How many heads there are."""
+        return product(digit.size for digit in self.heads)
+
+    def arranged(
+        self, facts: Facts, builder: Builder, *, transposed: bool = False
+    ) -> tuple[ir.Value, float] | None:
+        """[batch, heads, rows, columns], or with the last two swapped, and the factor inside."""
+        last = (self.columns, self.rows) if transposed else (self.rows, self.columns)
+        return arranged(facts, builder, self.value, (self.batch, self.heads, *last))
+
+
+def heads_of(
+    facts: Facts, value: ir.Value, like: Sequence[Axis | None], merged: int
+) -> Heads | str:
+    """Read an operand's leading axes as batch and heads; the reason as text where that fails.
+
+    Args:
+        like: sizes come from the contraction's result: for each of its leading axes, the digits
+            of the queries, which an operand of size 1 is repeated along; None for the queries.
+        merged: how many digits of the first axis are the batch where the result has one leading
+            axis for batch and heads; 0 where they have axes of their own.
+    """
+    view = facts.views.of(value)
+    if view is None or len(view.axes) < 2:
+        return "its rank is not known"
+    leading: list[Axis] = [()] * (len(like) - len(view.axes) + 2) + list(view.axes[:-2])
+    for index, (axis, queries) in enumerate(zip(leading, like, strict=True)):
+        size = product(digit.size for digit in queries or ())
+        if queries is not None and not axis and size != 1:
+            leading[index] = (Digit(None, 1, size),)
+    batch: Axis
+    if merged:
+        batch, heads = leading[0][:merged], list(leading[0][merged:])
+    else:
+        batch, heads = (leading[0] if leading else ()), [d for axis in leading[1:] for d in axis]
+    groups: Dim = 1
+    while heads and heads[-1].repeats:
+        groups = groups * heads.pop().size
+    if any(digit.repeats for digit in (*batch, *heads, *view.axes[-1], *view.axes[-2])):
+        return "its repeated heads are not neighbours, or more than heads are repeated"
+    return Heads(value, batch, tuple(heads), groups, view.axes[-2], view.axes[-1])
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A concatenated cache: total = Concat(past, new) along the sequence.
+
+    Attributes:
+        total: the concatenation, [B, K, P+S, D] after `order`.
+        past, new: its parts.
+        order: the permutation from the concatenation's axes to [B, K, T, D].
+    """
+
+    total: ir.Value
+    past: ir.Value
+    new: ir.Value
+    order: tuple[int, ...]
+
+
+def cache_of(facts: Facts, value: ir.Value) -> Cache | None:
+    """The cache that a [B, K, T, D] tensor is the concatenation of, else None."""
+    order = (0, 1, 2, 3)
+    transpose = producer(value, "Transpose")
+    total: ir.Value | None = value
+    if transpose is not None:
+        order = tuple(attribute(transpose, "perm", (3, 2, 1, 0)))
+        total = transpose.inputs[0]
+    node = producer(total, "Concat")
+    if node is None or total is None or len(node.inputs) != 2 or len(order) != 4:
+        return None
+    past, new = node.inputs
+    if past is None or new is None or attribute(node, "axis") % 4 != order[2]:
+        return None
+    if facts.shapes.rank(total) != 4:
+        return None
+    return Cache(total, past, new, order)
+
+
+def permuted(builder: Builder, value: ir.Value, order: tuple[int, ...]) -> ir.Value:
+    if order == (0, 1, 2, 3):
+        return value
+    return builder.op("Transpose", [value], {"perm": list(order)})
+
+
+def attention(
+    builder: Builder,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    mask: ir.Value | None,
+    caches: tuple[Cache, Cache] | None,
+    attributes: dict[str, int | float],
+) -> tuple[ir.Node, ir.Value, list[tuple[ir.Value, ir.Value]]]:
+    """The Attention node, its output [B, H, S, D], and (old, new) for the caches it takes over."""
+    if caches is None:
+        y = builder.op("Attention", [q, k, v, mask], attributes)
+        node = y.producer()
+        assert node is not None
+        return node, y, []
+    (keys, values) = caches
+    inputs = [
+        q,
+        permuted(builder, keys.new, keys.order),
+        permuted(builder, values.new, values.order),
+        mask,
+        permuted(builder, keys.past, keys.order),
+        permuted(builder, values.past, values.order),
+    ]
+    y, present_key, present_value = builder.ops("Attention", inputs, 3, attributes)
+    node = y.producer()
+    assert node is not None
+    replaced = []
+    for cache, present in ((keys, present_key), (values, present_value)):
+        back = tuple(int(axis) for axis in np.argsort(cache.order))
+        replaced.append((cache.total, permuted(builder, present, back)))
+    return node, y, replaced
+
+
+def attention_mask(
+    facts: Facts,
+    builder: Builder,
+    masks: Sequence[Mask],
+    rank: int,
+    rows: Dim,
+    columns: Dim,
+    dtype: ir.DataType,
+) -> ir.Value | None | str:
+    """One mask that the operator accepts: [.., S, T], bool or of the queries' type.
+
+    None where there is no mask; the reason as text where one cannot be arranged.
+    """
+    bools: list[ir.Value] = []
+    floats: list[ir.Value] = []
+    for mask in masks:
+        if mask.fill is None:
+            if facts.is_activation(mask.value):
+                return "the mask depends on activations"
+            choice = constant_choice(mask.value) if mask.factor > 0 else None
+            if choice is None or choice.fill != -np.inf:
+                scaled = mask.value
+                if mask.factor != 1.0:
+                    number = np.array(mask.factor, dtype=np.float64)
+                    assert scaled.dtype is not None
+                    factor = builder.constant(number.astype(scaled.dtype.numpy()))
+                    scaled = builder.op("Mul", [scaled, factor])
+                if scaled.dtype != dtype:
+                    scaled = builder.op("Cast", [scaled], {"to": int(dtype)})
+                floats.append(scaled)
+                continue
+            mask = choice
+        keep = builder.op("Not", [mask.value]) if mask.inverted else mask.value
+        assert mask.fill is not None
+        if mask.fill == -np.inf:
+            bools.append(keep)
+        else:  # a finite fill leaves rows that are masked everywhere uniform: keep it so
+            kind = dtype.numpy()
+            lowest = float(np.finfo(np.float16).min) if dtype == ir.DataType.FLOAT16 else mask.fill
+            fill = builder.constant(np.array(max(mask.fill, lowest), dtype=kind))
+            zero = builder.constant(np.array(0, dtype=kind))
+            floats.append(builder.op("Where", [keep, zero, fill]))
+    if not bools and not floats:
+        return None
+    joined: ir.Value | None = None
+    for value in bools:
+        joined = value if joined is None else builder.op("And", [joined, value])
+    if floats and joined is not None:
+        kind = dtype.numpy()
+        zero, low = (builder.constant(np.array(n, dtype=kind)) for n in (0, -np.inf))
+        floats.append(builder.op("Where", [joined, zero, low]))
+        joined = None
+    for value in floats:
+        joined = value if joined is None else builder.op("Add", [joined, value])
+    assert joined is not None
+    return _fitted(facts, builder, joined, rank, rows, columns)
+
+
+def _fitted(
+    facts: Facts, builder: Builder, mask: ir.Value, rank: int, rows: Dim, columns: Dim
+) -> ir.Value | str:
+    """The mask with two or four axes, the last two of them in full."""
+    shape = facts.shapes.of(mask)
+    if shape is None:
+        return "the mask's rank is not known"
+    if rank == 5 and len(shape) >= 3:
+        if shape[-3] != 1 or (len(shape) > 3 and shape[-4] != 1):
+            return "the mask differs from head to head of a group"
+        mask = builder.op("Squeeze", [mask, builder.ints(-3)])
+    elif rank == 3 and len(shape) == 3 and shape[0] != 1:
+        return "the mask has one axis for batch and heads"
+    shape = facts.shapes.of(mask)
+    assert shape is not None
+    if len(shape) == 3:
+        mask = builder.op("Unsqueeze", [mask, builder.ints(0)])
+        shape = (1, *shape)
+    full = ((1,) * (2 - len(shape)) + shape)[-2:]
+    if not facts.shapes.same_shape(full, (rows, columns)):
+        target = builder.sizes([*shape[:-2], rows, columns])
+        if target is None:
+            return "the mask's size cannot be computed"
+        mask = builder.op("Expand", [mask, target])
+    return mask

@@ -1,0 +1,165 @@
+"""ATT001: scaled dot-product attention around a Softmax, whatever leads to it and away from it.
+
+Replaces
+    Softmax(scale * q @ k^T, capped, + masks) @ v                    (Vaswani et al., 2017)
+    -> Attention-23(q, k, v, mask, past_key, past_value; scale, softcap) -> y, presents
+
+    Queries, keys and values are followed through views to batch, heads, rows and columns
+    (`analysis.views`): transposes, detours through flattened tensors, repeated key/value heads.
+    Factors on q, on k, on both or on the scores become one scale. A Concat of past and new keys
+    and values along the sequence moves into the node. The mask stays as the model computes it.
+
+Declines
+    scores: something unknown stands between the Softmax and q @ k, or before p @ v.
+    layout: an operand cannot be read as batch, heads, rows and columns.
+    groups: keys and values do not have the same heads, or these do not divide the queries'.
+    mask: the mask cannot be brought to [.., S, T].
+    cap-order: a mask is applied before the cap, where the operator applies it behind.
+
+Numerics
+    The same sums in another order: about 1e-6 of the output's standard deviation in fp32. Rows
+    that are masked everywhere are zeros where the mask is -inf (the decomposition gives NaN, or
+    zeros behind its guard); a finite mask keeps them as they were.
+
+Seen in
+    torch.onnx.export, TorchScript and dynamo, torch 2.13; transformers' OnnxExporter 5.23.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.scores import Scores, Stopped, last_axis, walk_down, walk_up
+from onnxgen.analysis.symbols import divide
+from onnxgen.patterns.attending import (
+    Heads,
+    attention,
+    attention_mask,
+    cache_of,
+    heads_of,
+)
+from onnxgen.patterns.building import Builder
+from onnxgen.patterns.rule import Declined, Rewrite, Rule
+
+
+class SoftmaxAttention(Rule):
+    """Anchored at the Softmax."""
+
+    code = "ATT001"
+    kind = "attention"
+    anchors = frozenset({"Softmax"})
+
+    def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
+        up, down = walk_up(facts, _given(node, 0)), walk_down(node)
+        if isinstance(up, Stopped) and isinstance(down, Stopped):
+            return None  # a router's Softmax, or a classifier's: nothing is attended to
+        for stopped in (up, down):
+            if isinstance(stopped, Stopped):
+                raise Declined(self, "scores", stopped.reason, stopped.node or node)
+        assert isinstance(up, Scores)
+        assert isinstance(down, ir.Node)
+        if not last_axis(facts, node):
+            raise Declined(self, "scores", "the Softmax is not over the last axis", node)
+        if up.masks_before_cap:
+            raise Declined(self, "cap-order", "a mask is applied before the cap", node)
+        q, k, v = self._operands(facts, up.contraction, down)
+        return self._emit(facts, builder, node, up, down, q, k, v)
+
+    def _operands(
+        self, facts: Facts, contraction: ir.Node, down: ir.Node
+    ) -> tuple[Heads, Heads, Heads]:
+        q_value, k_value, v_value = _given(contraction, 0), _given(contraction, 1), _given(down, 1)
+        view, rank = facts.views.of(q_value), facts.shapes.rank(contraction.outputs[0])
+        if view is None or rank is None or len(view.axes) != rank or rank not in (3, 4, 5):
+            raise Declined(self, "layout", "the queries' axes are not known", contraction)
+        like = view.axes[:-2]
+        merged = 1 if rank == 3 and len(like[0]) > 1 else 0
+        found: list[Heads] = []
+        for name, value in (("queries", q_value), ("keys", k_value), ("values", v_value)):
+            heads = heads_of(
+                facts, value, [None] * len(like) if name == "queries" else list(like), merged
+            )
+            if isinstance(heads, str):
+                raise Declined(self, "layout", f"{name}: {heads}", contraction, value.producer())
+            found.append(heads)
+        q, k, v = found
+        if k.groups != v.groups or k.count != v.count:
+            raise Declined(self, "groups", "keys and values have different heads", contraction)
+        if divide(q.count, k.count) != k.groups:
+            raise Declined(
+                self, "groups", f"{q.count} query heads on {k.count} key heads", contraction
+            )
+        return q, k, v
+
+    def _emit(
+        self,
+        facts: Facts,
+        builder: Builder,
+        node: ir.Node,
+        up: Scores,
+        down: ir.Node,
+        q: Heads,
+        k: Heads,
+        v: Heads,
+    ) -> Rewrite:
+        queries = q.arranged(facts, builder)
+        keys = k.arranged(facts, builder, transposed=True)
+        values = v.arranged(facts, builder)
+        for name, arranged in (("queries", queries), ("keys", keys), ("values", values)):
+            if arranged is None:
+                raise Declined(self, "layout", f"{name} cannot be rearranged", up.contraction)
+        assert queries is not None
+        assert keys is not None
+        assert values is not None
+        scale = up.scale
+        for heads, (_, inside) in ((q, queries), (k, keys)):
+            view = facts.views.of(heads.value)
+            assert view is not None
+            scale *= view.scale / inside
+        value_view = facts.views.of(v.value)
+        assert value_view is not None
+        if value_view.scale != values[1]:
+            raise Declined(self, "layout", "the values are scaled on the way", down)
+        dtype = queries[0].dtype
+        q_shape, k_shape = facts.shapes.of(queries[0]), facts.shapes.of(keys[0])
+        assert dtype is not None
+        assert q_shape is not None
+        assert k_shape is not None
+        rank = facts.shapes.rank(up.contraction.outputs[0]) or 4
+        mask = attention_mask(facts, builder, up.masks, rank, q_shape[2], k_shape[2], dtype)
+        if isinstance(mask, str):
+            raise Declined(self, "mask", mask, node)
+        key_cache, value_cache = cache_of(facts, keys[0]), cache_of(facts, values[0])
+        caches = (key_cache, value_cache) if key_cache and value_cache else None
+        attributes: dict[str, int | float] = {"scale": scale}
+        if up.softcap:
+            attributes["softcap"] = up.softcap
+        precision = _given(node, 0).dtype
+        if precision is not None and precision != dtype:
+            attributes["softmax_precision"] = int(precision)
+        fused, y, replaced = attention(
+            builder, queries[0], keys[0], values[0], mask, caches, attributes
+        )
+        old = down.outputs[0]
+        if rank != 4:
+            shape = facts.shapes.of(old)
+            target = None if shape is None else builder.target(y, list(shape))
+            if target is None:
+                raise Declined(self, "layout", "the output's size cannot be computed", down)
+            y = builder.op("Reshape", [y, target])
+        details: dict[str, str | int | float | bool] = {
+            "heads": str(q.count),
+            "kv_heads": str(k.count),
+            "head_size": str(q_shape[3]),
+            "scale": scale,
+            "cache": "concatenated" if caches else "none",
+            "mask": "explicit" if mask is not None else "none",
+        }
+        return Rewrite(fused, ((old, y), *replaced), details)
+
+
+def _given(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
