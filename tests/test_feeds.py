@@ -34,6 +34,13 @@ def test_right_padding_lies_after_them() -> None:
     assert shape.positions.tolist() == [[4, 4, 4], [4, 5, 6]]
 
 
+def test_right_padding_of_a_prompt_stays_in_the_past() -> None:
+    shape = RunShape(2, 1, 4, "right", (2, 0))
+    assert shape.real.astype(int).tolist() == [[1, 1, 0, 0, 1], [1, 1, 1, 1, 1]]
+    assert shape.real_new.all()
+    assert shape.positions.tolist() == [[2], [4]]
+
+
 def test_kept_places_of_cropped_and_static_caches() -> None:
     shape = RunShape(1, 2, 3, "left", (2,))
     assert shape.real_kept(5).astype(int).tolist() == [[0, 0, 1, 1, 1]]
@@ -54,7 +61,7 @@ def test_padding_is_there_and_leaves_every_row_a_new_token(
 
 def test_padding_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="right padding"):
-        RunShape(2, 1, 7, "right")
+        RunShape(2, 1, 0, "right")
     with pytest.raises(ValueError, match="left padding"):
         RunShape(1, 1, 0, "left")
     with pytest.raises(ValueError, match="left padding"):

@@ -53,6 +53,9 @@ def test_every_input_has_the_role_that_its_exporter_knew(entry: CorpusEntry) -> 
         if role == "features":  # the corpus's word for whatever a model is given as floats
             image, read = len(described[name]["shape"]) == 4, "ids" in known.values()
             known[name] = "pixels" if image else "encoder_states" if read else "features"
+            # Beside caches of cross-attention that are full, states are only passed through.
+            elif role == "encoder_states" and "cross_past" in known.values():
+                known[name] = "constant_like"
     assert found == known
 
 
@@ -176,6 +179,24 @@ def test_a_standard_attention_with_cache_and_a_float_mask() -> None:
     assert roles.inputs["m"].axes == ("B", "", "S", "T")
     assert roles.inputs["m"].additive
     assert roles.pair_of("k") == roles.pair_of("c1")
+
+
+def test_a_merged_decoder_is_read_in_both_branches() -> None:
+    roles = roles_of("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (int64[b,s] tokens, float[b,p,8] old, float[b,e,8] cross, bool[1] past)
+          => (float[b,t,8] new, float[b,e,8] kept)
+        <float[50,8] table, float[8,8] w>
+        { x = Gather(table, tokens)
+          new, kept = If(past) <
+            then_branch = with_past () => (n1, k1)
+              { n1 = Concat<axis = 1>(old, x) k1 = Identity(cross) },
+            else_branch = without () => (n2, k2)
+              { n2 = Identity(x) k2 = MatMul(x, w) }>
+        }""")
+    assert roles.inputs["past"].role == "use_cache_branch"
+    assert [(p.past, p.present, p.axis) for p in roles.pairs] == [("old", "new", 1)]
+    assert roles.outputs["kept"].role == "copy"
 
 
 def test_functions_are_looked_into() -> None:

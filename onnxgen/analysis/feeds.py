@@ -30,7 +30,8 @@ class RunShape:
 
     Left padding stands before each row's first token, so with a past it lies in the past, and
     reaches into the new tokens where it is longer than that. Right padding stands after each
-    row's last token, among the new ones. Every row keeps a real new token.
+    row's last token, among the new ones; where there is one new token it is what a padded
+    prompt left at the end of the past. Every row keeps a real new token.
 
     Attributes:
         batch, new, past, encoder: B, S, P and E. The encoder's first row is padded at its end
@@ -55,7 +56,10 @@ class RunShape:
         if self.padding == "none":
             object.__setattr__(self, "pads", (0,) * self.batch)
             return
-        room = self.total - 1 if self.padding == "left" else self.new - 1
+        if self.padding == "left":
+            room = self.total - 1
+        else:
+            room = self.new - 1 if self.new > 1 else self.past
         if not self.pads:
             most = min(room, max(2, (self.past or self.new) // 2))
             object.__setattr__(self, "pads", _uneven(self.batch, most))
@@ -71,7 +75,10 @@ class RunShape:
     def real(self) -> npt.NDArray[np.bool_]:
         """bool [B,T]: places that hold a real token."""
         at, pads = np.arange(self.total), np.array(self.pads)[:, None]
-        return at >= pads if self.padding == "left" else at < self.total - pads
+        if self.padding == "left":
+            return at >= pads
+        end = self.total if self.new > 1 else self.past
+        return (at < end - pads) | (at >= end)
 
     @property
     def real_new(self) -> npt.NDArray[np.bool_]:

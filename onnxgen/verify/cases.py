@@ -104,6 +104,7 @@ _SHAPES = (
     RunShape(2, 1, 8),
     RunShape(2, 1, 8, padding="left", encoder=5),
     RunShape(3, 1, 9, padding="left", pads=(0, 5, 8)),
+    RunShape(2, 1, 7, padding="right"),
 )
 # Greedy steps start from the first of these that the original can run.
 _CHAINS = (
@@ -169,7 +170,7 @@ def _fitting(roles: Roles, runs: Sequence[Run]) -> list[Run]:
         shape = _forced(roles, run.shape)
         if shape is None or misfit(roles, shape):
             continue
-        if run.steps and (shape.new > 1 or shape.past) and _stuck(roles, shape):
+        if run.steps and (shape.new != run.shape.new or _stuck(roles, shape)):
             continue
         kept.append(replace(run, shape=shape))
     return kept
