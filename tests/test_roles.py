@@ -53,9 +53,9 @@ def test_every_input_has_the_role_that_its_exporter_knew(entry: CorpusEntry) -> 
         if role == "features":  # the corpus's word for whatever a model is given as floats
             image, read = len(described[name]["shape"]) == 4, "ids" in known.values()
             known[name] = "pixels" if image else "encoder_states" if read else "features"
-            # Beside caches of cross-attention that are full, states are only passed through.
-            elif role == "encoder_states" and "cross_past" in known.values():
-                known[name] = "constant_like"
+        # Beside caches of cross-attention that are full, states are only passed through.
+        elif role == "encoder_states" and "cross_past" in known.values():
+            known[name] = "constant_like"
     assert found == known
 
 
