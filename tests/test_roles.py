@@ -49,13 +49,16 @@ def test_every_input_has_the_role_that_its_exporter_knew(entry: CorpusEntry) -> 
     found = {name: each.role for name, each in roles.inputs.items()}
     described = entry.info["inputs"]
     known = {name: SAME.get(each["role"], each["role"]) for name, each in described.items()}
+    words = set(known.values())
     for name, role in known.items():
-        if role == "features":  # the corpus's word for whatever a model is given as floats
-            image, read = len(described[name]["shape"]) == 4, "ids" in known.values()
-            known[name] = "pixels" if image else "encoder_states" if read else "features"
-        # Beside caches of cross-attention that are full, states are only passed through.
-        elif role == "encoder_states" and "cross_past" in known.values():
+        if role != "features":  # the corpus's word for whatever a model is given as floats
+            continue
+        if len(described[name]["shape"]) == 4:
+            known[name] = "pixels"
+        elif "cross_past" in words:  # the caches hold what would be read: it is passed through
             known[name] = "constant_like"
+        elif "ids" in words:
+            known[name] = "encoder_states"
     assert found == known
 
 
