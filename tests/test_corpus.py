@@ -84,8 +84,8 @@ def test_stored_small_and_complete(entry: CorpusEntry) -> None:
     assert entry.path.stat().st_size <= 40 * 1024
     assert {"model", "form", "kind", "torch", "transformers", "dims", "runs"} <= set(entry.info)
     assert (entry.info["model"], entry.info["form"]) == (entry.model, entry.form)
-    names = [value.name for value in entry.stored.graph.input]
-    assert set(entry.info["inputs"]) <= set(names)
+    assert list(entry.info["inputs"]) == [value.name for value in entry.stored.graph.input]
+    assert list(entry.info["outputs"]) == [value.name for value in entry.stored.graph.output]
     for tensor in testing.tensors(entry.stored):
         props = {prop.key: prop.value for prop in tensor.metadata_props}
         if testing.GROW in props:
@@ -214,4 +214,3 @@ def _attribute(attribute: onnx.AttributeProto) -> tuple[str, bytes]:
     copy.CopyFrom(attribute)
     copy.t.name = ""
     return attribute.name, copy.SerializeToString(deterministic=True)
-

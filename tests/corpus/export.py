@@ -421,7 +421,7 @@ def inputs_of(model: Model, dims: Dims, mods: Sequence[str], module: nn.Module) 
         return inputs
     total = "S" if "prefill" in mods else "P+S"
     inputs = [Input("input_ids", "ids", ("B", new)), Input("attention_mask", "mask", ("B", total))]
-    if "position_ids" in module.forward.__code__.co_varnames or model.name not in ("bloom",):
+    if model.name != "bloom":  # ALiBi: it takes no positions
         inputs.append(Input("position_ids", "positions", ("B", new)))
     if "prefill" in mods:
         return inputs
@@ -522,15 +522,14 @@ def by_torch(
             i.name: {a: AXES[s] for a, s in enumerate(i.shape) if isinstance(s, str)}
             for i in inputs
         }
-        past = "kept" if "C" in {s for i in inputs for s in i.shape} else "past_sequence_length"
+        cropped = any("C" in i.shape for i in inputs)
         for name, role in zip(names["output_names"], roles, strict=True):
             axes[name] = {0: "batch_size"}
             if role == "logits" or (role == "hidden" and model.kind == "encoder"):
-                axes[name][1] = "sequence_length"
-            elif role.startswith("present") and past == "past_sequence_length":
-                axes[name][2] = AXES["P+S"]
+                axes[name][1] = AXES["S"]
             elif "present" in role:
-                axes[name][2] = f"{name}_length"
+                length = "E" if "cross" in role else "S" if "prefill" in mods else "P+S"
+                axes[name][2] = f"{name}_length" if cropped else AXES[length]
         torch.onnx.export(
             wrapper, tensors, buffer, dynamo=False, opset_version=17, dynamic_axes=axes, **names
         )
@@ -901,6 +900,26 @@ def export(model: Model, form: str, dims: Dims) -> tuple[onnx.ModelProto, list[s
     return proto, kept
 
 
+def recheck(model: Model, form: str, path: Path) -> onnx.ModelProto:
+    """Run a stored export against torch again, and return it with what was found."""
+    entry = testing.CorpusEntry(model.name, form, path)
+    mods = form.split("-")[1:]
+    dims = Dims(**entry.info["dims"])
+    proto, info = testing.read_stored(path), dict(entry.info)
+    inputs = [
+        Input(name, i["role"], tuple(i["shape"]), i["dtype"], i.get("value"))
+        for name, i in info["inputs"].items()
+    ]
+    roles = [o["role"] for o in info["outputs"].values()]
+    with quiet():
+        module, _ = build(model, dims, mods)
+        exported = Exported(proto, inputs, roles, info["exporter"])
+        probe(model, dims, mods, module, exported, entry.load(), info)
+    del proto.metadata_props[:]
+    proto.metadata_props.add(key=CORPUS, value=json.dumps(info, separators=(",", ":")))
+    return proto
+
+
 def export_full(
     model: Model, form: str, dims: Dims
 ) -> tuple[onnx.ModelProto, nn.Module, dict[str, Growth], Exported]:
@@ -917,6 +936,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--only", default="*", help="shell pattern over model/form")
     parser.add_argument("--missing", action="store_true", help="skip what is stored already")
+    parser.add_argument("--recheck", action="store_true", help="only run stored ones again")
     parser.add_argument("--list", action="store_true", help="list the cells and end")
     parser.add_argument("--readme", action="store_true", help="write README.md and end")
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write to")
@@ -955,13 +975,18 @@ def main() -> None:
                 continue
             if options.missing and (path.exists() or cell in failures):
                 continue
+            if options.recheck and not path.exists():
+                continue
             if options.list:
                 print(cell)
                 continue
             start = time.time()
             try:
                 dims = dataclasses.replace(model.dims, **changed)
-                proto, kept = export(model, form, dims)
+                if options.recheck:
+                    proto, kept = recheck(model, form, path), []
+                else:
+                    proto, kept = export(model, form, dims)
             except Exception as error:
                 cause: BaseException = error  # exporters wrap the cause in advice
                 while cause.__cause__ is not None:
