@@ -1,9 +1,10 @@
 """Patterns: one exporter idiom a file."""
 
 from onnxgen.patterns.attention import SoftmaxAttention
+from onnxgen.patterns.attention_op import ExportedAttention
 from onnxgen.patterns.rms_norm import RMSNorm
 from onnxgen.patterns.rotary import Rotary
 from onnxgen.patterns.rule import Rule
 
 # In the order in which they are applied.
-RULES: tuple[Rule, ...] = (RMSNorm(), Rotary(), SoftmaxAttention())
+RULES: tuple[Rule, ...] = (RMSNorm(), Rotary(), SoftmaxAttention(), ExportedAttention())

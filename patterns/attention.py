@@ -30,6 +30,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import producer
 from onnxgen.analysis.scores import Scores, Stopped, last_axis, walk_down, walk_up
 from onnxgen.analysis.symbols import divide
 from onnxgen.patterns.attending import (
@@ -70,6 +71,9 @@ class SoftmaxAttention(Rule):
         self, facts: Facts, contraction: ir.Node, down: ir.Node
     ) -> tuple[Heads, Heads, Heads]:
         q_value, k_value, v_value = _given(contraction, 0), _given(contraction, 1), _given(down, 1)
+        widened = producer(v_value, "Cast")
+        if widened is not None and _given(widened, 0).dtype == q_value.dtype:
+            v_value = _given(widened, 0)  # probabilities in float, as softmax_precision says
         view, rank = facts.views.of(q_value), facts.shapes.rank(contraction.outputs[0])
         if view is None or rank is None or len(view.axes) != rank or rank not in (3, 4, 5):
             raise Declined(self, "layout", "the queries' axes are not known", contraction)
@@ -142,6 +146,8 @@ class SoftmaxAttention(Rule):
             builder, queries[0], keys[0], values[0], mask, caches, attributes
         )
         old = down.outputs[0]
+        if old.dtype is not None and old.dtype != dtype:
+            y = builder.op("Cast", [y], {"to": int(old.dtype)})
         if rank != 4:
             shape = facts.shapes.of(old)
             target = None if shape is None else builder.target(y, list(shape))

@@ -89,7 +89,10 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
         pair = roles.pair_of(name)
         for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):
             own = letter == "P" and pair is not None and pair.cap is not None
-            if isinstance(size, int) or letter not in ("B", "S", "P", "E") or own:
+            if isinstance(size, int):  # some exporters name a fixed size's symbol "6"
+                sizes[f"{name}[{axis}]"] = size
+                continue
+            if letter not in ("B", "S", "P", "E") or own:
                 continue
             sizes[f"{name}[{axis}]"] = first.setdefault(letter, atom(f"{name}[{axis}]"))
     if "S" in first and not any(pair.static or pair.cap for pair in roles.pairs):

@@ -294,6 +294,22 @@ def _gemm(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [(rows, b[0] if attribute(node, "transB", 0) else b[1])]
 
 
+def _conv(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    x, weight = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
+    if x is None or weight is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
+        return [None]
+    spatial = len(x) - 2
+    pads = attribute(node, "pads", [0] * 2 * spatial)
+    strides = attribute(node, "strides", [1] * spatial)
+    dilations = attribute(node, "dilations", [1] * spatial)
+    sizes: list[Dim] = []
+    for axis in range(spatial):
+        reach = dilations[axis] * (weight[2 + axis] - 1) + 1
+        room = x[2 + axis] + (pads[axis] + pads[axis + spatial]) - reach
+        sizes.append(floor_divide(room, strides[axis]) + 1)
+    return [(x[0], weight[0], *sizes)]
+
+
 def _reduce(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     source, axes = shapes.of(node.inputs[0]), _axes(shapes, node)
     if source is None or axes is None:
@@ -390,6 +406,7 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "GatherElements": lambda shapes, node: [shapes.of(node.inputs[1])],
     "MatMul": _matmul,
     "Gemm": _gemm,
+    "Conv": _conv,
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
     "Einsum": _einsum,

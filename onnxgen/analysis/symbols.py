@@ -164,9 +164,15 @@ def modulo(dim: Dim, divisor: Dim) -> Dim:
 def never_negative(dim: Dim) -> bool:
     """Whether a size is >= 0 whatever its symbols are (each symbol is >= 0)."""
     return all(
-        factor >= 0 and not any(a.name in ("value", "min", "neg") for a in monomial)
+        factor >= 0 and all(map(_atom_never_negative, monomial))
         for monomial, factor in terms_of(dim)
     )
+
+
+def _atom_never_negative(part: Atom) -> bool:
+    if part.name == "max":
+        return any(map(never_negative, part.arguments))
+    return all(map(never_negative, part.arguments))
 
 
 def minimum(a: Dim, b: Dim) -> Dim:
@@ -193,9 +199,22 @@ def broadcast(a: Dim, b: Dim) -> Dim:
         return b
     if isinstance(a, int):
         return a
-    # Whatever was broadcast once more does not change: a set of operands.
+    # Whatever was broadcast once more does not change: a set of operands. A table cut to a length
+    # (`table[:, :S]` is min(S, rows) long) serves that length or fails.
     operands = {*_broadcast_operands(a), *_broadcast_operands(b)}
-    return atom("bcast", *sorted(operands, key=str)) if len(operands) > 1 else a
+    operands -= {each for each in operands if _cut_to(each) & operands}
+    return atom("bcast", *sorted(operands, key=str)) if len(operands) > 1 else operands.pop()
+
+
+def _cut_to(dim: Dim) -> set[Dim]:
+    """The free sizes of which `dim` is the minimum with a number above 1."""
+    terms = terms_of(dim)
+    if len(terms) == 1 and terms[0][1] == 1 and len(terms[0][0]) == 1:
+        only = terms[0][0][0]
+        numbers = [each for each in only.arguments if isinstance(each, int)]
+        if only.name == "min" and numbers and min(numbers) > 1:
+            return {each for each in only.arguments if not isinstance(each, int)}
+    return set()
 
 
 def _broadcast_operands(dim: Dim) -> tuple[Dim, ...]:

@@ -1,0 +1,70 @@
+"""ATT002: an Attention that an exporter wrote takes its cache inside and leaves repeats outside.
+
+Replaces
+    Attention(q, Expand(Concat(past_key, k)), Expand(Concat(past_value, v)), mask)
+    -> Attention(q, k, v, mask, past_key, past_value) -> y, present_key, present_value
+
+    Heads that are repeated for groups of query heads are taken as they are: the operator shares
+    them itself. The mask, the scale and every other attribute stay.
+
+Declines
+    causal: is_causal counts from the first key; with the cache inside it would count from the
+        last (a Concat outside and inside mask different scores).
+    layout: keys or values cannot be read as batch, heads, rows and columns.
+
+Numerics
+    The same operator on the same numbers.
+
+Seen in
+    torch.onnx.export(dynamo=True, opset_version=23), torch 2.13.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import attribute
+from onnxgen.patterns.attending import attention, cache_of, heads_of
+from onnxgen.patterns.building import Builder
+from onnxgen.patterns.rule import Declined, Rewrite, Rule
+
+
+class ExportedAttention(Rule):
+    """Anchored at an Attention of four axes without a past."""
+
+    code = "ATT002"
+    kind = "attention"
+    anchors = frozenset({"Attention"})
+
+    def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
+        if node.domain == "com.microsoft" or len(node.inputs) > 4 or len(node.outputs) > 1:
+            return None
+        q, k, v = node.inputs[:3]
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        view = facts.views.of(q) if q is not None else None
+        if q is None or k is None or v is None or view is None or len(view.axes) != 4:
+            return None
+        keys, values = (heads_of(facts, each, list(view.axes[:-2]), 0) for each in (k, v))
+        if isinstance(keys, str) or isinstance(values, str):
+            raise Declined(self, "layout", f"keys: {keys}, values: {values}", node)
+        plain_k, plain_v = keys.arranged(facts, builder), values.arranged(facts, builder)
+        if plain_k is None or plain_v is None or (plain_k[1], plain_v[1]) != (1.0, 1.0):
+            return None
+        key_cache, value_cache = cache_of(facts, plain_k[0]), cache_of(facts, plain_v[0])
+        caches = (key_cache, value_cache) if key_cache and value_cache else None
+        if caches and attribute(node, "is_causal", 0):
+            raise Declined(self, "causal", "is_causal with a concatenated cache", node)
+        if caches is None and plain_k[0] is k and plain_v[0] is v:
+            return None  # nothing to gain
+        attributes = {name: found.value for name, found in node.attributes.items()}
+        fused, y, replaced = attention(
+            builder, q, plain_k[0], plain_v[0], mask, caches, attributes
+        )
+        details = {
+            "heads": str(facts.shapes.of(q)[1]),  # type: ignore[index]
+            "kv_heads": str(keys.count),
+            "cache": "concatenated" if caches else "none",
+            "mask": "none" if mask is None else "explicit",
+        }
+        return Rewrite(fused, ((node.outputs[0], y), *replaced), details)
