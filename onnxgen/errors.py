@@ -5,10 +5,24 @@ Exit codes: 0 done, 1 the result differs, 2 usage, 3 refused or unverifiable,
 """
 
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnxgen.report.values import Report
+
+
 class OnnxgenError(Exception):
-    """A failure the user can read: the message names the file, the node and the cause."""
+    """A failure the user can read: the message names the file, the node and the cause.
+
+    Attributes:
+        exit_code: what the command exits with.
+        report: what had been done until then, where there is a report.
+    """
 
     exit_code = 1
+    report: Report | None = None
 
 
 class ModelDiffersError(OnnxgenError):

@@ -82,7 +82,7 @@ def cut(
 
 def sorted_nodes(nodes: Iterable[ir.Node]) -> list[ir.Node]:
     """The nodes with every producer before its consumers."""
-    members = set(nodes)
+    members = dict.fromkeys(nodes)  # in the order given: the same part is cut the same way again
     ordered: list[ir.Node] = []
     state: dict[ir.Node, bool] = {}  # False: its inputs are under way, True: placed
     for root in members:

@@ -1,0 +1,252 @@
+"""The check of a rewrite where it happens: old nodes and new ones on the same inputs.
+
+The part of the graph between what the new nodes read and what they replace is cut out, before and
+after. Activations and weights are random; masks, tables and lengths, which a random tensor would
+turn into nonsense, are made by the graph that makes them, from inputs as a user would feed them.
+Parts of one structure are run once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from onnxgen.analysis.evaluate import CutError, cut
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.feeds import RunShape, make_feeds
+from onnxgen.analysis.graph import ancestors
+from onnxgen.analysis.roles import Roles
+from onnxgen.analysis.symbols import evaluate
+from onnxgen.patterns.rule import Rewrite
+from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.verify.compare import TOLERANCES
+
+# Lengths that are different from one another and from 1, so that a swapped axis cannot pass.
+SHAPES = (
+    RunShape(batch=2, new=5, past=7),
+    RunShape(batch=2, new=5, past=3, padding="left"),
+    RunShape(batch=3, new=1, past=11),
+)
+SMALL = 256  # elements: constants up to here are part of a structure, larger ones are weights
+
+
+class RewriteChecker:
+    """Compares rewrites with what they replace.
+
+    Attributes:
+        rewrites: how many rewrites were compared.
+        structures: how many of them were run; the others had been run already.
+        difference: the largest difference, over the old output's standard deviation.
+    """
+
+    def __init__(self, runtime: Runtime, roles: Roles) -> None:
+        self._runtime = runtime
+        self._roles = roles
+        self._verdicts: dict[str, str | None] = {}
+        self.rewrites = 0
+        self.difference = 0.0
+
+    @property
+    def structures(self) -> int:
+        return len(self._verdicts)
+
+    def __call__(self, facts: Facts, rewrite: Rewrite, nodes: Sequence[ir.Node]) -> str | None:
+        """None where old and new values agree, else what differs, in one sentence."""
+        self.rewrites += 1
+        try:
+            before, after, free = _parts(facts, rewrite, nodes)
+        except CutError as error:
+            return f"its check cannot be cut out: {error}"
+        key = _structure(before) + _structure(after)
+        if key not in self._verdicts:
+            self._verdicts[key] = self._run(facts, rewrite, before, after, free)
+        return self._verdicts[key]
+
+    def _run(
+        self,
+        facts: Facts,
+        rewrite: Rewrite,
+        before: onnx.ModelProto,
+        after: onnx.ModelProto,
+        free: Mapping[str, ir.Value],
+    ) -> str | None:
+        failures: list[str] = []
+        ran = 0
+        try:
+            sessions = [self._runtime.load(part.SerializeToString()) for part in (before, after)]
+        except RuntimeFailure as error:
+            return f"ONNX Runtime refuses it: {error}"
+        for seed, shape in enumerate(self._shapes()):
+            rng = np.random.default_rng(seed)
+            feeds = self._feeds(facts, shape, free, rng)
+            if isinstance(feeds, str):
+                failures.append(feeds)
+                continue
+            try:
+                old = self._runtime.run(sessions[0], _given(before, feeds))
+            except RuntimeFailure as error:
+                failures.append(str(error))
+                continue
+            try:
+                new = self._runtime.run(sessions[1], _given(after, feeds))
+            except RuntimeFailure as error:
+                return f"the old nodes run where the new ones fail: {error}"
+            ran += 1
+            reason = self._compare(rewrite, old, new)
+            if reason is not None:
+                return reason
+        for session in sessions:
+            self._runtime.unload(session)
+        return None if ran else f"its check cannot be run: {failures[0] if failures else 'no case'}"
+
+    def _shapes(self) -> list[RunShape]:
+        fixed = self._roles.fixed
+        shapes: list[RunShape] = []
+        for shape in SHAPES:
+            batch, new = fixed.get("B", shape.batch), fixed.get("S", shape.new)
+            past = fixed.get("P", shape.past if self._roles.pairs else 0)
+            padding = shape.padding if batch > 1 and new + past > 2 else "none"
+            made = RunShape(batch=batch, new=new, past=past, padding=padding)
+            if made not in shapes:
+                shapes.append(made)
+        return shapes
+
+    def _feeds(
+        self, facts: Facts, shape: RunShape, free: Mapping[str, ir.Value], rng: np.random.Generator
+    ) -> dict[str, Any] | str:
+        """Arrays for the values that a part is cut off at; the reason as text where one fails."""
+        inputs = make_feeds(self._roles, shape, rng)
+        binding = {
+            f"{name}[{axis}]": int(size)
+            for name, array in inputs.items()
+            for axis, size in enumerate(array.shape)
+        }
+        feeds: dict[str, Any] = {}
+        for name, value in free.items():
+            if name in inputs and not facts.is_activation(value):
+                feeds[name] = inputs[name]
+                continue
+            dims = facts.shapes.of(value)
+            sizes = [] if dims is None else [evaluate(dim, binding) for dim in dims]
+            if dims is None or None in sizes:
+                return f"the shape of {name!r} is not known"
+            content = facts.shapes.content(value)
+            numbers = (
+                None if content is None else [evaluate(each, binding) for each in content.flat]
+            )
+            if numbers is not None and None not in numbers:
+                feeds[name] = np.array(numbers, dtype=np.int64).reshape(content.shape)  # type: ignore[union-attr]
+                continue
+            if value.dtype is None or not value.dtype.is_floating_point():
+                return f"{name!r} holds integers that are computed from activations"
+            array = rng.standard_normal([int(size) for size in sizes if size is not None])
+            feeds[name] = array.astype(value.dtype.numpy())
+        return feeds
+
+    def _compare(
+        self, rewrite: Rewrite, old: Mapping[str, Any], new: Mapping[str, Any]
+    ) -> str | None:
+        for old_value, new_value in rewrite.outputs:
+            a, b = old[old_value.name or ""], new[new_value.name or ""]
+            if a.shape != b.shape:
+                return f"{old_value.name!r} becomes {b.shape}, was {a.shape}"
+            dtype = new_value.dtype or ir.DataType.FLOAT
+            half = any(
+                v.dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+                for v in rewrite.node.inputs
+                if v is not None
+            )
+            tolerance = TOLERANCES[ir.DataType.FLOAT16 if half else dtype]
+            a, b = a.astype(np.float64), b.astype(np.float64)
+            valid = np.isfinite(a)  # a row that is masked everywhere is NaN: nobody's answer
+            if not valid.any():
+                continue
+            if not np.isfinite(b[valid]).all():
+                return f"{old_value.name!r} is not finite where it was"
+            spread = float(a[valid].std()) or 1.0
+            difference = float(np.abs(a[valid] - b[valid]).max()) / spread
+            if not difference <= tolerance:
+                return f"{old_value.name!r} differs by {difference:.1e} of its standard deviation"
+            self.difference = max(self.difference, difference)
+        return None
+
+
+def _parts(
+    facts: Facts, rewrite: Rewrite, nodes: Sequence[ir.Node]
+) -> tuple[onnx.ModelProto, onnx.ModelProto, dict[str, ir.Value]]:
+    """The part before, the part after, and the values both are cut off at.
+
+    Raises:
+        CutError: the old nodes read activations that the new ones do not.
+    """
+    made = {output for node in nodes for output in node.outputs}
+    read = [v for node in nodes for v in node.inputs if v is not None and v not in made]
+    stop: dict[ir.Value, None] = {}
+    for value in read:
+        if facts.is_activation(value) or _is_weight(value) or value.is_graph_input():
+            stop[value] = None
+    old = [old for old, _ in rewrite.outputs]
+    new = [new for _, new in rewrite.outputs]
+    # Masks, tables and sizes are computed from the graph's inputs inside the part, except that
+    # sizes read off activations are fed.
+    for value in read + old:
+        for node in ancestors([value], frozenset(stop)):
+            for each in node.inputs:
+                if each is None or each in stop:
+                    continue
+                if each.is_graph_input() or _is_weight(each):
+                    stop[each] = None
+                elif node.op_type in ("Shape", "Size") and facts.is_activation(each):
+                    stop[node.outputs[0]] = None
+    opsets = facts.graph.opset_imports
+    before = cut(stop, old, opsets, max_nodes=600)
+    after = cut(stop, new, opsets, max_nodes=600)
+    used = {each.name for part in (before, after) for each in part.graph.input}
+    return before, after, {v.name or "": v for v in stop if v.name in used}
+
+
+def _is_weight(value: ir.Value) -> bool:
+    return (
+        value.const_value is not None
+        and value.const_value.size > SMALL
+        and value.const_value.dtype.is_floating_point()
+    )
+
+
+def _given(part: onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[str, Any]:
+    return {each.name: feeds[each.name] for each in part.graph.input}
+
+
+def _structure(part: onnx.ModelProto) -> str:
+    """A key that is equal for parts that differ in names only."""
+    names: dict[str, str] = {"": ""}
+
+    def name(value: str) -> str:
+        return names.setdefault(value, str(len(names)))
+
+    digest = hashlib.sha256()
+    for value in part.graph.input:
+        digest.update(f"in {name(value.name)} {value.type.tensor_type.elem_type};".encode())
+    for tensor in part.graph.initializer:
+        content = tensor.SerializeToString() if not tensor.name else _content(tensor)
+        digest.update(f"const {name(tensor.name)};".encode() + content)
+    for node in part.graph.node:
+        inputs = ",".join(map(name, node.input))
+        outputs = ",".join(map(name, node.output))
+        digest.update(f"{node.domain}:{node.op_type}({inputs})->{outputs};".encode())
+        for each in sorted(node.attribute, key=lambda attribute: attribute.name):
+            digest.update(each.SerializeToString(deterministic=True))
+    digest.update(",".join(name(value.name) for value in part.graph.output).encode())
+    return digest.hexdigest()
+
+
+def _content(tensor: onnx.TensorProto) -> bytes:
+    unnamed = onnx.TensorProto()
+    unnamed.CopyFrom(tensor)
+    unnamed.ClearField("name")
+    return unnamed.SerializeToString(deterministic=True)
