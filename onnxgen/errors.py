@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 the result differs, 2 usage, 3 refused or unverifiable,
 4 a file cannot be read or written, 5 an expectation was not met.
 """
 
-
 from __future__ import annotations
 
 from typing import TYPE_CHECKING

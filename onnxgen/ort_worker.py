@@ -10,10 +10,10 @@ import os
 import pickle
 import struct
 import sys
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 
-def read_message(stream: BinaryIO) -> Any:
+def read_message(stream: IO[bytes]) -> Any:
     """One length-prefixed pickle; raises EOFError when the other side is gone."""
     header = stream.read(8)
     if len(header) < 8:
@@ -25,7 +25,7 @@ def read_message(stream: BinaryIO) -> Any:
     return pickle.loads(data)
 
 
-def write_message(stream: BinaryIO, message: Any) -> None:
+def write_message(stream: IO[bytes], message: Any) -> None:
     data = pickle.dumps(message, protocol=5)
     stream.write(struct.pack("<Q", len(data)))
     stream.write(data)

@@ -1,8 +1,8 @@
 """What each command runs, in order.
 
-    fuse:    read -> roles -> normalize -> raise (each rewrite checked) -> tidy
-             -> stage beside the output -> verify -> move into place
-    verify:  the comparison alone, of any two models with the same inputs and outputs
+fuse:    read -> roles -> normalize -> raise (each rewrite checked) -> tidy
+         -> stage beside the output -> verify -> move into place
+verify:  the comparison alone, of any two models with the same inputs and outputs
 """
 
 from __future__ import annotations

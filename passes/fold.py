@@ -68,9 +68,7 @@ def _foldable(node: ir.Node) -> bool:
 
 
 def _read_outside(value: ir.Value, constants: set[ir.Value]) -> bool:
-    return any(
-        not any(output in constants for output in use.node.outputs) for use in value.uses()
-    )
+    return any(not any(output in constants for output in use.node.outputs) for use in value.uses())
 
 
 def _run(
@@ -84,7 +82,7 @@ def _run(
         return {}
     try:
         part = cut(solved, wanted, model.graph.opset_imports)
-        feeds = {value.name: array for value, array in solved.items()}
+        feeds = {value.name or "": array for value, array in solved.items()}
         given = {each.name for each in part.graph.input}
         session = runtime.load(part.SerializeToString())
         found = runtime.run(session, {n: a for n, a in feeds.items() if n in given})

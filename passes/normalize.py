@@ -47,7 +47,7 @@ def normalize(
     warnings: list[str] = []
     if model.functions:
         common.InlinePass()(model)
-    common.RemoveUnusedFunctionsPass()(model)
+        model.functions.clear()  # nothing calls them any more
     common.TopologicalSortPass()(model)
     common.NameFixPass()(model)
     raise_opset(model, opset)
@@ -65,7 +65,6 @@ def normalize(
 
 def drop_dead(model: ir.Model) -> None:
     common.RemoveUnusedNodesPass()(model)
-    common.RemoveUnusedFunctionsPass()(model)
 
 
 def merge_duplicates(model: ir.Model) -> None:
@@ -114,7 +113,7 @@ def raise_opset(model: ir.Model, opset: int) -> None:
 
 def _convert_with_onnx(model: ir.Model, opset: int) -> None:
     graph = model.graph
-    kept = {name: value for name, value in graph.initializers.items()}
+    kept = dict(graph.initializers)
     metadata = {node.name: dict(node.metadata_props) for node in graph}
     values = {value.name: value for node in graph for value in node.outputs}
     proto = _without_weights(model)

@@ -9,7 +9,6 @@ A rewrite whose check fails never reaches the graph; its site is reported as und
 from __future__ import annotations
 
 import ast
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -76,7 +75,10 @@ class Rewriter:
             return None
         if self._cyclic(rewrite, nodes):
             decline = Decline(
-                rule.code, "cycle", "an input of the fused node needs its output", (node.name or "",)
+                rule.code,
+                "cycle",
+                "an input of the fused node needs its output",
+                (node.name or "",),
             )
             return self._kept(rule, node, "kept", decline)
         place = max(self.facts.order(old) for old, _ in rewrite.outputs)
@@ -159,8 +161,12 @@ def _scope(nodes: Sequence[ir.Node]) -> str:
     paths = [path for node in nodes if (path := _path(node)) is not None]
     if not paths:
         return ""
-    common = os.path.commonprefix(paths)
-    return common[-1] if common else ""
+    common = ""
+    for modules in zip(*paths, strict=False):
+        if len(set(modules)) > 1:
+            break
+        common = modules[0]
+    return common
 
 
 def _path(node: ir.Node) -> list[str] | None:

@@ -14,11 +14,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import attribute
 from onnxgen.analysis.facts import sizes_in_use
+from onnxgen.analysis.graph import attribute
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.shapes import Shapes
-
 from onnxgen.patterns.building import Builder, SizesOfInputs, literal_target
 
 

@@ -1,7 +1,7 @@
 """Tidy: what raising left behind is taken out, and the graph put in order.
 
-    dead nodes -> nodes that change nothing -> tables sliced before they are computed -> duplicates
-    -> topological order, unique names
+dead nodes -> nodes that change nothing -> tables sliced before they are computed -> duplicates
+-> topological order, unique names
 """
 
 from __future__ import annotations

@@ -2,9 +2,16 @@
 
 from onnxgen.patterns.attention import SoftmaxAttention
 from onnxgen.patterns.attention_op import ExportedAttention
+from onnxgen.patterns.layer_norm import LayerNorm
 from onnxgen.patterns.rms_norm import RMSNorm
 from onnxgen.patterns.rotary import Rotary
 from onnxgen.patterns.rule import Rule
 
 # In the order in which they are applied.
-RULES: tuple[Rule, ...] = (RMSNorm(), Rotary(), SoftmaxAttention(), ExportedAttention())
+RULES: tuple[Rule, ...] = (
+    LayerNorm(),
+    RMSNorm(),
+    Rotary(),
+    SoftmaxAttention(),
+    ExportedAttention(),
+)

@@ -168,7 +168,7 @@ def attention_mask(
     rows: Dim,
     columns: Dim,
     dtype: ir.DataType,
-) -> ir.Value | None | str:
+) -> ir.Value | str | None:
     """One mask that the operator accepts: [.., S, T], bool or of the queries' type.
 
     None where there is no mask; the reason as text where one cannot be arranged.

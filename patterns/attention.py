@@ -162,7 +162,7 @@ class SoftmaxAttention(Rule):
             "cache": "concatenated" if caches else "none",
             "mask": "explicit" if mask is not None else "none",
         }
-        return Rewrite(fused, ((old, y), *replaced), details)
+        return Rewrite(fused, ((old, y), *replaced), details, mask)
 
 
 def _given(node: ir.Node, index: int) -> ir.Value:

@@ -58,13 +58,11 @@ class ExportedAttention(Rule):
         if caches is None and plain_k[0] is k and plain_v[0] is v:
             return None  # nothing to gain
         attributes = {name: found.value for name, found in node.attributes.items()}
-        fused, y, replaced = attention(
-            builder, q, plain_k[0], plain_v[0], mask, caches, attributes
-        )
+        fused, y, replaced = attention(builder, q, plain_k[0], plain_v[0], mask, caches, attributes)
         details = {
             "heads": str(facts.shapes.of(q)[1]),  # type: ignore[index]
             "kv_heads": str(keys.count),
             "cache": "concatenated" if caches else "none",
             "mask": "none" if mask is None else "explicit",
         }
-        return Rewrite(fused, ((node.outputs[0], y), *replaced), details)
+        return Rewrite(fused, ((node.outputs[0], y), *replaced), details, mask)

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
@@ -211,6 +210,3 @@ def _terms(form: Form, x: ir.Value) -> dict[int, tuple[Lane, float]]:
             return {}
         result[of_x[0]] = (rest[0], factor)
     return result
-
-
-

@@ -30,11 +30,14 @@ class Rewrite:
         node: the fused node.
         outputs: (old value, new value): the new one takes the old one's place everywhere.
         details: what was found, for the report.
+        mask: for attention: the mask, bool or additive. Rows that it masks everywhere are
+            nobody's answer: runtimes and decompositions give them zeros, a mean, or NaN.
     """
 
     node: ir.Node
     outputs: tuple[tuple[ir.Value, ir.Value], ...]
     details: Details = field(default_factory=dict)
+    mask: ir.Value | None = None
 
 
 class Declined(Exception):

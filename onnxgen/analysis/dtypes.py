@@ -49,4 +49,13 @@ def _schema(op_type: str, domain: str, opset: int) -> tuple[list[str], list[str]
         schema = onnx.defs.get_schema(op_type, opset, "" if domain == "ai.onnx" else domain)
     except onnx.defs.SchemaError:
         return None
-    return [each.type_str for each in schema.inputs], [each.type_str for each in schema.outputs]
+    # A type variable that allows one type is that type.
+    only = {
+        each.type_param_str: each.allowed_type_strs[0]
+        for each in schema.type_constraints
+        if len(each.allowed_type_strs) == 1
+    }
+    return (
+        [only.get(each.type_str, each.type_str) for each in schema.inputs],
+        [only.get(each.type_str, each.type_str) for each in schema.outputs],
+    )

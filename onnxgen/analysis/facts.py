@@ -105,5 +105,14 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
 
 
 _CONTRACTIONS = frozenset(
-    "MatMul Gemm Conv Einsum MatMulInteger MatMulNBits QLinearMatMul FusedMatMul".split()
+    [
+        "MatMul",
+        "Gemm",
+        "Conv",
+        "Einsum",
+        "MatMulInteger",
+        "MatMulNBits",
+        "QLinearMatMul",
+        "FusedMatMul",
+    ]
 )

@@ -13,7 +13,14 @@ FLOATS = frozenset(
 )
 # A node whose output is no function of its inputs alone is never folded, merged or cut out.
 NONDETERMINISTIC = frozenset(
-    "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli".split()
+    [
+        "RandomNormal",
+        "RandomNormalLike",
+        "RandomUniform",
+        "RandomUniformLike",
+        "Multinomial",
+        "Bernoulli",
+    ]
 )
 
 

@@ -25,7 +25,7 @@ from onnxgen.analysis.shape_rules import slice_bounds
 Lane: TypeAlias = tuple[ir.Value, int]
 # A polynomial: product of lanes -> its number.
 Form: TypeAlias = Mapping[tuple[Lane, ...], float]
-Lanes: TypeAlias = "np.ndarray[Any, np.dtype[np.object_]]"
+Lanes: TypeAlias = "np.ndarray[Any, Any]"  # of forms
 
 MAX_STEPS = 64
 MAX_LANES = 1024
@@ -194,8 +194,10 @@ class _Writer:
         source = _given(node, 0)
         shapes = self._facts.shapes
         before, after = shapes.of(source), shapes.of(value)
-        if before is None or after is None or not shapes.same_shape(
-            before[: self._leading], after[: self._leading]
+        if (
+            before is None
+            or after is None
+            or not shapes.same_shape(before[: self._leading], after[: self._leading])
         ):
             raise NotLanes
         return self.of(source).reshape(self._sizes(value))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import producer, scalar
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import attribute, constant, other_input, producer, scalar
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,12 @@ class InverseRoot:
 
     Attributes:
         value: the root.
-        epsilon: what was added under the root; None where it is no constant.
+        epsilon: what was added under the root; NaN where it is no constant.
         divides: `value` is the plain root, which its users divide by.
     """
 
     value: ir.Value
-    epsilon: float | None
+    epsilon: float
     divides: bool = False
 
 
@@ -37,26 +39,21 @@ def squared(value: ir.Value | None) -> ir.Value | None:
 def inverse_root_of(mean: ir.Value) -> InverseRoot | None:
     """The inverse square root that is taken of a mean, an epsilon added, in any spelling."""
     under, epsilon = mean, 0.0
-    add = _only_user(mean, "Add")
-    known: float | None = 0.0
-    if add is not None:
-        other = add.inputs[1] if add.inputs[0] is mean else add.inputs[0]
-        known = scalar(other)
-        under = add.outputs[0]
-    epsilon_or_none = known if known is not None else None
-    del epsilon
+    added = _only_user(mean, "Add")
+    if added is not None:
+        number = scalar(other_input(added, mean))
+        under, epsilon = added.outputs[0], math.nan if number is None else number
     power = _only_user(under, "Pow")
     if power is not None and power.inputs[0] is under:
         exponent = scalar(power.inputs[1])
         if exponent == -0.5:
-            return InverseRoot(power.outputs[0], epsilon_or_none)
-        if exponent == 0.5:
-            return _inverted(power.outputs[0], epsilon_or_none)
+            return InverseRoot(power.outputs[0], epsilon)
+        return _inverted(power.outputs[0], epsilon) if exponent == 0.5 else None
     root = _only_user(under, "Sqrt")
-    return None if root is None else _inverted(root.outputs[0], epsilon_or_none)
+    return None if root is None else _inverted(root.outputs[0], epsilon)
 
 
-def _inverted(root: ir.Value, epsilon: float | None) -> InverseRoot:
+def _inverted(root: ir.Value, epsilon: float) -> InverseRoot:
     reciprocal = _only_user(root, "Reciprocal")
     if reciprocal is not None:
         return InverseRoot(reciprocal.outputs[0], epsilon)
@@ -76,3 +73,29 @@ def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
         return None
     (node,) = users
     return node if node.op_type == op_type and node.domain in ("", "ai.onnx") else None
+
+
+def scaled_by(root: InverseRoot, x: ir.Value) -> ir.Value | None:
+    """x times the inverse root, or divided by the root."""
+    for use in root.value.uses():
+        node = use.node
+        if root.divides and node.op_type == "Div" and node.inputs[0] is x and use.idx == 1:
+            return node.outputs[0]
+        if not root.divides and node.op_type == "Mul" and node.inputs[1 - use.idx] is x:
+            return node.outputs[0]
+    return None
+
+
+def trailing_axis(facts: Facts, node: ir.Node) -> int | None:
+    """The first of the last axes, from the end, that a Reduce runs over and keeps; else None."""
+    rank = facts.shapes.rank(node.inputs[0])
+    axes = attribute(node, "axes")
+    if axes is None and len(node.inputs) > 1:
+        found = constant(node.inputs[1])
+        axes = None if found is None else found.reshape(-1).tolist()
+    if not axes or not attribute(node, "keepdims", 1):
+        return None
+    if rank is None:
+        return -1 if list(axes) == [-1] else None
+    wanted = sorted(int(axis) % rank - rank for axis in axes)
+    return wanted[0] if wanted == list(range(-len(wanted), 0)) else None

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
-from onnxgen.analysis import shape_rules
+from onnxgen.analysis import content_rules, shape_rules
 from onnxgen.analysis.symbols import (
     Atom,
     Dim,
@@ -30,7 +30,7 @@ from onnxgen.analysis.symbols import (
 )
 
 Shape: TypeAlias = tuple[Dim, ...]
-Content: TypeAlias = "np.ndarray[Any, np.dtype[np.object_]]"
+Content: TypeAlias = "np.ndarray[Any, Any]"  # of sizes
 
 # Index tensors up to this many elements are followed by content; no shape is longer.
 MAX_CONTENT = 64
@@ -89,9 +89,7 @@ class Shapes:
         return a == b or self.resolve(a) == self.resolve(b)
 
     def same_shape(self, a: Sequence[Dim] | None, b: Sequence[Dim] | None) -> bool:
-        return (
-            a is not None and b is not None and len(a) == len(b) and all(map(self.same, a, b))
-        )
+        return a is not None and b is not None and len(a) == len(b) and all(map(self.same, a, b))
 
     def resolve(self, dim: Dim) -> Dim:
         """A size with merged symbols replaced by one representative."""
@@ -133,7 +131,7 @@ class Shapes:
                 )
             if shape is not None:
                 self._shapes[output] = tuple(map(self.resolve, shape))
-        content = shape_rules.output_content(self, node)
+        content = content_rules.output_content(self, node)
         if content is not None and content.size <= MAX_CONTENT:
             self._contents[node.outputs[0]] = content
             self._shapes[node.outputs[0]] = content.shape

@@ -213,7 +213,17 @@ class Views:
 
 
 VIEW_OPS = frozenset(
-    "Identity Transpose Reshape Squeeze Unsqueeze Flatten Expand Tile Gather".split()
+    [
+        "Identity",
+        "Transpose",
+        "Reshape",
+        "Squeeze",
+        "Unsqueeze",
+        "Flatten",
+        "Expand",
+        "Tile",
+        "Gather",
+    ]
 )
 
 

@@ -18,9 +18,10 @@ import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import CutError, cut
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.feeds import RunShape, make_feeds
+from onnxgen.analysis.feeds import RunShape, make_feeds, misfit
 from onnxgen.analysis.graph import ancestors
 from onnxgen.analysis.roles import Roles
+from onnxgen.analysis.scores import MASKED
 from onnxgen.analysis.symbols import evaluate
 from onnxgen.patterns.rule import Rewrite
 from onnxgen.runtime import Runtime, RuntimeFailure
@@ -105,15 +106,23 @@ class RewriteChecker:
         return None if ran else f"its check cannot be run: {failures[0] if failures else 'no case'}"
 
     def _shapes(self) -> list[RunShape]:
-        fixed = self._roles.fixed
+        """The shapes that this model can be run in, or what comes nearest to them."""
+        fixed, pairs = self._roles.fixed, self._roles.pairs
         shapes: list[RunShape] = []
         for shape in SHAPES:
-            batch, new = fixed.get("B", shape.batch), fixed.get("S", shape.new)
-            past = fixed.get("P", shape.past if self._roles.pairs else 0)
-            padding = shape.padding if batch > 1 and new + past > 2 else "none"
-            made = RunShape(batch=batch, new=new, past=past, padding=padding)
-            if made not in shapes:
-                shapes.append(made)
+            plain = RunShape(
+                batch=fixed.get("B", shape.batch),
+                new=fixed.get("S", shape.new),
+                past=fixed.get("P", shape.past if pairs else 0),
+            )
+            padded = None
+            if shape.padding != "none" and plain.batch > 1 and plain.total > 2:
+                padded = RunShape(plain.batch, plain.new, plain.past, shape.padding)
+            for each in (padded, plain):
+                if each is not None and not misfit(self._roles, each):
+                    if each not in shapes:
+                        shapes.append(each)
+                    break
         return shapes
 
     def _feeds(
@@ -151,7 +160,10 @@ class RewriteChecker:
     def _compare(
         self, rewrite: Rewrite, old: Mapping[str, Any], new: Mapping[str, Any]
     ) -> str | None:
-        for old_value, new_value in rewrite.outputs:
+        attended = None
+        if rewrite.mask is not None:
+            attended = _attended(new[rewrite.mask.name or ""])
+        for index, (old_value, new_value) in enumerate(rewrite.outputs):
             a, b = old[old_value.name or ""], new[new_value.name or ""]
             if a.shape != b.shape:
                 return f"{old_value.name!r} becomes {b.shape}, was {a.shape}"
@@ -163,7 +175,9 @@ class RewriteChecker:
             )
             tolerance = TOLERANCES[ir.DataType.FLOAT16 if half else dtype]
             a, b = a.astype(np.float64), b.astype(np.float64)
-            valid = np.isfinite(a)  # a row that is masked everywhere is NaN: nobody's answer
+            valid = np.isfinite(a)  # an unguarded row that is masked everywhere is NaN
+            if attended is not None and index == 0:
+                valid &= _rows_like(attended, a)
             if not valid.any():
                 continue
             if not np.isfinite(b[valid]).all():
@@ -205,9 +219,33 @@ def _parts(
                     stop[node.outputs[0]] = None
     opsets = facts.graph.opset_imports
     before = cut(stop, old, opsets, max_nodes=600)
+    if rewrite.mask is not None and rewrite.mask not in new:
+        new.append(rewrite.mask)
     after = cut(stop, new, opsets, max_nodes=600)
     used = {each.name for part in (before, after) for each in part.graph.input}
     return before, after, {v.name or "": v for v in stop if v.name in used}
+
+
+def _attended(mask: Any) -> Any:
+    """bool [.., S, 1]: the rows of a mask that see anything."""
+    seen = mask if mask.dtype == bool else mask > MASKED
+    return seen.any(axis=-1, keepdims=True)
+
+
+def _rows_like(attended: Any, output: Any) -> Any:
+    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes merged."""
+    if output.ndim == 4:
+        return np.broadcast_to(attended, output.shape)
+    while attended.ndim < 4:
+        attended = attended[None]
+    batch, heads = attended.shape[:2]
+    rows, width = output.shape[-2:]
+    batch = max(batch, 1)
+    merged = int(np.prod(output.shape[:-2])) // batch
+    if merged % heads or attended.shape[2] not in (1, rows):
+        return np.ones(output.shape, bool)
+    full = np.broadcast_to(attended, (batch, merged, attended.shape[2], width))
+    return np.broadcast_to(full, (batch, merged, rows, width)).reshape(output.shape)
 
 
 def _is_weight(value: ir.Value) -> bool:
@@ -249,4 +287,5 @@ def _content(tensor: onnx.TensorProto) -> bytes:
     unnamed = onnx.TensorProto()
     unnamed.CopyFrom(tensor)
     unnamed.ClearField("name")
-    return unnamed.SerializeToString(deterministic=True)
+    content: bytes = unnamed.SerializeToString(deterministic=True)
+    return content
