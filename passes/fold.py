@@ -100,7 +100,7 @@ def _replace(graph: ir.Graph, value: ir.Value, array: np.ndarray) -> None:
         name=name,
         shape=ir.Shape(array.shape),
         type=ir.TensorType(value.dtype or ir.DataType.from_numpy(array.dtype)),
-        const_value=ir.tensor(np.ascontiguousarray(array), name=name),
+        const_value=ir.tensor(np.array(array, order="C"), name=name),  # keeps rank 0
     )
     graph.register_initializer(folded)
     value.replace_all_uses_with(folded)
