@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute, constant, producer, scalar
 from onnxgen.analysis.shape_rules import slice_bounds
+from onnxgen.analysis.views import VIEW_OPS
 
 # One factor of a term: (value, lane), a lane of a tensor.
 Lane: TypeAlias = tuple[ir.Value, int]
@@ -320,15 +321,36 @@ class Tables:
                     start, step = bounds[0][1], bounds[0][3]
                     if isinstance(start, int):
                         return self.origin((_given(node, 0), start + index * step))
-            case "Unsqueeze" | "Squeeze" | "Reshape" | "Expand":
-                # Only where the last axis stays what it is.
-                view, inner = self._facts.views.of(value), _given(node, 0)
-                base = self._facts.views.of(inner)
-                if view is not None and base is not None and view.axes[-1] == base.axes[-1]:
-                    rest = tuple(axis for axis in view.axes[:-1] if axis)
-                    if rest == tuple(axis for axis in base.axes[:-1] if axis):
-                        return ("view", view.axes[:-1], self.origin((inner, index)))
+            case "Split" if attribute(node, "axis", 0) % rank == last:
+                for output in node.outputs:
+                    size = self._last(output)
+                    if output is value or size is None:
+                        break
+                    index += size
+                if size is not None:
+                    return self.origin((_given(node, 0), index))
+            case _ if node.op_type in VIEW_OPS:
+                return self._through_view(value, index)
         return (value, index)
+
+    def _through_view(self, value: ir.Value, index: int) -> Hashable:
+        """The lane of a view's source that a lane shows, where the last axis runs over no other."""
+        view = self._facts.views.of(value)
+        rank = None if view is None else self._facts.shapes.rank(view.source)
+        if view is None or rank is None or view.source is value:
+            return (value, index)
+        source_lane = 0
+        for digit in reversed(view.axes[-1]):
+            if not isinstance(digit.size, int) or not isinstance(digit.stride, int):
+                return (value, index)
+            index, part = divmod(index, digit.size)
+            if digit.axis == rank - 1:
+                source_lane += part * digit.stride
+            elif not digit.repeats:
+                return (value, index)
+        if any(digit.axis == rank - 1 for axis in view.axes[:-1] for digit in axis):
+            return (value, index)
+        return ("view", view.axes[:-1], view.scale, self.origin((view.source, source_lane)))
 
     def _operand(self, value: ir.Value, index: int) -> Hashable:
         size = self._last(value)
