@@ -16,6 +16,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxgen import __version__
+from onnxgen.analysis.masks import MaskFamily, mask_families
 from onnxgen.analysis.roles import find_roles
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
 from onnxgen.model_io import read_model, staged
@@ -91,6 +92,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         checker = RewriteChecker(runtime, roles) if options.verify else None
         disabled = frozenset(options.disable)
         report.sites = raise_model(model, roles, check=checker, disabled=disabled)
+        _name_masks(report, mask_families(model, roles, runtime))
         tidy(model)
         onnx_target.finish(model, __version__)
         _describe(report, model)
@@ -157,6 +159,14 @@ def _raise_unless_good(report: Report, path: Path) -> None:
     error = kind(f"{path}: {proof.reason}; nothing was written")
     error.report = report
     raise error
+
+
+def _name_masks(report: Report, families: Mapping[str, MaskFamily]) -> None:
+    """State each attention's mask as what it means, where it was recognised."""
+    for site in report.sites:
+        family = families.get(site.node) if site.status == "fused" else None
+        if family is not None:
+            site.details["mask"] = str(family)
 
 
 def _describe(report: Report, model: ir.Model) -> None:

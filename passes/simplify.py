@@ -3,6 +3,7 @@
     Cast(x: T, to T) -> x          Reshape, Expand to the shape it has -> x
     x * 1, x / 1     -> x          Transpose in order -> x
     Concat(x)        -> x          Slice of everything -> x
+    x and True       -> x          Squeeze(Unsqueeze(x)) -> x
     Dropout(x)       -> x          Transpose(Transpose(x)) -> Transpose(x) -> x
 
 Each keeps every bit of every element. Sizes come from `onnxgen.analysis.shapes`.
@@ -14,7 +15,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import attribute, producer, scalar
+from onnxgen.analysis.graph import attribute, constant, producer, scalar
 from onnxgen.analysis.shape_rules import slice_bounds
 from onnxgen.analysis.shapes import Shapes
 
@@ -59,6 +60,15 @@ def _times_one(shapes: Shapes, node: ir.Node) -> ir.Value | None:
     return None
 
 
+def _and_true(shapes: Shapes, node: ir.Node) -> ir.Value | None:
+    for x, other in ((node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])):
+        found = constant(other)
+        kept = shapes.same_shape(shapes.of(x), shapes.of(node.outputs[0]))
+        if found is not None and found.size and found.all() and kept:
+            return x
+    return None
+
+
 def _transpose(shapes: Shapes, node: ir.Node) -> ir.Value | None:
     order = attribute(node, "perm")
     return node.inputs[0] if order is not None and list(order) == sorted(order) else None
@@ -93,6 +103,7 @@ _RULES: dict[str, Callable[[Shapes, ir.Node], ir.Value | None]] = {
     "Expand": _same_shape,
     "Mul": _times_one,
     "Div": _times_one,
+    "And": _and_true,
     "Transpose": _transpose,
     "Slice": _slice,
     "Concat": lambda shapes, node: node.inputs[0] if len(node.inputs) == 1 else None,

@@ -237,6 +237,9 @@ def _fitted(
         mask = builder.op("Unsqueeze", [mask, builder.ints(0)])
         shape = (1, *shape)
     full = ((1,) * (2 - len(shape)) + shape)[-2:]
+    for size, wanted in zip(full, (rows, columns), strict=True):
+        if isinstance(size, int) and isinstance(wanted, int) and size not in (1, wanted):
+            return f"the mask has {size} where the scores have {wanted}"
     if not facts.shapes.same_shape(full, (rows, columns)):
         target = builder.sizes([*shape[:-2], rows, columns])
         if target is None:

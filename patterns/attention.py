@@ -27,12 +27,15 @@ Seen in
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import producer
-from onnxgen.analysis.scores import Scores, Stopped, last_axis, walk_down, walk_up
-from onnxgen.analysis.symbols import divide
+from onnxgen.analysis.scores import Scores, Stopped, attends, last_axis, walk_down, walk_up
+from onnxgen.analysis.symbols import divide, product
+from onnxgen.analysis.views import Axis, canonical
 from onnxgen.patterns.attending import (
     Heads,
     attention,
@@ -53,7 +56,7 @@ class SoftmaxAttention(Rule):
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         up, down = walk_up(facts, _given(node, 0)), walk_down(node)
-        if isinstance(up, Stopped) and isinstance(down, Stopped):
+        if (isinstance(up, Stopped) or isinstance(down, Stopped)) and not attends(facts, node):
             return None  # a router's Softmax, or a classifier's: nothing is attended to
         for stopped in (up, down):
             if isinstance(stopped, Stopped):
@@ -87,7 +90,7 @@ class SoftmaxAttention(Rule):
             if isinstance(heads, str):
                 raise Declined(self, "layout", f"{name}: {heads}", contraction, value.producer())
             found.append(heads)
-        q, k, v = found
+        q, k, v = rows_to_heads(*found)
         if k.groups != v.groups or k.count != v.count:
             raise Declined(self, "groups", "keys and values have different heads", contraction)
         if divide(q.count, k.count) != k.groups:
@@ -146,9 +149,10 @@ class SoftmaxAttention(Rule):
             builder, queries[0], keys[0], values[0], mask, caches, attributes
         )
         old = down.outputs[0]
+        q_rows = product(digit.size for digit in _axes(facts, up.contraction, 0)[-2])
         if old.dtype is not None and old.dtype != dtype:
             y = builder.op("Cast", [y], {"to": int(old.dtype)})
-        if rank != 4:
+        if rank != 4 or product(digit.size for digit in q.rows) != q_rows:
             shape = facts.shapes.of(old)
             target = None if shape is None else builder.target(y, list(shape))
             if target is None:
@@ -163,6 +167,30 @@ class SoftmaxAttention(Rule):
             "mask": "explicit" if mask is not None else "none",
         }
         return Rewrite(fused, ((old, y), *replaced), details, mask)
+
+
+def rows_to_heads(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Heads, Heads]:
+    """Query heads that an exporter put among the rows, where they share keys, made heads again.
+
+    For one new token, [B, K, G, D] @ [B, K, D, T] computes G query heads on each key head without
+    repeating it. The digits of the rows that come from the axes of heads and head size are heads.
+    """
+    axes = {digit.axis for digit in (*q.heads, *q.columns)}
+    count = next((i for i, d in enumerate(q.rows) if d.axis not in axes), len(q.rows))
+    if not count:
+        return q, k, v
+    size = product(digit.size for digit in q.rows[:count])
+    heads = canonical((*q.heads, *q.rows[:count]))
+    return (
+        replace(q, heads=heads, rows=q.rows[count:]),
+        replace(k, groups=k.groups * size),
+        replace(v, groups=v.groups * size),
+    )
+
+
+def _axes(facts: Facts, node: ir.Node, index: int) -> tuple[Axis, ...]:
+    view = facts.views.of(_given(node, index))
+    return () if view is None else view.axes
 
 
 def _given(node: ir.Node, index: int) -> ir.Value:

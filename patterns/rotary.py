@@ -29,6 +29,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.lanes import Form, Lane, Lanes, Tables, candidates, lanes
+from onnxgen.patterns.arranging import arranged
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
@@ -130,21 +131,16 @@ class Rotary(Rule):
         indices = [index for _, index in table]
         if any(lane[0] is not value for lane in table):
             raise Declined(self, "table-layout", "a table is made of several tensors", node)
-        shape = facts.shapes.of(value)
+        result = self._rows(facts, builder, value, head)
+        shape = facts.shapes.of(result)
         assert shape is not None
-        result = value
         step = indices[1] - indices[0] if len(indices) > 1 else 1
         stop = indices[0] + step * len(indices)
-        if indices == list(range(indices[0], stop, step)) and step > 0:
-            if len(indices) != shape[-1]:
-                bounds = (indices[0], stop, -1, step)
-                result = builder.op("Slice", [value, *(builder.ints(n) for n in bounds)])
-        else:
-            result = builder.op("Gather", [value, builder.ints(*indices)], {"axis": -1})
-        if head is not None and len(shape) > 4 - head:
-            result = builder.op("Squeeze", [result, builder.ints(head - 4)])
-        if (missing := 3 - (facts.shapes.rank(result) or 3)) > 0:
-            result = builder.op("Unsqueeze", [result, builder.ints(*range(missing))])
+        if step < 1 or indices != list(range(indices[0], stop, step)):
+            result = builder.op("Gather", [result, builder.ints(*indices)], {"axis": -1})
+        elif len(indices) != shape[-1]:
+            bounds = (indices[0], stop, -1, step)
+            result = builder.op("Slice", [result, *(builder.ints(n) for n in bounds)])
         if sign < 0:
             result = builder.op("Neg", [result])
         wanted = (*rows, len(indices))
@@ -154,6 +150,25 @@ class Rotary(Rule):
         if target is None:
             raise Declined(self, "batch-unknown", "the size of the batch cannot be computed", node)
         return builder.op("Expand", [result, target])
+
+    def _rows(self, facts: Facts, builder: Builder, table: ir.Value, head: int | None) -> ir.Value:
+        """The table without its axis of heads, as [B, S, lanes] or with sizes of 1."""
+        view = facts.views.of(table)
+        assert view is not None
+        axes = list(view.axes)
+        if head is not None and len(axes) > 4 - head:
+            del axes[head - 4]
+        axes = [()] * (3 - len(axes)) + axes
+        found = arranged(facts, builder, table, tuple(axes))
+        if found is not None and found[1] == view.scale:
+            return found[0]
+        result = table
+        if head is not None and len(view.axes) > 4 - head:
+            result = builder.op("Squeeze", [result, builder.ints(head - 4)])
+        missing = 3 - (facts.shapes.rank(result) or 3)
+        if missing > 0:
+            result = builder.op("Unsqueeze", [result, builder.ints(*range(missing))])
+        return result
 
 
 def recognise(facts: Facts, written: Lanes, x: ir.Value) -> Rotation | None:

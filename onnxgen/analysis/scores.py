@@ -14,7 +14,8 @@ import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import FLOATS, attribute, producer, scalar
-from onnxgen.analysis.views import scalar_factor
+from onnxgen.analysis.shape_rules import ELEMENTWISE
+from onnxgen.analysis.views import VIEW_OPS, scalar_factor
 
 # What is added to, or written over, a masked score is at least this low.
 MASKED = -1e4
@@ -122,6 +123,44 @@ def walk_down(softmax: ir.Node) -> ir.Node | Stopped:
             value = node.outputs[0]
             continue
         return Stopped(node, f"{node.op_type} stands between the Softmax and p @ v")
+
+
+def attends(facts: Facts, softmax: ir.Node) -> bool:
+    """Whether a Softmax stands between two products of activations, whatever else is in between.
+
+    Elementwise operators, views, and parts and joins lead on; a weight matrix, a norm, a Gather or
+    a TopK end the way: a router's probabilities choose experts, they attend to nothing.
+    """
+
+    def reaches(upwards: bool) -> bool:
+        pending, seen = [softmax], {softmax}
+        while pending:
+            node = pending.pop()
+            if upwards:
+                near = [
+                    value.producer()
+                    for value in node.inputs
+                    if value is not None and facts.is_activation(value)
+                ]
+            else:
+                near = [use.node for output in node.outputs for use in output.uses()]
+            for each in near:
+                if each is None or each in seen or len(seen) > MAX_NEAR:
+                    continue
+                seen.add(each)
+                if each.op_type in ("MatMul", "Einsum") and all(
+                    map(facts.is_activation, each.inputs)
+                ):
+                    return True
+                if each.op_type in _LEADS_ON:
+                    pending.append(each)
+        return False
+
+    return reaches(upwards=True) and reaches(upwards=False)
+
+
+MAX_NEAR = 60
+_LEADS_ON = (ELEMENTWISE | VIEW_OPS | {"Slice", "Concat", "Split", "Pad", "ReduceMax"}) - {"Gather"}
 
 
 def last_axis(facts: Facts, softmax: ir.Node) -> bool:

@@ -98,7 +98,7 @@ class Views:
                 return View(inner.source, inner.axes, inner.scale * factor[1])
             axes = self._apply(node, inner.axes, value)
             if axes is not None:
-                return View(inner.source, tuple(map(self._canonical, axes)), inner.scale)
+                return View(inner.source, tuple(map(canonical, axes)), inner.scale)
         return self.identity(value)
 
     def identity(self, value: ir.Value) -> View | None:
@@ -194,23 +194,6 @@ class Views:
         repeated = (*axes[axis], Digit(None, 1, times))
         return [*axes[:axis], repeated, *axes[axis + 1 :]]
 
-    def _canonical(self, axis: Iterable[Digit]) -> Axis:
-        """Adjacent digits of one source axis that together are one digit become it."""
-        result: list[Digit] = []
-        for digit in axis:
-            if digit.size == 1:
-                continue
-            last = result[-1] if result else None
-            if last is not None and last.axis == digit.axis:
-                if digit.repeats:
-                    result[-1] = Digit(None, 1, last.size * digit.size)
-                    continue
-                if last.stride == digit.stride * digit.size:
-                    result[-1] = Digit(digit.axis, digit.stride, last.size * digit.size)
-                    continue
-            result.append(digit)
-        return tuple(result)
-
 
 VIEW_OPS = frozenset(
     [
@@ -250,3 +233,21 @@ def scalar_factor(node: ir.Node) -> tuple[ir.Value, float] | None:
         if number:
             return node.inputs[0], 1.0 / number
     return None
+
+
+def canonical(axis: Iterable[Digit]) -> Axis:
+    """Adjacent digits of one source axis that together are one digit become it."""
+    result: list[Digit] = []
+    for digit in axis:
+        if digit.size == 1:
+            continue
+        last = result[-1] if result else None
+        if last is not None and last.axis == digit.axis:
+            if digit.repeats:
+                result[-1] = Digit(None, 1, last.size * digit.size)
+                continue
+            if last.stride == digit.stride * digit.size:
+                result[-1] = Digit(digit.axis, digit.stride, last.size * digit.size)
+                continue
+        result.append(digit)
+    return tuple(result)

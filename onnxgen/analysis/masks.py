@@ -1,0 +1,201 @@
+"""What a mask means, read by running the part of the graph that makes it.
+
+A mask is a function of the attention mask, the positions and the lengths. It is cut out, run on a
+grid of batches, lengths, pasts and paddings, and fitted to a family:
+
+    full        every key is seen
+    causal      key j is seen by the token at position i where j <= i
+    window W    ... and j > i - W
+    chunked C   ... and j // C == i // C
+    band R      key j is seen where |i - j| <= R
+
+each with or without key padding (keys of padded tokens are not seen). A family is named only if
+it agrees on every probe, in every row of a real token; anything else is "general": the mask is
+right as it is written, and nothing is concluded from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen.analysis.evaluate import CutError, cut
+from onnxgen.analysis.feeds import RunShape, make_feeds, misfit
+from onnxgen.analysis.roles import Roles
+from onnxgen.analysis.scores import MASKED
+from onnxgen.runtime import Runtime, RuntimeFailure
+
+# Long pasts show windows and chunks; the others hold out.
+PROBES = (
+    RunShape(batch=1, new=3, past=8190),
+    RunShape(batch=2, new=9, past=0),
+    RunShape(batch=2, new=4, past=5),
+    RunShape(batch=1, new=1, past=11),
+    RunShape(batch=1, new=2, past=4100),
+    RunShape(batch=2, new=7, past=0, padding="left"),
+    RunShape(batch=3, new=5, past=8, padding="left"),
+    RunShape(batch=2, new=6, past=0, padding="right"),
+)
+
+
+@dataclass(frozen=True)
+class MaskFamily:
+    """A mask's meaning.
+
+    Attributes:
+        kind: "full", "causal", "window", "chunked", "band" or "general".
+        size: W of a window (the token itself counts), C of chunks, R of a band; else 0.
+        padding: whether keys of padded tokens are hidden.
+        reason: for "general": why no family fits.
+    """
+
+    kind: str
+    size: int = 0
+    padding: bool = False
+    reason: str = ""
+
+    def __str__(self) -> str:
+        name = f"{self.kind} {self.size}" if self.size else self.kind
+        return f"{name}, key padding" if self.padding else name
+
+    def sees(self, queries: Any, keys: Any) -> Any:
+        """bool [S, T]: which keys a token at each position sees, padding aside."""
+        i, j = queries[:, None], keys[None, :]
+        if self.kind == "full":
+            return np.ones((i.size, j.size), bool)
+        if self.kind == "band":
+            return np.abs(i - j) <= self.size
+        seen = j <= i
+        if self.kind == "window":
+            seen &= j > i - self.size
+        if self.kind == "chunked":
+            seen &= j // self.size == i // self.size
+        return seen
+
+
+@dataclass(frozen=True)
+class _Probe:
+    shape: RunShape
+    seen: Any  # bool [B, S, T]
+
+
+def mask_families(model: ir.Model, roles: Roles, runtime: Runtime) -> dict[str, MaskFamily]:
+    """The family of the mask of each Attention node of the main graph, by node name."""
+    families: dict[ir.Value, MaskFamily] = {}
+    result: dict[str, MaskFamily] = {}
+    for node in model.graph:
+        if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
+            continue
+        mask = node.inputs[3] if len(node.inputs) > 3 else None
+        if mask is None:
+            causal = node.attributes.get("is_causal")
+            kind = "causal" if causal is not None and causal.value else "full"
+            result[node.name or ""] = MaskFamily(kind)
+            continue
+        if mask not in families:
+            families[mask] = read_mask(model, mask, roles, runtime)
+        result[node.name or ""] = families[mask]
+    return result
+
+
+def read_mask(model: ir.Model, mask: ir.Value, roles: Roles, runtime: Runtime) -> MaskFamily:
+    """Run a mask's subgraph on the probes and fit it to a family."""
+    inputs = [value for value in model.graph.inputs if value.name in roles.inputs]
+    try:
+        part = cut(inputs, [mask], model.graph.opset_imports)
+        session = runtime.load(part.SerializeToString())
+    except (CutError, RuntimeFailure) as error:
+        return MaskFamily("general", reason=f"it cannot be run alone: {error}")
+    names = [each.name for each in part.graph.input]
+    probes: list[_Probe] = []
+    for seed, probe in enumerate(_fitting(roles)):
+        feeds = make_feeds(roles, probe, np.random.default_rng(seed), names=names)
+        try:
+            found = runtime.run(session, feeds)[mask.name or ""]
+        except RuntimeFailure:
+            continue  # a length that the export itself does not take
+        seen = found if found.dtype == bool else found > MASKED
+        if found.dtype != bool and np.unique(found[seen]).size > 1:
+            runtime.unload(session)
+            return MaskFamily("general", reason="it adds a bias that differs from key to key")
+        while seen.ndim > 3:
+            if seen.shape[1] != 1:
+                runtime.unload(session)
+                return MaskFamily("general", reason="it differs from head to head")
+            seen = seen[:, 0]
+        if not seen.all() and seen.shape[-2] not in (1, probe.new):
+            runtime.unload(session)
+            return MaskFamily("general", reason="its rows are not the new tokens")
+        probes.append(_Probe(probe, np.broadcast_to(seen, (probe.batch, *seen.shape[-2:]))))
+    runtime.unload(session)
+    if not probes:
+        return MaskFamily("general", reason="no probe could be run")
+    if all(probe.seen.all() for probe in probes):
+        return MaskFamily("full")
+    for family in _candidates(probes[0]):
+        for padding in (False, True):
+            fitted = replace(family, padding=padding)
+            if all(_agrees(fitted, probe) for probe in probes):
+                return fitted
+    return MaskFamily("general", reason="no family agrees with every probe")
+
+
+def _fitting(roles: Roles) -> list[RunShape]:
+    """The probes that the model can be run in; without a past, or of fixed lengths, fewer."""
+    shapes: list[RunShape] = []
+    for probe in PROBES:
+        shape = probe
+        if not roles.pairs and probe.past:
+            shape = replace(probe, past=0, new=min(probe.total, 300), padding="none", pads=())
+        batch, new = roles.fixed.get("B", shape.batch), roles.fixed.get("S", shape.new)
+        past = roles.fixed.get("P", shape.past)
+        try:
+            shape = RunShape(batch, new, past, shape.padding)
+        except ValueError:  # no room for padding
+            shape = RunShape(batch, new, past)
+        if misfit(roles, shape) == "" and shape not in shapes:
+            shapes.append(shape)
+    return shapes
+
+
+def _positions(probe: _Probe) -> tuple[Any, Any]:
+    """Positions of the queries and of the keys; a cropped cache shows the last keys only."""
+    shape, width = probe.shape, probe.seen.shape[-1]
+    first = max(0, shape.total - width)
+    return np.arange(shape.past, shape.total), np.arange(first, first + width)
+
+
+def _candidates(longest: _Probe) -> Iterable[MaskFamily]:
+    """Families whose sizes the probe with the longest past shows."""
+    yield MaskFamily("full")
+    yield MaskFamily("causal")
+    queries, keys = _positions(longest)
+    counts = [int(row.sum()) for row in longest.seen[0]]
+    if counts and counts[0] < len(keys):
+        yield MaskFamily("band", int(longest.seen[0, 0].nonzero()[0].max() - queries[0] + keys[0]))
+        yield MaskFamily("window", counts[0])
+        # A chunk starts where a row's first seen key is: sizes that divide that place.
+        starts = [int(keys[np.flatnonzero(row)[0]]) for row in longest.seen[0] if row.any()]
+        for size in sorted({d for start in starts for d in _divisors(start)}, reverse=True):
+            if all(int(q) // size * size == s for q, s in zip(queries, starts, strict=False)):
+                yield MaskFamily("chunked", size)
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(2, number + 1) if number % d == 0] if number else []
+
+
+def _agrees(family: MaskFamily, probe: _Probe) -> bool:
+    queries, keys = _positions(probe)
+    wanted = np.broadcast_to(family.sees(queries, keys), probe.seen.shape)
+    if family.padding:
+        real = np.zeros((probe.shape.batch, int(keys[-1]) + 1), bool)
+        width = min(real.shape[1], probe.shape.total)
+        real[:, :width] = probe.shape.real[:, :width]
+        wanted = wanted & real[:, None, keys]
+    rows = np.broadcast_to(probe.shape.real_new[:, :, None], probe.seen.shape)
+    return bool((probe.seen == wanted)[rows].all())
