@@ -12,11 +12,14 @@ import onnx_ir as ir
 from onnxgen.analysis.evaluate import CutError, cut
 from onnxgen.analysis.graph import NONDETERMINISTIC, has_subgraph
 from onnxgen.analysis.shapes import Shapes
+from onnxgen.analysis.symbols import product
 from onnxgen.runtime import Runtime, RuntimeFailure
 
 # Larger constants are weights: not read, and not multiplied into new ones.
 MAX_INPUT_BYTES = 1 << 16
 MAX_OUTPUT_BYTES = 1 << 20
+# Folding these would undo a quantization.
+QUANTIZED = frozenset({"DequantizeLinear", "QuantizeLinear", "DynamicQuantizeLinear"})
 
 
 def fold_constants(model: ir.Model, runtime: Runtime) -> None:
@@ -44,7 +47,11 @@ def fold_constants(model: ir.Model, runtime: Runtime) -> None:
         ):
             solved[output] = content.astype(output.dtype.numpy())
             constants.add(output)
-        elif _foldable(node) and all(v in constants for v in node.inputs if v is not None):
+        elif (
+            _foldable(node)
+            and all(v in constants for v in node.inputs if v is not None)
+            and not any(_large(shapes, each) for each in node.outputs)
+        ):
             constants.update(node.outputs)
             computed.update(node.outputs)
     # Only what the rest of the graph reads has to be known.
@@ -60,11 +67,18 @@ def fold_constants(model: ir.Model, runtime: Runtime) -> None:
 def _foldable(node: ir.Node) -> bool:
     """A node without inputs that is no known source of randomness is constant as well."""
     return (
-        node.op_type not in NONDETERMINISTIC
+        node.op_type not in NONDETERMINISTIC | QUANTIZED
         and node.domain in ("", "ai.onnx")
         and not has_subgraph(node)
         and all(output.name for output in node.outputs)
     )
+
+
+def _large(shapes: Shapes, value: ir.Value) -> bool:
+    """Whether a value is known to be too large before it is made."""
+    shape = shapes.of(value)
+    size = 1 if shape is None else product(shape)
+    return not isinstance(size, int) or size * 8 > MAX_OUTPUT_BYTES
 
 
 def _read_outside(value: ir.Value, constants: set[ir.Value]) -> bool:

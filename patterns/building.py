@@ -24,8 +24,8 @@ class Builder:
         self.graph = graph
         self.shapes = shapes
         self.nodes: list[ir.Node] = []
-        self._taken: set[str] = {node.name or "" for node in graph}
-        self._taken |= {value.name or "" for node in graph for value in node.outputs}
+        self._taken: set[str] = {node.name or "" for node in graph.all_nodes()}
+        self._taken |= {value.name or "" for node in graph.all_nodes() for value in node.outputs}
         self._taken |= {value.name or "" for value in graph.inputs} | set(graph.initializers)
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import FLOATS
+from onnxgen.analysis.graph import FLOATS, names
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.shapes import Shapes
 from onnxgen.analysis.symbols import Dim, atom
@@ -27,6 +27,7 @@ class Facts:
         self.shapes = Shapes(graph, sizes_in_use(roles))
         self.views = Views(self.shapes)
         self._activations: dict[ir.Value, bool] = {}
+        self._constants: set[ir.Value] = set()
         self._order: dict[ir.Node, int] = {}
         for index, node in enumerate(graph):
             self.added(node, index)
@@ -64,14 +65,25 @@ class Facts:
                 node.op_type in _CONTRACTIONS
                 and any(self._is_matrix(value) for value in node.inputs)
             )
+        constant = all(v is None or self._is_constant(v) for v in node.inputs)
         for output in node.outputs:
             self._activations[output] = carries
+            if constant:
+                self._constants.add(output)
 
     def _is_matrix(self, value: ir.Value | None) -> bool:
-        """A constant with two or more axes that are longer than 1; a rotary frequency has one."""
-        if value is None or value.const_value is None:
+        """A constant with two or more axes that are longer than 1; a rotary frequency has one.
+
+        Weights may be computed from constants: dequantized, transposed, one added.
+        """
+        if value is None or not self._is_constant(value):
             return False
-        return sum(int(size) > 1 for size in value.const_value.shape.numpy()) >= 2
+        return sum(size != 1 for size in self.shapes.of(value) or ()) >= 2
+
+    def _is_constant(self, value: ir.Value) -> bool:
+        if value.producer() is None:
+            return value.const_value is not None and not value.is_graph_input()
+        return value in self._constants
 
 
 def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
@@ -104,15 +116,8 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
     return sizes
 
 
-_CONTRACTIONS = frozenset(
-    [
-        "MatMul",
-        "Gemm",
-        "Conv",
-        "Einsum",
-        "MatMulInteger",
-        "MatMulNBits",
-        "QLinearMatMul",
-        "FusedMatMul",
-    ]
+_CONTRACTIONS = names(
+    """
+    MatMul Gemm Conv Einsum MatMulInteger MatMulNBits QLinearMatMul FusedMatMul
+    """
 )

@@ -8,19 +8,20 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+
+def names(text: str) -> frozenset[str]:
+    """Op types written one after the other."""
+    return frozenset(text.split())
+
+
 FLOATS = frozenset(
     {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 )
 # A node whose output is no function of its inputs alone is never folded, merged or cut out.
-NONDETERMINISTIC = frozenset(
-    [
-        "RandomNormal",
-        "RandomNormalLike",
-        "RandomUniform",
-        "RandomUniformLike",
-        "Multinomial",
-        "Bernoulli",
-    ]
+NONDETERMINISTIC = names(
+    """
+    RandomNormal RandomNormalLike RandomUniform RandomUniformLike Multinomial Bernoulli
+    """
 )
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import attribute
+from onnxgen.analysis.graph import attribute, names
 from onnxgen.analysis.symbols import (
     Dim,
     broadcast,
@@ -27,102 +27,23 @@ from onnxgen.analysis.symbols import (
 if TYPE_CHECKING:
     from onnxgen.analysis.shapes import Shape, Shapes
 
-ELEMENTWISE = frozenset(
-    [
-        "Abs",
-        "Acos",
-        "Add",
-        "And",
-        "Asin",
-        "Atan",
-        "BitShift",
-        "BitwiseAnd",
-        "BitwiseNot",
-        "BitwiseOr",
-        "Cast",
-        "CastLike",
-        "Ceil",
-        "Celu",
-        "Clip",
-        "Cos",
-        "Cosh",
-        "CumSum",
-        "Div",
-        "Dropout",
-        "Elu",
-        "Equal",
-        "Erf",
-        "Exp",
-        "Floor",
-        "Gelu",
-        "Greater",
-        "GreaterOrEqual",
-        "HardSigmoid",
-        "HardSwish",
-        "Identity",
-        "IsInf",
-        "IsNaN",
-        "LeakyRelu",
-        "Less",
-        "LessOrEqual",
-        "Log",
-        "LogSoftmax",
-        "Max",
-        "Mean",
-        "Min",
-        "Mish",
-        "Mod",
-        "Mul",
-        "Neg",
-        "Not",
-        "Or",
-        "PRelu",
-        "Pow",
-        "Reciprocal",
-        "Relu",
-        "Round",
-        "Selu",
-        "Sigmoid",
-        "Sign",
-        "Sin",
-        "Sinh",
-        "Softmax",
-        "Softplus",
-        "Sqrt",
-        "Sub",
-        "Sum",
-        "Swish",
-        "Tan",
-        "Tanh",
-        "ThresholdedRelu",
-        "Trilu",
-        "Where",
-        "Xor",
-        "QuickGelu",
-        "BiasGelu",
-        "FastGelu",
-    ]
+ELEMENTWISE = names(
+    """
+    Abs Acos Add And Asin Atan BitShift BitwiseAnd BitwiseNot BitwiseOr Cast CastLike Ceil
+    Celu Clip Cos Cosh CumSum Div Dropout Elu Equal Erf Exp Floor Gelu Greater
+    GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log
+    LogSoftmax Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu
+    Sigmoid Sign Sin Sinh Softmax Softplus Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Trilu
+    Where Xor QuickGelu BiasGelu FastGelu
+    """
 )
 # The shape of the first input, whatever else comes in.
-LIKE_FIRST = frozenset(
-    [
-        "CumSum",
-        "Dropout",
-        "LayerNormalization",
-        "RMSNormalization",
-        "SimplifiedLayerNormalization",
-        "GroupNormalization",
-        "InstanceNormalization",
-        "BatchNormalization",
-        "RotaryEmbedding",
-        "ScatterND",
-        "ScatterElements",
-        "TensorScatter",
-        "Softmax",
-        "LogSoftmax",
-        "Trilu",
-        "Clip",
-    ]
+LIKE_FIRST = names(
+    """
+    CumSum Dropout LayerNormalization RMSNormalization SimplifiedLayerNormalization
+    GroupNormalization InstanceNormalization BatchNormalization RotaryEmbedding ScatterND
+    ScatterElements TensorScatter Softmax LogSoftmax Trilu Clip
+    """
 )
 
 
@@ -498,18 +419,12 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "TopK": _top_k,
     "Attention": _attention,
     **dict.fromkeys(
-        [
-            "ReduceSum",
-            "ReduceMean",
-            "ReduceMax",
-            "ReduceMin",
-            "ReduceProd",
-            "ReduceL1",
-            "ReduceL2",
-            "ReduceSumSquare",
-            "ReduceLogSum",
-            "ReduceLogSumExp",
-        ],
+        names(
+            """
+            ReduceSum ReduceMean ReduceMax ReduceMin ReduceProd ReduceL1 ReduceL2 ReduceSumSquare
+            ReduceLogSum ReduceLogSumExp
+            """
+        ),
         _reduce,
     ),
 }

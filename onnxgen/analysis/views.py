@@ -20,7 +20,7 @@ from typing import TypeAlias
 
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import attribute, scalar
+from onnxgen.analysis.graph import attribute, names, scalar
 from onnxgen.analysis.shapes import Shapes
 from onnxgen.analysis.symbols import Dim, divide, product
 
@@ -195,18 +195,10 @@ class Views:
         return [*axes[:axis], repeated, *axes[axis + 1 :]]
 
 
-VIEW_OPS = frozenset(
-    [
-        "Identity",
-        "Transpose",
-        "Reshape",
-        "Squeeze",
-        "Unsqueeze",
-        "Flatten",
-        "Expand",
-        "Tile",
-        "Gather",
-    ]
+VIEW_OPS = names(
+    """
+    Identity Transpose Reshape Squeeze Unsqueeze Flatten Expand Tile Gather
+    """
 )
 
 
