@@ -32,7 +32,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import producer
+from onnxgen.analysis.graph import given, producer
 from onnxgen.analysis.scores import Scores, Stopped, attends, last_axis, walk_down, walk_up
 from onnxgen.analysis.symbols import divide, product
 from onnxgen.analysis.views import Axis, canonical
@@ -55,7 +55,7 @@ class SoftmaxAttention(Rule):
     anchors = frozenset({"Softmax"})
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
-        up, down = walk_up(facts, _given(node, 0)), walk_down(node)
+        up, down = walk_up(facts, given(node, 0)), walk_down(node)
         if (isinstance(up, Stopped) or isinstance(down, Stopped)) and not attends(facts, node):
             return None  # a router's Softmax, or a classifier's: nothing is attended to
         for stopped in (up, down):
@@ -73,10 +73,10 @@ class SoftmaxAttention(Rule):
     def _operands(
         self, facts: Facts, contraction: ir.Node, down: ir.Node
     ) -> tuple[Heads, Heads, Heads]:
-        q_value, k_value, v_value = _given(contraction, 0), _given(contraction, 1), _given(down, 1)
+        q_value, k_value, v_value = given(contraction, 0), given(contraction, 1), given(down, 1)
         widened = producer(v_value, "Cast")
-        if widened is not None and _given(widened, 0).dtype == q_value.dtype:
-            v_value = _given(widened, 0)  # probabilities in float, as softmax_precision says
+        if widened is not None and given(widened, 0).dtype == q_value.dtype:
+            v_value = given(widened, 0)  # probabilities in float, as softmax_precision says
         view, rank = facts.views.of(q_value), facts.shapes.rank(contraction.outputs[0])
         if view is None or rank is None or len(view.axes) != rank or rank not in (3, 4, 5):
             raise Declined(self, "layout", "the queries' axes are not known", contraction)
@@ -142,7 +142,7 @@ class SoftmaxAttention(Rule):
         attributes: dict[str, int | float] = {"scale": scale}
         if up.softcap:
             attributes["softcap"] = up.softcap
-        precision = _given(node, 0).dtype
+        precision = given(node, 0).dtype
         if precision is not None and precision != dtype:
             attributes["softmax_precision"] = int(precision)
         fused, y, replaced = attention(
@@ -189,11 +189,5 @@ def rows_to_heads(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Heads, Heads]:
 
 
 def _axes(facts: Facts, node: ir.Node, index: int) -> tuple[Axis, ...]:
-    view = facts.views.of(_given(node, index))
+    view = facts.views.of(given(node, index))
     return () if view is None else view.axes
-
-
-def _given(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    assert value is not None
-    return value

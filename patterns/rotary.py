@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.lanes import Form, Lane, Lanes, Tables, candidates, lanes
+from onnxgen.analysis.lanes import Form, Lane, Lanes, candidates, lanes
+from onnxgen.analysis.rotary_tables import Tables
 from onnxgen.patterns.arranging import arranged
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import Declined, Rewrite, Rule

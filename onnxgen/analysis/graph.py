@@ -63,6 +63,13 @@ def scalar(value: ir.Value | None) -> float | None:
     return float(found.reshape(()).astype(np.float64))
 
 
+def given(node: ir.Node, index: int = 0) -> ir.Value:
+    """An input that the operator does not let be missing."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
 def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
     """The second operand of a binary node whose first is `value`, in either order."""
     first, second = node.inputs[:2]

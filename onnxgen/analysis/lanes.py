@@ -11,16 +11,15 @@ tensor it is made from and of the tables it is multiplied by; spelling vanishes,
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import attribute, constant, producer, scalar
+from onnxgen.analysis.graph import attribute, constant, given, producer, scalar
 from onnxgen.analysis.shape_rules import slice_bounds
-from onnxgen.analysis.views import VIEW_OPS
 
 # One factor of a term: (value, lane), a lane of a tensor.
 Lane: TypeAlias = tuple[ir.Value, int]
@@ -135,32 +134,32 @@ class _Writer:
     # --- one method an operator ---------------------------------------------------------------
 
     def _same(self, node: ir.Node, value: ir.Value) -> Lanes:
-        return self.of(_given(node, 0))
+        return self.of(given(node))
 
     def _add(self, node: ir.Node, value: ir.Value) -> Lanes:
         sign = -1.0 if node.op_type == "Sub" else 1.0
         return _combine(
-            lambda a, b: _sum(a, b, sign), self.of(_given(node, 0)), self.of(_given(node, 1))
+            lambda a, b: _sum(a, b, sign), self.of(given(node)), self.of(given(node, 1))
         )
 
     def _multiply(self, node: ir.Node, value: ir.Value) -> Lanes:
-        return _combine(_product, self.of(_given(node, 0)), self.of(_given(node, 1)))
+        return _combine(_product, self.of(given(node)), self.of(given(node, 1)))
 
     def _divide(self, node: ir.Node, value: ir.Value) -> Lanes:
         number = scalar(node.inputs[1])
         if not number:
             raise NotLanes
-        return _combine(_product, self.of(_given(node, 0)), np.array({(): 1 / number}, object))
+        return _combine(_product, self.of(given(node)), np.array({(): 1 / number}, object))
 
     def _negate(self, node: ir.Node, value: ir.Value) -> Lanes:
-        return _combine(_product, self.of(_given(node, 0)), np.array({(): -1.0}, object))
+        return _combine(_product, self.of(given(node)), np.array({(): -1.0}, object))
 
     def _concat(self, node: ir.Node, value: ir.Value) -> Lanes:
         axis = self._axis(attribute(node, "axis"), value)
         return np.concatenate([self.of(part) for part in node.inputs if part is not None], axis)
 
     def _slice(self, node: ir.Node, value: ir.Value) -> Lanes:
-        source = _given(node, 0)
+        source = given(node)
         bounds = slice_bounds(self._facts.shapes, node)
         if bounds is None:
             raise NotLanes
@@ -173,7 +172,7 @@ class _Writer:
         return result
 
     def _split(self, node: ir.Node, value: ir.Value) -> Lanes:
-        source = _given(node, 0)
+        source = given(node)
         axis = self._axis(attribute(node, "axis", 0), source)
         start = 0
         for output in node.outputs:
@@ -184,7 +183,7 @@ class _Writer:
         raise NotLanes
 
     def _gather(self, node: ir.Node, value: ir.Value) -> Lanes:
-        source, indices = _given(node, 0), constant(node.inputs[1], MAX_LANES)
+        source, indices = given(node), constant(node.inputs[1], MAX_LANES)
         if indices is None:
             raise NotLanes
         return np.take(
@@ -192,7 +191,7 @@ class _Writer:
         )
 
     def _reshape(self, node: ir.Node, value: ir.Value) -> Lanes:
-        source = _given(node, 0)
+        source = given(node)
         shapes = self._facts.shapes
         before, after = shapes.of(source), shapes.of(value)
         if (
@@ -207,7 +206,7 @@ class _Writer:
         order = attribute(node, "perm")
         if order is None or list(order[: self._leading]) != list(range(self._leading)):
             raise NotLanes
-        return self.of(_given(node, 0)).transpose(
+        return self.of(given(node)).transpose(
             [axis - self._leading for axis in order[self._leading :]]
         )
 
@@ -228,13 +227,6 @@ _LANE_OPS: dict[str, Callable[[_Writer, ir.Node, ir.Value], Lanes]] = {
     "Squeeze": _Writer._reshape,
     "Transpose": _Writer._transpose,
 }
-
-
-def _given(node: ir.Node, index: int) -> ir.Value:
-    value = node.inputs[index]
-    if value is None:
-        raise NotLanes
-    return value
 
 
 def _combine(function: Callable[[Form, Form], Form], a: Lanes, b: Lanes) -> Lanes:
@@ -268,96 +260,3 @@ def _product(a: Form, b: Form) -> Form:
             term = left + right
             result[term] = result.get(term, 0.0) + one * other
     return result
-
-
-# --- tables -------------------------------------------------------------------------------------
-
-
-class Tables:
-    """Which lanes of tables hold the same numbers: cos[0] and cos[24] of Cos(Concat(f, f)).
-
-    A lane is followed through concatenations, slices and elementwise operators to where its number
-    comes from; lanes with one origin are equal. Nothing is run and nothing is guessed: two lanes
-    that cannot be shown to be equal are different.
-    """
-
-    def __init__(self, facts: Facts) -> None:
-        self._facts = facts
-        self._known: dict[Lane, Hashable] = {}
-
-    def origin(self, lane: Lane) -> Hashable:
-        """A key that is equal for two lanes of one origin."""
-        if lane not in self._known:
-            self._known[lane] = self._follow(*lane)
-        return self._known[lane]
-
-    def _follow(self, value: ir.Value, index: int) -> Hashable:
-        elements = constant(value)
-        if elements is not None and elements.ndim:
-            return ("constant", elements[..., index].tobytes(), elements.shape[:-1])
-        node = producer(value)
-        rank = self._facts.shapes.rank(value)
-        if node is None or rank is None:
-            return (value, index)
-        last = rank - 1
-        match node.op_type:
-            case "Cos" | "Sin" | "Identity" | "Cast" | "Neg" | "Exp" | "Sqrt":
-                inner = self.origin((_given(node, 0), index))
-                return inner if node.op_type == "Identity" else (node.op_type, inner)
-            case "Mul" | "Add" | "Sub" | "Div":
-                operands = [self._operand(v, index) for v in node.inputs if v is not None]
-                return (node.op_type, *operands)
-            case "Concat" if attribute(node, "axis") % rank == last:
-                for part in node.inputs:
-                    size = self._last(part)
-                    if part is None or size is None:
-                        break
-                    if index < size:
-                        return self.origin((part, index))
-                    index -= size
-            case "Slice":
-                bounds = slice_bounds(self._facts.shapes, node)
-                if bounds is not None and len(bounds) == 1 and bounds[0][0] == last:
-                    start, step = bounds[0][1], bounds[0][3]
-                    if isinstance(start, int):
-                        return self.origin((_given(node, 0), start + index * step))
-            case "Split" if attribute(node, "axis", 0) % rank == last:
-                for output in node.outputs:
-                    size = self._last(output)
-                    if output is value or size is None:
-                        break
-                    index += size
-                if size is not None:
-                    return self.origin((_given(node, 0), index))
-            case _ if node.op_type in VIEW_OPS:
-                return self._through_view(value, index)
-        return (value, index)
-
-    def _through_view(self, value: ir.Value, index: int) -> Hashable:
-        """The lane of a view's source that a lane shows, where the last axis runs over no other."""
-        view = self._facts.views.of(value)
-        rank = None if view is None else self._facts.shapes.rank(view.source)
-        if view is None or rank is None or view.source is value:
-            return (value, index)
-        source_lane = 0
-        for digit in reversed(view.axes[-1]):
-            if not isinstance(digit.size, int) or not isinstance(digit.stride, int):
-                return (value, index)
-            index, part = divmod(index, digit.size)
-            if digit.axis == rank - 1:
-                source_lane += part * digit.stride
-            elif not digit.repeats:
-                return (value, index)
-        if any(digit.axis == rank - 1 for axis in view.axes[:-1] for digit in axis):
-            return (value, index)
-        return ("view", view.axes[:-1], view.scale, self.origin((view.source, source_lane)))
-
-    def _operand(self, value: ir.Value, index: int) -> Hashable:
-        size = self._last(value)
-        if scalar(value) is not None or size is None:
-            return value
-        return self.origin((value, index if size > 1 else 0))
-
-    def _last(self, value: ir.Value | None) -> int | None:
-        shape = self._facts.shapes.of(value)
-        return shape[-1] if shape and isinstance(shape[-1], int) else None

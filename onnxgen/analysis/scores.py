@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, attribute, producer, scalar
+from onnxgen.analysis.graph import FLOATS, attribute, given, producer, scalar
 from onnxgen.analysis.shape_rules import ELEMENTWISE
 from onnxgen.analysis.views import VIEW_OPS, scalar_factor
 
@@ -84,7 +84,7 @@ def walk_up(facts: Facts, value: ir.Value) -> Scores | Stopped:
             value = factor[0]
             scale *= factor[1]
         elif node.op_type == "Cast" and _is_float(node.inputs[0]) and _is_float(value):
-            value = _first(node)
+            value = given(node)
         elif node.op_type == "Add":
             a, b = node.inputs[0], node.inputs[1]
             if a is None or b is None or facts.is_activation(a) == facts.is_activation(b):
@@ -201,7 +201,7 @@ def _cap(node: ir.Node) -> tuple[ir.Value, float, float] | None:
     inner = producer(tanh.inputs[0])
     scaled = None if inner is None else scalar_factor(inner)
     if scaled is None:
-        return (_first(tanh), factor[1], factor[1])
+        return (given(tanh), factor[1], factor[1])
     return scaled[0], factor[1], scaled[1] * factor[1]
 
 
@@ -220,9 +220,3 @@ def _nan_guard(value: ir.Value, users: set[ir.Node]) -> ir.Value | None:
 
 def _is_float(value: ir.Value | None) -> bool:
     return value is not None and value.dtype in FLOATS
-
-
-def _first(node: ir.Node) -> ir.Value:
-    value = node.inputs[0]
-    assert value is not None
-    return value

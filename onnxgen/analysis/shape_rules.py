@@ -42,7 +42,8 @@ LIKE_FIRST = names(
     """
     CumSum Dropout LayerNormalization RMSNormalization SimplifiedLayerNormalization
     GroupNormalization InstanceNormalization BatchNormalization RotaryEmbedding ScatterND
-    ScatterElements TensorScatter Softmax LogSoftmax Trilu Clip
+    ScatterElements TensorScatter Softmax LogSoftmax Trilu Clip DequantizeLinear
+    QuantizeLinear
     """
 )
 
