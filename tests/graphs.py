@@ -21,6 +21,7 @@ followed by a run of both on ONNX Runtime, at lengths that are different from on
 from __future__ import annotations
 
 import atexit
+import difflib
 import functools
 import re
 import zlib
@@ -211,6 +212,15 @@ def _attribute(attribute: ir.Attr) -> str:
     return str(value)
 
 
+def assert_same_graph(found: onnx.ModelProto, wanted: onnx.ModelProto) -> None:
+    """Both compute the same by the same operators; the message shows where they part."""
+    difference = difflib.unified_diff(
+        outline(wanted), outline(found), "wanted", "found", lineterm="", n=99
+    )
+    message = "\n".join(difference)
+    assert not message, message
+
+
 # --- running ------------------------------------------------------------------------------------
 
 
@@ -354,7 +364,7 @@ def assert_raised(
     assert not declined, declined
     assert sorted(site.rule for site in result.sites) == sorted(codes)
     if after is not None:
-        assert outline(result.after) == outline(parse(after, opset=24))
+        assert_same_graph(result.after, parse(after, opset=24))
     return result
 
 
@@ -366,7 +376,7 @@ def assert_kept(before: str | onnx.ModelProto, rule: str, code: str, *, opset: i
     assert decline is not None
     assert (decline.rule, decline.code) == (rule, code), decline
     assert decline.reason
-    assert outline(result.after) == outline(result.normal)
+    assert_same_graph(result.after, result.normal)
     return decline
 
 
@@ -374,4 +384,4 @@ def assert_untouched(before: str | onnx.ModelProto, *, opset: int = 20) -> None:
     """No rule finds anything in the graph."""
     result = raised(before, opset=opset)
     assert result.sites == []
-    assert outline(result.after) == outline(result.normal)
+    assert_same_graph(result.after, result.normal)
