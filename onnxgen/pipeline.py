@@ -18,6 +18,7 @@ import onnx_ir as ir
 from onnxgen import __version__
 from onnxgen.analysis.masks import MaskFamily, mask_families
 from onnxgen.analysis.roles import find_roles
+from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
 from onnxgen.model_io import read_model, staged
 from onnxgen.passes.normalize import normalize
@@ -91,8 +92,9 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         clock.start("raise", "raising")
         checker = RewriteChecker(runtime, roles) if options.verify else None
         disabled = frozenset(options.disable)
-        report.sites = raise_model(model, roles, check=checker, disabled=disabled)
-        _name_masks(report, mask_families(model, roles, runtime))
+        sampler = Sampler(model.graph, roles, runtime)
+        report.sites = raise_model(model, roles, sampler=sampler, check=checker, disabled=disabled)
+        _name_masks(report, mask_families(model.graph, sampler))
         tidy(model)
         onnx_target.finish(model, __version__)
         _describe(report, model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxgen.analysis.roles import Roles
+from onnxgen.analysis.sampling import Sampler
 from onnxgen.passes.rewriting import Check, Rewriter
 from onnxgen.patterns import RULES
 from onnxgen.report.values import Site
@@ -17,11 +18,12 @@ def raise_model(
     model: ir.Model,
     roles: Roles | None = None,
     *,
+    sampler: Sampler | None = None,
     check: Check | None = None,
     disabled: frozenset[str] = frozenset(),
 ) -> list[Site]:
     """Apply every raising rule to the main graph, in place; returns what happened at each site."""
-    rewriter = Rewriter(model, roles, check, disabled)
+    rewriter = Rewriter(model, roles, sampler, check, disabled)
     for rule in RULES:
         rewriter.apply(rule)
     return rewriter.sites

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import ancestors
 from onnxgen.analysis.roles import Roles
+from onnxgen.analysis.sampling import Sampler
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 from onnxgen.report.values import Decline, Site
@@ -40,12 +41,13 @@ class Rewriter:
 
     model: ir.Model
     roles: Roles | None = None
+    sampler: Sampler | None = None
     check: Check | None = None
     disabled: frozenset[str] = frozenset()
     sites: list[Site] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.facts = Facts(self.model.graph, self.roles)
+        self.facts = Facts(self.model.graph, self.roles, self.sampler)
         self.builder = Builder(self.model.graph, self.facts.shapes)
 
     def apply(self, rule: Rule) -> None:

@@ -209,9 +209,7 @@ def _pair(
         return None
     if (sin_sign, other_sin_sign) not in ((-1.0, 1.0), (1.0, -1.0)):
         return None
-    if tables.origin(cos) != tables.origin(other_cos):
-        return None
-    if tables.origin(sin) != tables.origin(other_sin):
+    if not tables.same(cos, other_cos) or not tables.same(sin, other_sin):
         return None
     return cos, sin, other_sin_sign
 

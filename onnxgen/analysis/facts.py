@@ -6,6 +6,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.graph import FLOATS, names
 from onnxgen.analysis.roles import Roles
+from onnxgen.analysis.sampling import Sampler
 from onnxgen.analysis.shapes import Shapes
 from onnxgen.analysis.symbols import Dim, atom
 from onnxgen.analysis.views import Views
@@ -19,10 +20,14 @@ class Facts:
         opset: version of the default domain.
         shapes: symbolic shapes and contents.
         views: composed views.
+        sampler: runs what makes masks and tables; None where nothing may be run.
     """
 
-    def __init__(self, graph: ir.Graph, roles: Roles | None = None) -> None:
+    def __init__(
+        self, graph: ir.Graph, roles: Roles | None = None, sampler: Sampler | None = None
+    ) -> None:
         self.graph = graph
+        self.sampler = sampler
         self.opset = graph.opset_imports.get("", 24)
         self.shapes = Shapes(graph, sizes_in_use(roles))
         self.views = Views(self.shapes)

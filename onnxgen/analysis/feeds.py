@@ -155,6 +155,46 @@ def misfit(roles: Roles, shape: RunShape) -> str:
     return ""
 
 
+def forced_shape(roles: Roles, shape: RunShape) -> RunShape | None:
+    """The shape with the lengths that the graph fixes; None where it cannot be run so."""
+    fixed = roles.fixed
+    batch, new, past = (
+        fixed.get("B", shape.batch),
+        fixed.get("S", shape.new),
+        fixed.get("P", shape.past),
+    )
+    if "T" in fixed and "P" not in fixed and "S" not in fixed:
+        past = fixed["T"] - new if roles.pairs else 0
+        new = new if roles.pairs else fixed["T"]
+    if not roles.pairs and past and not fixed.get("P"):
+        return None
+    if past < 0:
+        return None
+    pads = shape.pads[:batch] if (new, past) == (shape.new, shape.past) else ()
+    if len(pads) != batch or not any(pads):
+        pads = ()
+    try:
+        found = RunShape(batch, new, past, shape.padding, pads, shape.encoder)
+    except ValueError:  # no room for its padding
+        return None
+    return None if misfit(roles, found) else found
+
+
+def nearest_shape(roles: Roles, shape: RunShape) -> RunShape | None:
+    """The shape as far as the graph takes it: its lengths, or without a past, or no padding."""
+    past = shape.past if roles.pairs else 0
+    new = shape.new if roles.pairs else min(shape.total, 300)
+    for padding in dict.fromkeys((shape.padding, "none")):
+        try:
+            wanted = RunShape(shape.batch, new, past, padding, encoder=shape.encoder)
+        except ValueError:
+            continue
+        found = forced_shape(roles, wanted)
+        if found is not None:
+            return found
+    return None
+
+
 def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Generator) -> Array:
     dims = _dims(each, roles, shape)
     values: Array

@@ -23,11 +23,10 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxgen.analysis.evaluate import CutError, cut
-from onnxgen.analysis.feeds import RunShape, make_feeds, misfit
-from onnxgen.analysis.roles import Roles
+from onnxgen.analysis.evaluate import CutError
+from onnxgen.analysis.feeds import RunShape
+from onnxgen.analysis.sampling import Sampler
 from onnxgen.analysis.scores import MASKED
-from onnxgen.runtime import Runtime, RuntimeFailure
 
 # Long pasts show windows and chunks; the others hold out.
 PROBES = (
@@ -83,11 +82,11 @@ class _Probe:
     seen: Any  # bool [B, S, T]
 
 
-def mask_families(model: ir.Model, roles: Roles, runtime: Runtime) -> dict[str, MaskFamily]:
-    """The family of the mask of each Attention node of the main graph, by node name."""
+def mask_families(graph: ir.Graph, sampler: Sampler) -> dict[str, MaskFamily]:
+    """The family of the mask of each Attention node of a graph, by node name."""
     families: dict[ir.Value, MaskFamily] = {}
     result: dict[str, MaskFamily] = {}
-    for node in model.graph:
+    for node in graph:
         if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
             continue
         mask = node.inputs[3] if len(node.inputs) > 3 else None
@@ -97,41 +96,29 @@ def mask_families(model: ir.Model, roles: Roles, runtime: Runtime) -> dict[str, 
             result[node.name or ""] = MaskFamily(kind)
             continue
         if mask not in families:
-            families[mask] = read_mask(model, mask, roles, runtime)
+            families[mask] = read_mask(mask, sampler)
         result[node.name or ""] = families[mask]
     return result
 
 
-def read_mask(model: ir.Model, mask: ir.Value, roles: Roles, runtime: Runtime) -> MaskFamily:
+def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
     """Run a mask's subgraph on the probes and fit it to a family."""
-    inputs = [value for value in model.graph.inputs if value.name in roles.inputs]
     try:
-        part = cut(inputs, [mask], model.graph.opset_imports)
-        session = runtime.load(part.SerializeToString())
-    except (CutError, RuntimeFailure) as error:
+        samples = sampler.samples(mask, PROBES)
+    except CutError as error:
         return MaskFamily("general", reason=f"it cannot be run alone: {error}")
-    names = [each.name for each in part.graph.input]
     probes: list[_Probe] = []
-    for seed, probe in enumerate(_fitting(roles)):
-        feeds = make_feeds(roles, probe, np.random.default_rng(seed), names=names)
-        try:
-            found = runtime.run(session, feeds)[mask.name or ""]
-        except RuntimeFailure:
-            continue  # a length that the export itself does not take
+    for shape, found in samples:
         seen = found if found.dtype == bool else found > MASKED
         if found.dtype != bool and np.unique(found[seen]).size > 1:
-            runtime.unload(session)
             return MaskFamily("general", reason="it adds a bias that differs from key to key")
         while seen.ndim > 3:
             if seen.shape[1] != 1:
-                runtime.unload(session)
                 return MaskFamily("general", reason="it differs from head to head")
             seen = seen[:, 0]
-        if not seen.all() and seen.shape[-2] not in (1, probe.new):
-            runtime.unload(session)
+        if not seen.all() and seen.shape[-2] not in (1, shape.new):
             return MaskFamily("general", reason="its rows are not the new tokens")
-        probes.append(_Probe(probe, np.broadcast_to(seen, (probe.batch, *seen.shape[-2:]))))
-    runtime.unload(session)
+        probes.append(_Probe(shape, np.broadcast_to(seen, (shape.batch, *seen.shape[-2:]))))
     if not probes:
         return MaskFamily("general", reason="no probe could be run")
     if all(probe.seen.all() for probe in probes):
@@ -142,24 +129,6 @@ def read_mask(model: ir.Model, mask: ir.Value, roles: Roles, runtime: Runtime) -
             if all(_agrees(fitted, probe) for probe in probes):
                 return fitted
     return MaskFamily("general", reason="no family agrees with every probe")
-
-
-def _fitting(roles: Roles) -> list[RunShape]:
-    """The probes that the model can be run in; without a past, or of fixed lengths, fewer."""
-    shapes: list[RunShape] = []
-    for probe in PROBES:
-        shape = probe
-        if not roles.pairs and probe.past:
-            shape = replace(probe, past=0, new=min(probe.total, 300), padding="none", pads=())
-        batch, new = roles.fixed.get("B", shape.batch), roles.fixed.get("S", shape.new)
-        past = roles.fixed.get("P", shape.past)
-        try:
-            shape = RunShape(batch, new, past, shape.padding)
-        except ValueError:  # no room for padding
-            shape = RunShape(batch, new, past)
-        if misfit(roles, shape) == "" and shape not in shapes:
-            shapes.append(shape)
-    return shapes
 
 
 def _positions(probe: _Probe) -> tuple[Any, Any]:

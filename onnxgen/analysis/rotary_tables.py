@@ -6,6 +6,7 @@ from collections.abc import Hashable
 
 import onnx_ir as ir
 
+from onnxgen.analysis.evaluate import CutError
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute, constant, given, producer, scalar
 from onnxgen.analysis.lanes import Lane
@@ -17,8 +18,7 @@ class Tables:
     """Which lanes of tables hold the same numbers: cos[0] and cos[24] of Cos(Concat(f, f)).
 
     A lane is followed through concatenations, slices and elementwise operators to where its number
-    comes from; lanes with one origin are equal. Nothing is run and nothing is guessed: two lanes
-    that cannot be shown to be equal are different.
+    comes from; lanes with one origin are equal. Where that does not tell, the tables are run.
     """
 
     def __init__(self, facts: Facts) -> None:
@@ -30,6 +30,26 @@ class Tables:
         if lane not in self._known:
             self._known[lane] = self._follow(*lane)
         return self._known[lane]
+
+    def same(self, a: Lane, b: Lane) -> bool:
+        """Whether two lanes hold the same numbers: one origin, or equal wherever they are run."""
+        if self.origin(a) == self.origin(b):
+            return True
+        sampler = self._facts.sampler
+        if sampler is None or any(map(self._facts.is_activation, (a[0], b[0]))):
+            return False
+        try:
+            runs = [
+                (one[..., a[1]], other[..., b[1]])
+                for (_, one), (_, other) in zip(
+                    sampler.samples(a[0]), sampler.samples(b[0]), strict=True
+                )
+            ]
+        except CutError:
+            return False
+        return bool(runs) and all(
+            one.shape == other.shape and (one == other).all() for one, other in runs
+        )
 
     def _follow(self, value: ir.Value, index: int) -> Hashable:
         elements = constant(value)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from onnxgen.analysis.feeds import RunShape, misfit
+from onnxgen.analysis.feeds import RunShape, forced_shape, misfit
 from onnxgen.analysis.roles import Roles
 
 LONGEST = 8192
@@ -167,8 +167,8 @@ def _fitting(roles: Roles, runs: Sequence[Run]) -> list[Run]:
         if run.skipped:
             kept.append(run)
             continue
-        shape = _forced(roles, run.shape)
-        if shape is None or misfit(roles, shape):
+        shape = forced_shape(roles, run.shape)
+        if shape is None:
             continue
         if run.steps and (shape.new != run.shape.new or _stuck(roles, shape)):
             continue
@@ -180,29 +180,6 @@ def _stuck(roles: Roles, shape: RunShape) -> bool:
     """True where the graph takes no single token after this run."""
     one = RunShape(shape.batch, 1, shape.total + 3, encoder=shape.encoder)
     return bool(misfit(roles, one))
-
-
-def _forced(roles: Roles, shape: RunShape) -> RunShape | None:
-    fixed = roles.fixed
-    batch, new, past = (
-        fixed.get("B", shape.batch),
-        fixed.get("S", shape.new),
-        fixed.get("P", shape.past),
-    )
-    if "T" in fixed and "P" not in fixed and "S" not in fixed:
-        past = fixed["T"] - new if roles.pairs else 0
-        new = new if roles.pairs else fixed["T"]
-    if not roles.pairs and past and not fixed.get("P"):
-        return None
-    if past < 0:
-        return None
-    pads = shape.pads[:batch] if (new, past) == (shape.new, shape.past) else ()
-    if len(pads) != batch or not any(pads):
-        pads = ()
-    try:
-        return RunShape(batch, new, past, shape.padding, pads, shape.encoder)
-    except ValueError:  # no room for its padding
-        return None
 
 
 def _name(roles: Roles, run: Run) -> str:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import CutError, cut
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.feeds import RunShape, make_feeds, misfit
+from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
 from onnxgen.analysis.graph import ancestors
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.scores import MASKED
@@ -49,6 +49,8 @@ class RewriteChecker:
         self._runtime = runtime
         self._roles = roles
         self._verdicts: dict[str, str | None] = {}
+        fitting = [nearest_shape(roles, shape) for shape in SHAPES]
+        self._shapes = list(dict.fromkeys(shape for shape in fitting if shape is not None))
         self.rewrites = 0
         self.difference = 0.0
 
@@ -82,7 +84,7 @@ class RewriteChecker:
             sessions = [self._runtime.load(part.SerializeToString()) for part in (before, after)]
         except RuntimeFailure as error:
             return f"ONNX Runtime refuses it: {error}"
-        for seed, shape in enumerate(self._shapes()):
+        for seed, shape in enumerate(self._shapes):
             rng = np.random.default_rng(seed)
             feeds = self._feeds(facts, shape, free, rng)
             if isinstance(feeds, str):
@@ -104,26 +106,6 @@ class RewriteChecker:
         for session in sessions:
             self._runtime.unload(session)
         return None if ran else f"its check cannot be run: {failures[0] if failures else 'no case'}"
-
-    def _shapes(self) -> list[RunShape]:
-        """The shapes that this model can be run in, or what comes nearest to them."""
-        fixed, pairs = self._roles.fixed, self._roles.pairs
-        shapes: list[RunShape] = []
-        for shape in SHAPES:
-            plain = RunShape(
-                batch=fixed.get("B", shape.batch),
-                new=fixed.get("S", shape.new),
-                past=fixed.get("P", shape.past if pairs else 0),
-            )
-            padded = None
-            if shape.padding != "none" and plain.batch > 1 and plain.total > 2:
-                padded = RunShape(plain.batch, plain.new, plain.past, shape.padding)
-            for each in (padded, plain):
-                if each is not None and not misfit(self._roles, each):
-                    if each not in shapes:
-                        shapes.append(each)
-                    break
-        return shapes
 
     def _feeds(
         self, facts: Facts, shape: RunShape, free: Mapping[str, ir.Value], rng: np.random.Generator

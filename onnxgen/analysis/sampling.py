@@ -1,0 +1,70 @@
+"""Reading a value by running what makes it: masks, rotary tables, positions.
+
+    sampler = Sampler(graph, roles, runtime)
+    for shape, array in sampler.samples(mask, shapes): ...
+
+Only for values that follow from the graph's inputs without the model's layers in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen.analysis.evaluate import Array, CutError, cut
+from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
+from onnxgen.analysis.roles import Roles
+from onnxgen.runtime import Runtime, RuntimeFailure
+
+# Enough to tell two lanes of a table apart: several positions, past ones, a padded row.
+TABLE_SHAPES = (
+    RunShape(batch=2, new=5, past=7, padding="left"),
+    RunShape(batch=1, new=2, past=300),
+    RunShape(batch=2, new=4),
+)
+
+
+class Sampler:
+    """Computes values for chosen lengths, as a user would feed the model; remembers them."""
+
+    def __init__(self, graph: ir.Graph, roles: Roles, runtime: Runtime) -> None:
+        self.roles = roles
+        self._graph = graph
+        self._runtime = runtime
+        self._known: dict[tuple[ir.Value, tuple[RunShape, ...]], list[tuple[RunShape, Array]]] = {}
+
+    def samples(
+        self, value: ir.Value, shapes: Sequence[RunShape] = TABLE_SHAPES
+    ) -> list[tuple[RunShape, Array]]:
+        """The value's arrays in those of the shapes that the model takes; none where it fails.
+
+        Raises:
+            CutError: the value cannot be computed from the inputs alone.
+        """
+        key = (value, tuple(shapes))
+        if key not in self._known:
+            self._known[key] = self._run(value, shapes)
+        return self._known[key]
+
+    def _run(self, value: ir.Value, shapes: Sequence[RunShape]) -> list[tuple[RunShape, Array]]:
+        inputs = [each for each in self._graph.inputs if each.name in self.roles.inputs]
+        part = cut(inputs, [value], self._graph.opset_imports)
+        names = [each.name for each in part.graph.input]
+        try:
+            session = self._runtime.load(part.SerializeToString())
+        except RuntimeFailure as error:
+            raise CutError(f"ONNX Runtime refuses it: {error}") from error
+        found: list[tuple[RunShape, Array]] = []
+        for seed, wanted in enumerate(shapes):
+            shape = nearest_shape(self.roles, wanted)
+            if shape is None or any(shape == known for known, _ in found):
+                continue
+            feeds = make_feeds(self.roles, shape, np.random.default_rng(seed), names=names)
+            try:
+                found.append((shape, self._runtime.run(session, feeds)[value.name or ""]))
+            except RuntimeFailure:
+                continue  # a length that the export itself does not take
+        self._runtime.unload(session)
+        return found
