@@ -56,6 +56,7 @@ class Shapes:
         self._shapes: dict[ir.Value, Shape] = {}
         self._contents: dict[ir.Value, Content] = {}
         self._merged: dict[Atom, Dim] = {}
+        self._resolved: dict[Poly, Dim] = {}
         self._fresh = 0
         self._assumed = assumed or {}
         self.origins: dict[str, tuple[ir.Value, int]] = {}
@@ -95,6 +96,12 @@ class Shapes:
         """A size with merged symbols replaced by one representative."""
         if not isinstance(dim, Poly) or not self._merged:
             return dim
+        known = self._resolved.get(dim)
+        if known is None:
+            known = self._resolved[dim] = self._resolve(dim)
+        return known
+
+    def _resolve(self, dim: Poly) -> Dim:
         total: Dim = 0
         for monomial, factor in dim.terms:
             part: Dim = factor
@@ -112,6 +119,7 @@ class Shapes:
                 rest = (zero - polynomial({monomial: factor})) * -factor
                 if monomial[0] not in _atoms(rest):
                     self._merged[monomial[0]] = rest
+                    self._resolved.clear()
                     return self.resolve(a)
         return a if isinstance(a, int) else b
 

@@ -11,27 +11,32 @@ to sizes are not used: exporters and people give one name to sizes that differ a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 
-@dataclass(frozen=True)
 class Atom:
     """An unknown integer >= 0 (a size), or >= any bound (contents of an index tensor).
 
     Attributes:
         name: a symbol's name, or the operation that made it ("max", "div", "mod", "bcast").
         arguments: the sizes an operation was applied to; empty for a symbol.
+        key: what atoms are ordered by, and equal by.
     """
 
-    name: str
-    arguments: tuple[Dim, ...] = ()
+    __slots__ = ("_hash", "arguments", "key", "name")
 
-    @functools.cached_property
-    def key(self) -> tuple[str, str]:
-        return (self.name, ", ".join(map(str, self.arguments)))
+    def __init__(self, name: str, arguments: tuple[Dim, ...] = ()) -> None:
+        self.name = name
+        self.arguments = arguments
+        self.key = (name, ", ".join(map(str, arguments)))
+        self._hash = hash(self.key)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Atom) and self.key == other.key)
 
     def __str__(self) -> str:
         return f"{self.name}({self.key[1]})" if self.arguments else self.name
@@ -47,7 +52,7 @@ class Poly:
 
     def __init__(self, terms: Mapping[Monomial, int]) -> None:
         self.terms: tuple[tuple[Monomial, int], ...] = tuple(
-            sorted(terms.items(), key=lambda term: [atom.key for atom in term[0]])
+            sorted(terms.items(), key=_order) if len(terms) > 1 else terms.items()
         )
         self._hash = hash(self.terms)
 
@@ -64,6 +69,8 @@ class Poly:
         return polynomial(terms)
 
     def __mul__(self, other: Dim) -> Dim:
+        if not isinstance(other, Poly):
+            return Poly({m: factor * other for m, factor in self.terms}) if other else 0
         terms: dict[Monomial, int] = {}
         for left, a in self.terms:
             for right, b in terms_of(other):
@@ -89,6 +96,10 @@ class Poly:
             name = "*".join(map(str, monomial))
             parts.append(str(factor) if not name else name if factor == 1 else f"{factor}*{name}")
         return " + ".join(parts)
+
+
+def _order(term: tuple[Monomial, int]) -> list[tuple[str, str]]:
+    return [atom.key for atom in term[0]]
 
 
 Dim: TypeAlias = int | Poly
