@@ -28,6 +28,7 @@ class Facts:
     ) -> None:
         self.graph = graph
         self.sampler = sampler
+        self._roles = roles
         self.opset = graph.opset_imports.get("", 24)
         self.shapes = Shapes(graph, sizes_in_use(roles))
         self.views = Views(self.shapes)
@@ -57,9 +58,15 @@ class Facts:
             return False
         if value not in self._activations:
             self._activations[value] = (
-                value.is_graph_input() and value.dtype in FLOATS and value.producer() is None
+                value.is_graph_input()
+                and value.dtype in FLOATS
+                and self._role(value) not in ("mask", "encoder_mask")
             )
         return self._activations[value]
+
+    def _role(self, value: ir.Value) -> str:
+        role = None if self._roles is None else self._roles.inputs.get(value.name or "")
+        return "unknown" if role is None else role.role
 
     def _classify(self, node: ir.Node) -> None:
         if node.op_type in ("Shape", "Size"):

@@ -65,7 +65,8 @@ class Evidence:
         writes: it says where a cache is written.
         branch: it is the condition of an If.
         convolved, projected, normed, added, attended: what a float input meets.
-        any_use: it has a use at all.
+        any_use: what it holds is used.
+        measured: its sizes are read.
     """
 
     tables: list[Table] = field(default_factory=list)
@@ -80,6 +81,7 @@ class Evidence:
     added: bool = False
     attended: bool = False
     any_use: bool = False
+    measured: bool = False
 
 
 class Uses:
@@ -120,6 +122,9 @@ class Uses:
                 continue
             best[current] = direct
             for node, index in current.uses():
+                if node.op_type in ("Shape", "Size"):
+                    found.measured = True
+                    continue
                 found.any_use = True
                 step = self._step(node, index, direct, is_float, found)
                 if step is not None:

@@ -191,9 +191,9 @@ def _ask_names(roles: dict[str, str], found: Mapping[str, Evidence]) -> None:
     for name, role in roles.items():
         if role == "unknown":
             hint = _hint(name)
-            if hint is not None and not found[name].any_use:
+            if hint is not None:
                 roles[name] = hint
-            elif not found[name].any_use:
+            elif not found[name].any_use and not found[name].measured:
                 roles[name] = "constant_like"
 
 
@@ -222,9 +222,10 @@ def _axes(role: str, shape: tuple[Dim, ...], join: Join | None) -> tuple[str, ..
     if role == "cache_position":
         return ("",) * (rank - 1) + ("S",)
     if role in ("embeds", "encoder_states"):
-        return ("B", "S" if role == "embeds" else "E", "H")[:rank]
+        letters = ["B", "S" if role == "embeds" else "E", *[""] * (rank - 3), "H"]
+        return tuple(letters[:rank])
     if role == "cross_past":
-        return ("B", "K", "E", "D") if rank == 4 else ("B", "E", "H")[:rank]
+        return ("B", "K", "E", "D") if rank == 4 else ("B", "E", "H", *[""] * (rank - 3))[:rank]
     if role in ("pixels", "features") and rank:
         return ("B",) + ("",) * (rank - 1)
     return ("",) * rank

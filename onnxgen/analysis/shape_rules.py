@@ -102,9 +102,10 @@ def _reshape(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     source, target = shapes.of(node.inputs[0]), _shape_of_content(shapes, node, 1)
     if target is None:
         return [None]
-    if source is not None and not attribute(node, "allowzero", 0):
+    if not attribute(node, "allowzero", 0):
+        kept = source or tuple(shapes.unknown("dim") for _ in target)
         target = [
-            source[axis] if isinstance(size, int) and size == 0 and axis < len(source) else size
+            kept[axis] if isinstance(size, int) and size == 0 and axis < len(kept) else size
             for axis, size in enumerate(target)
         ]
     if any(isinstance(size, int) and size == -1 for size in target):
