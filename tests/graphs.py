@@ -38,6 +38,7 @@ from onnx import helper, numpy_helper
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.roles import Roles, find_roles
+from onnxgen.analysis.sampling import Sampler
 from onnxgen.passes.normalize import normalize, set_dtypes
 from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
@@ -328,7 +329,8 @@ def raised(before: str | onnx.ModelProto, *, opset: int = 20) -> Raised:
     normal, _ = normalized(proto)
     model, roles = normalized(proto)
     checker = RewriteChecker(runtime(), roles)
-    sites = raise_model(model, roles, check=checker)
+    sampler = Sampler(model.graph, roles, runtime())
+    sites = raise_model(model, roles, sampler=sampler, check=checker)
     tidy(model)
     tidy(normal)
     result = Raised(proto, ir.to_proto(normal), ir.to_proto(model), sites, checker)
