@@ -220,7 +220,7 @@ def print_comparison(measured: Sequence[Measured]) -> None:
         "work ratio",
         "peak MB",
         "nodes",
-        "",
+        "what",
     ]
     print_table(
         header,
