@@ -143,19 +143,24 @@ class Rewriter:
 
 def _remove_dead(graph: ir.Graph, roots: Sequence[ir.Node]) -> list[ir.Node]:
     """Remove the nodes whose outputs nobody reads any more, from the roots upwards."""
-    removed: list[ir.Node] = []
+    dead: dict[ir.Node, None] = {}
     pending = list(roots)
     while pending:
         node = pending.pop()
-        if node.graph is not graph or any(
-            output.uses() or output.is_graph_output() for output in node.outputs
-        ):
+        if node.graph is not graph or node in dead or any(map(_read, node.outputs)):
             continue
-        sources = [value.producer() for value in node.inputs if value is not None]
-        graph.remove(node, safe=True)
-        removed.append(node)
-        pending.extend(source for source in sources if source is not None)
-    return removed
+        dead[node] = None
+        pending.extend(
+            source for v in node.inputs if v is not None and (source := v.producer()) is not None
+        )
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
+    graph.remove(dead)  # at once: each call looks through all outputs of the graph
+    return list(dead)
+
+
+def _read(value: ir.Value) -> bool:
+    return bool(value.uses()) or value.is_graph_output()
 
 
 def _scope(nodes: Sequence[ir.Node]) -> str:

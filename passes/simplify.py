@@ -24,6 +24,7 @@ def simplify(model: ir.Model) -> None:
     """Take out nodes of the main graph that change nothing, in place."""
     graph = model.graph
     shapes = Shapes(graph)
+    gone: list[ir.Node] = []
     for node in list(graph):
         if node.domain not in ("", "ai.onnx") or not node.outputs:
             continue
@@ -36,7 +37,8 @@ def simplify(model: ir.Model) -> None:
         if output.is_graph_output():
             continue  # its name is the model's interface
         output.replace_all_uses_with(same)
-        graph.remove(node, safe=True)
+        gone.append(node)
+    graph.remove(gone, safe=True)
 
 
 def _same_shape(shapes: Shapes, node: ir.Node) -> ir.Value | None:

@@ -1,15 +1,16 @@
 """The check of a rewrite where it happens: old nodes and new ones on the same inputs.
 
 The part of the graph between what the new nodes read and what they replace is cut out, before and
-after. Activations and weights are random; masks, tables and lengths, which a random tensor would
-turn into nonsense, are made by the graph that makes them, from inputs as a user would feed them.
-Parts of one structure are run once.
+after. Activations, and weights that the fused node reads, are random; masks, tables and lengths,
+which a random tensor would turn into nonsense, are made by the graph that makes them, from inputs
+as a user would feed them. Parts of one structure are run once.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ SHAPES = (
     RunShape(batch=2, new=5, past=3, padding="left"),
     RunShape(batch=3, new=1, past=11),
 )
-SMALL = 256  # elements: constants up to here are part of a structure, larger ones are weights
+SMALL = 256  # elements: constants up to here are written into a part, larger ones are fed
 
 
 class RewriteChecker:
@@ -49,6 +50,7 @@ class RewriteChecker:
         self._runtime = runtime
         self._roles = roles
         self._verdicts: dict[str, str | None] = {}
+        self._fed: dict[RunShape, tuple[dict[str, Any], dict[str, int]]] = {}
         fitting = [nearest_shape(roles, shape) for shape in SHAPES]
         self._shapes = list(dict.fromkeys(shape for shape in fitting if shape is not None))
         self.rewrites = 0
@@ -62,65 +64,79 @@ class RewriteChecker:
         """None where old and new values agree, else what differs, in one sentence."""
         self.rewrites += 1
         try:
-            before, after, free = _parts(facts, rewrite, nodes)
+            part = _Part.of(facts, rewrite, nodes)
         except CutError as error:
             return f"its check cannot be cut out: {error}"
-        key = _structure(before) + _structure(after)
+        key = part.structure(facts)
         if key not in self._verdicts:
-            self._verdicts[key] = self._run(facts, rewrite, before, after, free)
+            self._verdicts[key] = self._run(facts, rewrite, part)
         return self._verdicts[key]
 
-    def _run(
-        self,
-        facts: Facts,
-        rewrite: Rewrite,
-        before: onnx.ModelProto,
-        after: onnx.ModelProto,
-        free: Mapping[str, ir.Value],
-    ) -> str | None:
-        failures: list[str] = []
-        ran = 0
+    def _run(self, facts: Facts, rewrite: Rewrite, part: _Part) -> str | None:
+        sessions: list[int] = []
         try:
-            sessions = [self._runtime.load(part.SerializeToString()) for part in (before, after)]
+            for model in (part.before, part.after):
+                sessions.append(self._runtime.load(model.SerializeToString()))
+            return self._compare_all(facts, rewrite, part, sessions)
         except RuntimeFailure as error:
             return f"ONNX Runtime refuses it: {error}"
+        finally:
+            for session in sessions:
+                self._runtime.unload(session)
+
+    def _compare_all(
+        self, facts: Facts, rewrite: Rewrite, part: _Part, sessions: Sequence[int]
+    ) -> str | None:
+        failures: list[str] = []
         for seed, shape in enumerate(self._shapes):
-            rng = np.random.default_rng(seed)
-            feeds = self._feeds(facts, shape, free, rng)
+            feeds = self._feeds(facts, shape, part, np.random.default_rng(seed))
             if isinstance(feeds, str):
                 failures.append(feeds)
                 continue
             try:
-                old = self._runtime.run(sessions[0], _given(before, feeds))
+                old = self._runtime.run(sessions[0], _given(part.before, feeds))
             except RuntimeFailure as error:
                 failures.append(str(error))
                 continue
             try:
-                new = self._runtime.run(sessions[1], _given(after, feeds))
+                new = self._runtime.run(sessions[1], _given(part.after, feeds))
             except RuntimeFailure as error:
                 return f"the old nodes run where the new ones fail: {error}"
-            ran += 1
             reason = self._compare(rewrite, old, new)
             if reason is not None:
                 return reason
-        for session in sessions:
-            self._runtime.unload(session)
-        return None if ran else f"its check cannot be run: {failures[0] if failures else 'no case'}"
+        if len(failures) == len(self._shapes):
+            return f"its check cannot be run: {failures[0] if failures else 'no length fits'}"
+        return None
+
+    def _inputs(self, shape: RunShape) -> tuple[dict[str, Any], dict[str, int]]:
+        """The model's inputs for a shape, and the sizes of their axes; made once."""
+        if shape not in self._fed:
+            inputs = make_feeds(self._roles, shape, np.random.default_rng(0))
+            sizes = {
+                f"{name}[{axis}]": int(size)
+                for name, array in inputs.items()
+                for axis, size in enumerate(array.shape)
+            }
+            self._fed[shape] = (inputs, sizes)
+        return self._fed[shape]
 
     def _feeds(
-        self, facts: Facts, shape: RunShape, free: Mapping[str, ir.Value], rng: np.random.Generator
+        self,
+        facts: Facts,
+        shape: RunShape,
+        part: _Part,
+        rng: np.random.Generator,
     ) -> dict[str, Any] | str:
         """Arrays for the values that a part is cut off at; the reason as text where one fails."""
-        inputs = make_feeds(self._roles, shape, rng)
-        binding = {
-            f"{name}[{axis}]": int(size)
-            for name, array in inputs.items()
-            for axis, size in enumerate(array.shape)
-        }
+        inputs, binding = self._inputs(shape)
         feeds: dict[str, Any] = {}
-        for name, value in free.items():
+        for name, value in part.free.items():
             if name in inputs and not facts.is_activation(value):
                 feeds[name] = inputs[name]
+                continue
+            if value.const_value is not None and value not in part.weights:
+                feeds[name] = value.const_value.numpy()
                 continue
             dims = facts.shapes.of(value)
             sizes = [] if dims is None else [evaluate(dim, binding) for dim in dims]
@@ -172,40 +188,71 @@ class RewriteChecker:
         return None
 
 
-def _parts(
-    facts: Facts, rewrite: Rewrite, nodes: Sequence[ir.Node]
-) -> tuple[onnx.ModelProto, onnx.ModelProto, dict[str, ir.Value]]:
-    """The part before, the part after, and the values both are cut off at.
+@dataclass(frozen=True)
+class _Part:
+    """What a rewrite replaces, and what by, cut out.
 
-    Raises:
-        CutError: the old nodes read activations that the new ones do not.
+    Attributes:
+        before, after: the old and the new nodes, with what makes their masks and tables.
+        free: the values both are cut off at, by name.
+        weights: those of them that the fused node reads directly: any numbers will do, so that
+            norms with weights of their own are one structure. Other constants keep theirs.
     """
-    made = {output for node in nodes for output in node.outputs}
-    read = [v for node in nodes for v in node.inputs if v is not None and v not in made]
-    stop: dict[ir.Value, None] = {}
-    for value in read:
-        if facts.is_activation(value) or _is_weight(value) or value.is_graph_input():
-            stop[value] = None
-    old = [old for old, _ in rewrite.outputs]
-    new = [new for _, new in rewrite.outputs]
-    # Masks, tables and sizes are computed from the graph's inputs inside the part, except that
-    # sizes read off activations are fed.
-    for value in read + old:
-        for node in ancestors([value], frozenset(stop)):
+
+    before: onnx.ModelProto
+    after: onnx.ModelProto
+    free: Mapping[str, ir.Value]
+    weights: frozenset[ir.Value]
+
+    @classmethod
+    def of(cls, facts: Facts, rewrite: Rewrite, nodes: Sequence[ir.Node]) -> _Part:
+        """Cut the part out.
+
+        Raises:
+            CutError: the old nodes read activations that the new ones do not.
+        """
+        made = {output for node in nodes for output in node.outputs}
+        read = [v for node in nodes for v in node.inputs if v is not None and v not in made]
+        weights = frozenset(v for v in rewrite.node.inputs if v is not None and _elements(v) > 1)
+        stop = dict.fromkeys(
+            v
+            for v in read
+            if facts.is_activation(v) or v.is_graph_input() or v in weights or _elements(v) > SMALL
+        )
+        old = [old for old, _ in rewrite.outputs]
+        # Masks, tables and sizes are computed from the graph's inputs inside the part; sizes read
+        # off activations, and large constants, are fed.
+        for node in ancestors(read + old, frozenset(stop)):
             for each in node.inputs:
                 if each is None or each in stop:
                     continue
-                if each.is_graph_input() or _is_weight(each):
+                if each.is_graph_input() or _elements(each) > SMALL:
                     stop[each] = None
                 elif node.op_type in ("Shape", "Size") and facts.is_activation(each):
                     stop[node.outputs[0]] = None
-    opsets = facts.graph.opset_imports
-    before = cut(stop, old, opsets, max_nodes=600)
-    if rewrite.mask is not None and rewrite.mask not in new:
-        new.append(rewrite.mask)
-    after = cut(stop, new, opsets, max_nodes=600)
-    used = {each.name for part in (before, after) for each in part.graph.input}
-    return before, after, {v.name or "": v for v in stop if v.name in used}
+        opsets = facts.graph.opset_imports
+        new = [new for _, new in rewrite.outputs]
+        if rewrite.mask is not None and rewrite.mask not in new:
+            new.append(rewrite.mask)
+        before = cut(stop, old, opsets, max_nodes=600)
+        after = cut(stop, new, opsets, max_nodes=600)
+        used = {each.name for model in (before, after) for each in model.graph.input}
+        return cls(before, after, {v.name or "": v for v in stop if v.name in used}, weights)
+
+    def structure(self, facts: Facts) -> str:
+        """A key that is equal for parts that differ in names and in weights only."""
+        sizes = [
+            f"{facts.shapes.of(v)}{v.name if v.const_value is not None and v not in self.weights else ''}"
+            for v in self.free.values()
+        ]
+        return "".join([_structure(self.before), _structure(self.after), *sizes])
+
+
+def _elements(value: ir.Value) -> int:
+    """How many elements a constant has; 0 for what is no constant."""
+    if value.const_value is None or value.is_graph_input():
+        return 0
+    return int(value.const_value.size)
 
 
 def _attended(mask: Any) -> Any:
@@ -228,14 +275,6 @@ def _rows_like(attended: Any, output: Any) -> Any:
         return np.ones(output.shape, bool)
     full = np.broadcast_to(attended, (batch, merged, attended.shape[2], width))
     return np.broadcast_to(full, (batch, merged, rows, width)).reshape(output.shape)
-
-
-def _is_weight(value: ir.Value) -> bool:
-    return (
-        value.const_value is not None
-        and value.const_value.size > SMALL
-        and value.const_value.dtype.is_floating_point()
-    )
 
 
 def _given(part: onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[str, Any]:
