@@ -25,6 +25,15 @@ def outside_casts(x: ir.Value, y: ir.Value) -> tuple[ir.Value, ir.Value, ir.Data
     return x, y, stash
 
 
+def narrowed(y: ir.Value) -> ir.Value | None:
+    """The cast to a narrower type that alone reads a normalized value."""
+    users = [use.node for use in y.uses()]
+    if len(users) != 1 or users[0].op_type != "Cast" or y.is_graph_output():
+        return None
+    cast = users[0].outputs[0]
+    return cast if cast.dtype in NARROW and y.dtype not in NARROW else None
+
+
 def norm_weight(
     facts: Facts, y: ir.Value, x: ir.Value, axis: int
 ) -> tuple[ir.Value | None, ir.Value]:

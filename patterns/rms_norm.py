@@ -6,7 +6,8 @@ Replaces
 
     The square is Mul(x, x) or Pow(x, 2); the root is Reciprocal(Sqrt), Div by Sqrt, Pow(-0.5), or
     Sqrt and Div; factors multiply in any order and grouping, with or without a weight, and casts
-    to float and back around the normalization become stash_type.
+    to float and back around the normalization become stash_type. Where only the result is
+    narrowed before the weight, the weight is widened instead and the product narrowed.
 
 Declines
     epsilon-not-constant: what is added to the mean is computed.
@@ -29,7 +30,7 @@ import onnx_ir as ir
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.products import inverse_root_of, scaled_by, squared, trailing_axis
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.norms import norm_weight, ones, outside_casts
+from onnxgen.patterns.norms import narrowed, norm_weight, ones, outside_casts
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
 
@@ -59,8 +60,10 @@ class RMSNorm(Rule):
             return None
         weight, result = norm_weight(facts, normalized, x, axis)
         x, result, stash = outside_casts(x, result)
-        if weight is None:
-            weight, result = norm_weight(facts, result, x, axis)
+        for step in (result, narrowed(result)):
+            if weight is None and step is not None:
+                weight, product = norm_weight(facts, step, x, axis)
+                result = result if weight is None else product
         if weight is None:
             weight = ones(facts, builder, x, axis)
         if weight is None:

@@ -236,8 +236,10 @@ class _Part:
             new.append(rewrite.mask)
         before = cut(stop, old, opsets, max_nodes=600)
         after = cut(stop, new, opsets, max_nodes=600)
-        used = {each.name for model in (before, after) for each in model.graph.input}
-        return cls(before, after, {v.name or "": v for v in stop if v.name in used}, weights)
+        read_before = {each.name for each in before.graph.input}
+        used = read_before | {each.name for each in after.graph.input}
+        shared = frozenset(v for v in weights if v.name in read_before)
+        return cls(before, after, {v.name or "": v for v in stop if v.name in used}, shared)
 
     def structure(self, facts: Facts) -> str:
         """A key that is equal for parts that differ in names and in weights only."""
