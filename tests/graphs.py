@@ -131,7 +131,8 @@ def _numbers(text: str) -> Array | None:
         return None
     whole = all(re.fullmatch(r"-?\d+", word) for word in words) and not half
     kind = np.int64 if whole else np.float16 if half else np.float32
-    return np.array([float(word) for word in words] if many else float(words[0])).astype(kind)
+    numbers = [int(word) if whole else float(word) for word in words]
+    return np.array(numbers if many else numbers[0]).astype(kind)
 
 
 # --- what a graph computes, without its names ---------------------------------------------------

@@ -346,6 +346,24 @@ def test_a_bool_mask_stays_bool() -> None:
         assert mask.type.tensor_type.elem_type == onnx.TensorProto.BOOL, name
 
 
+def test_an_additive_mask_that_is_fed() -> None:
+    signature = SIGNATURE.replace("int64[b,t] attention_mask", "float[b,1,s,t] bias")
+    assert_fused(block(signature=signature, keep="", masked="s2 = Add(s1, bias)"))
+
+
+def test_a_mask_that_is_read_for_its_length() -> None:
+    assert_fused(block(masked="s2 = Where(causal, s1, -inf)"))
+
+
+def test_a_mask_before_the_scale_is_scaled() -> None:
+    signature = SIGNATURE.replace("int64[b,t] attention_mask", "float[b,1,s,t] bias")
+    scaled = (
+        "kt = Transpose<perm = [0, 1, 3, 2]>(kr)  s0 = MatMul(q, kt)  sm = Add(s0, bias)"
+        "  s2 = Mul(sm, 0.2236068)"
+    )
+    assert_fused(block(signature=signature, keep="", scaled=scaled, masked=""))
+
+
 def test_the_guard_against_nan() -> None:
     """torch dynamo: rows that are masked everywhere are zeros, as the operator makes them."""
     softmax = "p0 = Softmax<axis = -1>(s2)  na = IsNaN(p0)  p = Where(na, 0.0, p0)"

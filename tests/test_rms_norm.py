@@ -105,6 +105,17 @@ def test_on_heads() -> None:
     )
 
 
+def test_an_input_of_four_axes() -> None:
+    signature = "(float[b,s,6,20] x) => (float[b,6,s,20] y) <float[20] w>"
+    assert_raised(
+        f"{signature} {{ q = Mul(x, x)  m = ReduceMean(q, [-1])  e = Add(m, 0.003)  r = Sqrt(e)"
+        "  n = Div(x, r)  z = Mul(w, n)  y = Transpose<perm = [0, 2, 1, 3]>(z) }",
+        f"{signature} {{ z = RMSNormalization<axis = -1, epsilon = 0.003, stash_type = 1>(x, w)"
+        "  y = Transpose<perm = [0, 2, 1, 3]>(z) }",
+        "RMS001",
+    )
+
+
 def test_two_norms_of_one_input() -> None:
     assert_raised(
         "(float[b,s,40] x) => (float[b,s,40] y, float[b,s,40] z) <float[40] w, float[40] v>"

@@ -220,6 +220,18 @@ def test_what_is_not_known_stays_unknown() -> None:
     assert not facts.shapes.same(y[0], y[1])
 
 
+def test_a_reshape_of_something_unknown_keeps_sizes_that_are_unknown() -> None:
+    """0 keeps a size; of a tensor whose shape is unknown the size is unknown, not 0."""
+    facts, values = facts_of(
+        "(float[m,s,120] z, bool[m] k) => (float[u,6,s,20] y)"
+        "{ x = Compress<axis = 0>(z, k)  y = Reshape(x, [0, 0, 6, 20]) }"
+    )
+    shape = facts.shapes.of(values["y"])
+    assert shape is not None
+    assert shape[0] != 0
+    assert shape[1] != 0
+
+
 def test_sizes_that_an_operator_needs_equal_are_merged() -> None:
     facts, values = facts_of(
         "(float[b,s,12] x, float[c,p,12] u) => (float y) { y = Concat<axis = 1>(x, u) }"
