@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tests import test_attention as attention
 from tests.graphs import assert_raised
+from tests.test_normalize import assert_normal
 
 BPKD = attention.SIGNATURE.replace("[b,3,p,20]", "[b,p,K,20]").replace("[b,3,t,20]", "[b,t,K,20]")
 JOINED = (
@@ -42,3 +43,12 @@ def test_one_key_head_behind_the_sequence() -> None:
         "ATT001",
     )
     assert result.sites[0].details["cache"] == "concatenated"
+
+
+def test_unsqueezed_and_squeezed_is_nothing() -> None:
+    """`passes/simplify.py` says so in its table, and has no rule for it."""
+    signature = "(float[b,s,12] x) => (float[b,s,12] y)"
+    assert_normal(
+        f"{signature} {{ r = Relu(x)  a = Unsqueeze(r, [1])  h = Squeeze(a, [1])  y = Neg(h) }}",
+        f"{signature} {{ r = Relu(x)  y = Neg(r) }}",
+    )

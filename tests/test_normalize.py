@@ -229,7 +229,6 @@ NOTHING = {
     "dropout": "h = Dropout(r)",
     "identity": "h = Identity(r)",
     "twice-transposed": "a = Transpose<perm = [2, 0, 1]>(r)  h = Transpose<perm = [1, 2, 0]>(a)",
-    "unsqueezed-and-squeezed": "a = Unsqueeze(r, [1])  h = Squeeze(a, [1])",
 }
 
 
