@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import onnx_ir as ir
 
@@ -36,7 +36,7 @@ class Rewriter:
 
     Attributes:
         check: compares a rewrite with what it replaces; None skips it.
-        sites: what happened, in the order it did.
+        disabled: codes of rules to leave out.
     """
 
     model: ir.Model
@@ -44,11 +44,17 @@ class Rewriter:
     sampler: Sampler | None = None
     check: Check | None = None
     disabled: frozenset[str] = frozenset()
-    sites: list[Site] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.facts = Facts(self.model.graph, self.roles, self.sampler)
         self.builder = Builder(self.model.graph, self.facts.shapes)
+        self._placed: list[tuple[int, Site]] = []
+        self._kept_at: dict[ir.Node, tuple[int, Site]] = {}
+
+    @property
+    def sites(self) -> list[Site]:
+        """What happened, in graph order."""
+        return [site for _, site in sorted(self._placed, key=lambda placed: placed[0])]
 
     def apply(self, rule: Rule) -> None:
         """Show every anchor of the rule to it, last ones first, so that the largest site wins."""
@@ -62,19 +68,26 @@ class Rewriter:
         for node in reversed(anchors):
             if node.graph is None:
                 continue  # went with an earlier site
+            place = self.facts.order(node.outputs[0])
             site = self._try(rule, node)
-            if site is not None:
-                self.sites.append(site)
+            # Of two rules that keep one node the first has said why; one that fuses it wins.
+            if site is not None and (site.status == "fused" or node not in self._kept_at):
+                if node in self._kept_at:
+                    self._placed.remove(self._kept_at.pop(node))
+                self._placed.append((place, site))
+                if site.status != "fused":
+                    self._kept_at[node] = (place, site)
 
     def _try(self, rule: Rule, node: ir.Node) -> Site | None:
         try:
             rewrite = rule.rewrite(self.facts, self.builder, node)
         except Declined as declined:
-            self.builder.take()
+            self.builder.drop()
             return self._kept(rule, node, "kept", declined.decline)
-        nodes = self.builder.take()
         if rewrite is None:
+            self.builder.drop()
             return None
+        nodes = self.builder.keep(new for _, new in rewrite.outputs)
         if self._cyclic(rewrite, nodes):
             decline = Decline(
                 rule.code,
@@ -82,6 +95,7 @@ class Rewriter:
                 "an input of the fused node needs its output",
                 (node.name or "",),
             )
+            self.builder.drop()
             return self._kept(rule, node, "kept", decline)
         place = max(self.facts.order(old) for old, _ in rewrite.outputs)
         for new in nodes:
@@ -89,8 +103,9 @@ class Rewriter:
         reason = None if self.check is None else self.check(self.facts, rewrite, nodes)
         if reason is not None:
             decline = Decline(rule.code, "check-failed", reason, (node.name or "",))
+            self.builder.drop()
             return self._kept(rule, node, "undone", decline)
-        return self._splice(rule, rewrite, nodes)
+        return self._splice(rule, rewrite, self.builder.take())
 
     def _kept(self, rule: Rule, node: ir.Node, status: str, decline: Decline) -> Site:
         scope = _scope([node])
@@ -120,6 +135,7 @@ class Rewriter:
                 old.name, new.name = self.builder.unique(f"{old.name}:replaced"), old.name
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         removed = _remove_dead(graph, producers)
+        self.facts.views.forget()
         scope = _scope(removed)
         for node in nodes:
             if scope:

@@ -15,15 +15,17 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import attribute, constant, producer, scalar
+from onnxgen.analysis.graph import attribute, constant, names, producer, scalar
 from onnxgen.analysis.shape_rules import slice_bounds
 from onnxgen.analysis.shapes import Shapes
+from onnxgen.analysis.views import Views
 
 
 def simplify(model: ir.Model) -> None:
     """Take out nodes of the main graph that change nothing, in place."""
     graph = model.graph
     shapes = Shapes(graph)
+    views = Views(shapes)
     gone: list[ir.Node] = []
     for node in list(graph):
         if node.domain not in ("", "ai.onnx") or not node.outputs:
@@ -32,6 +34,8 @@ def simplify(model: ir.Model) -> None:
         rule = _RULES.get(node.op_type)
         same = None if rule is None else rule(shapes, node)
         output = node.outputs[0]
+        if same is None and node.op_type in _TURNS:
+            same = _turned_back(views, output)
         if same is None or any(other.uses() for other in node.outputs[1:]):
             continue
         if output.is_graph_output():
@@ -87,6 +91,20 @@ def _slice(shapes: Shapes, node: ir.Node) -> ir.Value | None:
     return node.inputs[0] if whole else None
 
 
+def _turned_back(views: Views, value: ir.Value) -> ir.Value | None:
+    """The tensor that a chain of views ends in again."""
+    view, step = views.of(value), value
+    while view is not None:
+        node = step.producer()
+        if node is None or node.op_type not in _TURNS or node.inputs[0] is None:
+            return None
+        step = node.inputs[0]
+        known = views.of(step)
+        if known is not None and known.source is view.source and known.axes == view.axes:
+            return step
+    return None
+
+
 def _merge_transposes(node: ir.Node) -> None:
     if node.op_type != "Transpose":
         return
@@ -99,6 +117,7 @@ def _merge_transposes(node: ir.Node) -> None:
         node.replace_input_with(0, inner.inputs[0])
 
 
+_TURNS = names("Reshape Transpose Squeeze Unsqueeze")
 _RULES: dict[str, Callable[[Shapes, ir.Node], ir.Value | None]] = {
     "Cast": _cast,
     "Reshape": _same_shape,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.symbols import Dim, product
+from onnxgen.analysis.symbols import Dim, divide, product
 from onnxgen.analysis.views import Axis, Digit
 from onnxgen.patterns.building import Builder
 
@@ -35,11 +35,14 @@ def _built(
     shape = facts.shapes.of(source)
     if shape is None or any(digit.repeats for digit in wanted):
         return None
+    permutation = _permutation(facts, source, axes)
+    if permutation is not None:
+        return builder.op("Transpose", [source], {"perm": permutation}), 1.0
     # The source's axes as the digits that are wanted of them, outermost first.
     split: list[Digit] = []
     for axis, size in enumerate(shape):
         digits = [digit for digit in wanted if digit.axis == axis]
-        digits.sort(key=lambda digit: wanted_order(digit, digits))
+        digits.sort(key=lambda digit: sum(_inside(other, digit) for other in digits), reverse=True)
         if not facts.shapes.same(product(digit.size for digit in digits), size):
             return None
         stride: Dim = 1
@@ -63,20 +66,23 @@ def _built(
     return result, 1.0
 
 
-def wanted_order(digit: Digit, digits: list[Digit]) -> int:
-    """How many digits of one axis run inside this one: outermost first when sorted by its minus."""
-    inside = 0
-    for other in digits:
-        if other is not digit and other.stride != digit.stride:
-            quotient = _divides(other.stride, digit.stride)
-            inside += quotient
-    return -inside
+def _permutation(facts: Facts, source: ir.Value, axes: tuple[Axis, ...]) -> list[int] | None:
+    """The order of the source's own axes that gives the wanted ones, if one does."""
+    own = facts.views.identity(source)
+    if own is None or len(own.axes) != len(axes):
+        return None
+    order: list[int] = []
+    for wanted in axes:
+        found = (i for i, axis in enumerate(own.axes) if axis == wanted and i not in order)
+        index = next(found, None)
+        if index is None:
+            return None
+        order.append(index)
+    return order
 
 
-def _divides(inner: Dim, outer: Dim) -> int:
-    from onnxgen.analysis.symbols import divide
-
-    return int(divide(outer, inner) is not None)
+def _inside(inner: Digit, outer: Digit) -> bool:
+    return inner.stride != outer.stride and divide(outer.stride, inner.stride) is not None
 
 
 def _reshape(builder: Builder, value: ir.Value, sizes: list[Dim]) -> ir.Value | None:

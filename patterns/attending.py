@@ -177,8 +177,6 @@ def attention_mask(
     floats: list[ir.Value] = []
     for mask in masks:
         if mask.fill is None:
-            if facts.is_activation(mask.value):
-                return "the mask depends on activations"
             choice = constant_choice(mask.value) if mask.factor > 0 else None
             if choice is None or choice.fill != -np.inf:
                 scaled = mask.value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,27 @@ class Builder:
         """The nodes collected since the last call."""
         nodes, self.nodes = self.nodes, []
         return nodes
+
+    def drop(self) -> None:
+        """Give up the collected nodes: nothing is read by them any more."""
+        for node in self.take():
+            for index in range(len(node.inputs)):
+                node.replace_input_with(index, None)
+
+    def keep(self, outputs: Iterable[ir.Value]) -> list[ir.Node]:
+        """Give up the collected nodes that these values do not need; the others."""
+        wanted, needed = list(outputs), set()
+        made = set(self.nodes)
+        while wanted:
+            node = wanted.pop().producer()
+            if node in made and node not in needed:
+                needed.add(node)
+                wanted.extend(value for value in node.inputs if value is not None)
+        kept = [node for node in self.nodes if node in needed]
+        self.nodes = [node for node in self.nodes if node not in needed]
+        self.drop()
+        self.nodes = kept
+        return kept
 
     def op(
         self,

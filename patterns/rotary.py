@@ -11,7 +11,6 @@ Replaces
 
 Declines
     table-layout: the tables differ from head to head, or are not made of whole lanes.
-    element-types: x and the tables have different element types.
     batch-unknown: the tables have to be repeated for a batch whose size cannot be computed.
 
 Numerics
@@ -88,8 +87,6 @@ class Rotary(Rule):
             self._table(facts, builder, node, table, head, (batch, new), sign)
             for table, sign in ((rotation.cos, 1.0), (rotation.sin, rotation.sign))
         ]
-        if any(table.dtype != x.dtype for table in tables):
-            raise Declined(self, "element-types", "x and its tables have different types", node)
         rotated = builder.op("RotaryEmbedding", [inner, *tables], attributes)
         fused = rotated.producer()
         assert fused is not None

@@ -342,8 +342,7 @@ def test_a_block_is_fused_or_declined_and_never_differs(block: Block) -> None:
         assert site.details["head_size"] == str(block.size)
         wanted = 1.0 if block.scale == "none" else 1 / math.sqrt(block.size)
         assert np.isclose(float(site.details["scale"]), wanted, rtol=1e-4)
-        if not found_wrong(block):
-            assert (site.details["cache"] == "concatenated") == (block.cache != "none")
+        assert (site.details["cache"] == "concatenated") == (block.cache != "none")
     else:
         # What is known not to be one node: heads in turns, slopes that differ inside a group.
         assert declinable(block), site
@@ -358,9 +357,4 @@ def test_a_block_is_fused_or_declined_and_never_differs(block: Block) -> None:
 def declinable(block: Block) -> bool:
     turns = block.repeat == "other-way" and block.groups > 1 and block.kv_heads > 1
     slopes = block.mask == "alibi" and block.repeat == "five-axes" and block.groups > 1
-    return turns or slopes or found_wrong(block)
-
-
-def found_wrong(block: Block) -> bool:
-    """What test_found_bugs.py shows: goes when that is mended."""
-    return block.cache == "BPKD" and (block.groups == 1 or block.kv_heads == 1)
+    return turns or slopes

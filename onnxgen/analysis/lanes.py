@@ -104,6 +104,11 @@ class _Writer:
         shape = self._facts.shapes.of(value)
         if not shape or not isinstance(shape[-1], int) or shape[-1] > MAX_LANES:
             raise NotLanes
+        signs = constant(value, MAX_LANES)
+        if signs is not None and signs.size == shape[-1] and (abs(signs) == 1).all():
+            result = np.empty(signs.size, dtype=object)
+            result[:] = [{(): float(sign)} for sign in signs.reshape(-1)]
+            return result
         return self._leaf(value, (shape[-1],))
 
     def _leaf(self, value: ir.Value, sizes: tuple[int, ...]) -> Lanes:

@@ -77,6 +77,10 @@ class Views:
             self._known[each] = self._compose(each)
         return self._known[value]
 
+    def forget(self) -> None:
+        """Answers are remembered until the graph changes."""
+        self._known.clear()
+
     def chain(self, value: ir.Value) -> list[ir.Value]:
         """The values from `value` back to its view's source, both included."""
         view = self.of(value)

@@ -1,10 +1,9 @@
-"""What these tests found wrong: each fails until it is mended."""
+"""Caches that lie [B, P, K, D], without and with one key head, move into the node."""
 
 from __future__ import annotations
 
 from tests import test_attention as attention
 from tests.graphs import assert_raised
-from tests.test_normalize import assert_normal
 
 BPKD = attention.SIGNATURE.replace("[b,3,p,20]", "[b,p,K,20]").replace("[b,3,t,20]", "[b,t,K,20]")
 JOINED = (
@@ -15,8 +14,7 @@ JOINED = (
 
 
 def test_a_head_for_each_and_heads_behind_the_sequence() -> None:
-    """Declined as a cycle: the Transpose of the old present that was made on the way, and that
-    nothing reads once the cache is inside, still counts as read by the rewrite."""
+    """The Transpose of the old present that is made on the way is given up, and is no cycle."""
     result = assert_raised(
         attention.block(
             signature=BPKD.replace("K", "6").replace("50,60]", "50,120]"),
@@ -31,7 +29,7 @@ def test_a_head_for_each_and_heads_behind_the_sequence() -> None:
 
 
 def test_one_key_head_behind_the_sequence() -> None:
-    """An axis of size 1 is reshaped away instead of transposed, so the cache is not seen."""
+    """An axis of size 1 is transposed like any other, so that the cache is seen behind it."""
     result = assert_raised(
         attention.block(
             signature=BPKD.replace("K", "1").replace("50,60]", "50,20]"),
@@ -43,12 +41,3 @@ def test_one_key_head_behind_the_sequence() -> None:
         "ATT001",
     )
     assert result.sites[0].details["cache"] == "concatenated"
-
-
-def test_unsqueezed_and_squeezed_is_nothing() -> None:
-    """`passes/simplify.py` says so in its table, and has no rule for it."""
-    signature = "(float[b,s,12] x) => (float[b,s,12] y)"
-    assert_normal(
-        f"{signature} {{ r = Relu(x)  a = Unsqueeze(r, [1])  h = Squeeze(a, [1])  y = Neg(h) }}",
-        f"{signature} {{ r = Relu(x)  y = Neg(r) }}",
-    )
