@@ -44,6 +44,8 @@ SPELLINGS = {
     "pairs-by-reshape": "p = Reshape(h, [0, 0, 0, 2, 10])"
     "  lo = Gather<axis = 3>(p, 0)  hi = Gather<axis = 3>(p, 1)"
     f"  ng = Neg(hi)  t = Concat<axis = -1>(ng, lo)  {SUM}",
+    "signs": f"sw = Gather<axis = -1>(h, {[*range(10, 20), *range(10)]})"
+    f"  t = Mul(sw, {[-1.0] * 10 + [1.0] * 10})  {SUM}",
     "stacked": f"{TURN}  n1 = Unsqueeze(ng, [3])  l1 = Unsqueeze(lo, [3])"
     f"  st = Concat<axis = 3>(n1, l1)  t = Reshape(st, [0, 0, 0, 20])  {SUM}",
 }
@@ -193,6 +195,22 @@ def test_constant_tables() -> None:
     )
     result = raised(proto)
     assert [(site.rule, site.status) for site in result.sites] == [("ROT001", "fused")]
+
+
+def test_halves_that_only_running_shows_equal() -> None:
+    """cos(-a) is cos(a), and no structure says so: the tables are run."""
+    tables = TABLES.replace(
+        "c2 = Cos(aa)", "na = Neg(a)  an = Concat<axis = -1>(a, na)  c2 = Cos(an)"
+    )
+    result = raised(rotated(tables, SPELLINGS["slices"]))
+    assert [(site.rule, site.status) for site in result.sites] == [("ROT001", "fused")]
+
+
+def test_halves_that_running_shows_different() -> None:
+    tables = TABLES.replace(
+        "s2 = Sin(aa)", "na = Neg(a)  an = Concat<axis = -1>(a, na)  s2 = Sin(an)"
+    )
+    assert_untouched(rotated(tables, SPELLINGS["slices"]))
 
 
 def test_scaled_tables_stay_scaled() -> None:
