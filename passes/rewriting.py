@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import ancestors
+from onnxgen.analysis.graph import ancestors, is_read
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.patterns.building import Builder
@@ -163,7 +163,7 @@ def _remove_dead(graph: ir.Graph, roots: Sequence[ir.Node]) -> list[ir.Node]:
     pending = list(roots)
     while pending:
         node = pending.pop()
-        if node.graph is not graph or node in dead or any(map(_read, node.outputs)):
+        if node.graph is not graph or node in dead or any(map(is_read, node.outputs)):
             continue
         dead[node] = None
         pending.extend(
@@ -173,10 +173,6 @@ def _remove_dead(graph: ir.Graph, roots: Sequence[ir.Node]) -> list[ir.Node]:
             node.replace_input_with(index, None)
     graph.remove(dead)  # at once: each call looks through all outputs of the graph
     return list(dead)
-
-
-def _read(value: ir.Value) -> bool:
-    return bool(value.uses()) or value.is_graph_output()
 
 
 def _scope(nodes: Sequence[ir.Node]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import attribute, constant, names, producer, scalar
+from onnxgen.analysis.graph import attribute, constant, is_read, names, producer, scalar
 from onnxgen.analysis.shape_rules import slice_bounds
 from onnxgen.analysis.shapes import Shapes
 from onnxgen.analysis.views import Views
@@ -36,7 +36,7 @@ def simplify(model: ir.Model) -> None:
         output = node.outputs[0]
         if same is None and node.op_type in _TURNS:
             same = _turned_back(views, output)
-        if same is None or any(other.uses() for other in node.outputs[1:]):
+        if same is None or any(map(is_read, node.outputs[1:])):
             continue
         if output.is_graph_output():
             continue  # its name is the model's interface

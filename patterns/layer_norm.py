@@ -60,9 +60,9 @@ class LayerNorm(Rule):
             )
         normalized = scaled_by(root, deviation)
         if normalized is None:
-            normalized = _scaled_twin(root.value, x, mean, root.divides)
-        if normalized is None:
-            return None
+            normalized = _scaled_twin(facts, root.value, x, axis, root.divides)
+        if normalized is None or facts.shapes.rank(normalized) != facts.shapes.rank(x):
+            return None  # an epsilon with more axes than x gives the result more, too
         weight, result = norm_weight(facts, normalized, x, axis)
         bias, result = norm_bias(facts, result, x, axis)
         x, result, stash = outside_casts(x, result)
@@ -91,7 +91,9 @@ class LayerNorm(Rule):
         return Rewrite(fused, ((result, y),), {"epsilon": root.epsilon, "axis": axis})
 
 
-def _scaled_twin(root: ir.Value, x: ir.Value, mean: ir.Node, divides: bool) -> ir.Value | None:
+def _scaled_twin(
+    facts: Facts, root: ir.Value, x: ir.Value, axis: int, divides: bool
+) -> ir.Value | None:
     """The product with a second x - mean(x), where an exporter computed it twice."""
     for use in root.uses():
         node = use.node
@@ -101,6 +103,6 @@ def _scaled_twin(root: ir.Value, x: ir.Value, mean: ir.Node, divides: bool) -> i
         if other is None or other.inputs[0] is not x:
             continue
         twin = producer(other.inputs[1], "ReduceMean")
-        if twin is not None and twin.inputs[0] is x and twin.attributes == mean.attributes:
+        if twin is not None and twin.inputs[0] is x and trailing_axis(facts, twin) == axis:
             return node.outputs[0]
     return None

@@ -56,8 +56,8 @@ class RMSNorm(Rule):
                 self, "epsilon-not-constant", "what is added to the mean is not a constant", node
             )
         normalized = scaled_by(root, x)
-        if normalized is None:
-            return None
+        if normalized is None or facts.shapes.rank(normalized) != facts.shapes.rank(x):
+            return None  # an epsilon with more axes than x gives the result more, too
         weight, result = norm_weight(facts, normalized, x, axis)
         x, result, stash = outside_casts(x, result)
         for step in (result, narrowed(result)):

@@ -170,6 +170,16 @@ def test_other_axes(first: str, second: str) -> None:
     assert len(site.decline.nodes) == 2
 
 
+def test_a_second_mean_over_another_axis_is_another_mean() -> None:
+    """Found by hand: the mean that is subtracted again is not the one of the variance."""
+    assert_untouched(
+        "(float[b,5,8] x) => (float[b,5,8] y)"
+        "{ m = ReduceMean(x, [-1])  d = Sub(x, m)  q = Mul(d, d)  v = ReduceMean(q, [-1])"
+        "  e = Add(v, 0.00001)  r = Sqrt(e)  m2 = ReduceMean(x, [1])  d2 = Sub(x, m2)"
+        "  y = Div(d2, r) }"
+    )
+
+
 def test_axes_of_unknown_size() -> None:
     assert_kept(
         "(float[b,s,d] x) => (float[b,s,d] y)"

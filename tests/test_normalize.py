@@ -359,3 +359,8 @@ def test_weights_in_a_file_of_their_own_stay_there(tmp_path: Path) -> None:
     tidy(model)
     assert site.status == "fused"
     assert isinstance(model.graph.initializers["w"].const_value, ir.ExternalTensor)
+
+
+def test_a_dropout_whose_mask_is_an_output_stays() -> None:
+    text = "(float[b,5,8] x) => (float[b,5,8] y, bool[b,5,8] k) { d, k = Dropout(x)  y = Relu(d) }"
+    assert_normal(text, text)

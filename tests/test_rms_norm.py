@@ -313,3 +313,12 @@ def test_an_output_of_the_graph_keeps_its_name() -> None:
     result = assert_raised(text, AFTER, "RMS001")
     assert [output.name for output in result.after.graph.output] == ["y"]
     assert result.node("RMSNormalization").output[:] == ["y"]
+
+
+def test_an_epsilon_with_more_axes_is_left_alone() -> None:
+    """Found by hand: the result has four axes, the operator's would have three."""
+    assert_untouched(
+        "(float[b,5,8] x) => (float[1,b,5,8] y) <float[1,1,1,1] eps>"
+        "{ q = Mul(x, x)  m = ReduceMean(q, [-1])  a = Abs(eps)  e = Add(m, a)  r = Sqrt(e)"
+        "  y = Div(x, r) }"
+    )

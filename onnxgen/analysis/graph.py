@@ -70,6 +70,11 @@ def given(node: ir.Node, index: int = 0) -> ir.Value:
     return value
 
 
+def is_read(value: ir.Value) -> bool:
+    """Whether a node or the graph's caller reads a value."""
+    return bool(value.uses()) or value.is_graph_output()
+
+
 def other_input(node: ir.Node, value: ir.Value) -> ir.Value | None:
     """The second operand of a binary node whose first is `value`, in either order."""
     first, second = node.inputs[:2]
