@@ -42,7 +42,7 @@ from onnxgen.patterns.arranging import arranged
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 from onnxgen.targets.contract import Contract, Padding
-from onnxgen.targets.ort.lengths import Lengths
+from onnxgen.targets.ort.lengths import Lengths, input_mask
 from onnxgen.targets.ort.rotary_caches import RotaryCaches, rotary_caches
 
 INT32 = int(ir.DataType.INT32)
@@ -95,15 +95,18 @@ class GroupQuery(Rule):
         assert k is not None
         assert v is not None
         heads, kv_heads = self._check(facts, node, q, k, v)
-        masking = self._masking(facts, node, mask)
+        masking = self._masking(facts, node, mask, past_key)
         rotary = self._rotary(facts, q, k)
-        packed = [
-            self._packed(facts, builder, node, q, heads, inside=rotary is not None),
-            self._packed(facts, builder, node, k, kv_heads, inside=rotary is not None),
-            self._packed(facts, builder, node, v, kv_heads, inside=False),
+        operands = [
+            self._operand(facts, builder, node, q, heads, inside=rotary is not None),
+            self._operand(facts, builder, node, k, kv_heads, inside=rotary is not None),
+            self._operand(facts, builder, node, v, kv_heads, inside=False),
         ]
+        packed, factors = zip(*operands, strict=True)
+        if factors[2] != 1.0 or factors[1] != 1.0:
+            raise Declined(self, "layout", "keys or values are scaled on the way", node)
         queries = packed[0]
-        lengths = Lengths(facts, builder, facts.roles)
+        lengths = Lengths(facts, builder, input_mask(facts, past_key))
         total = lengths.total(queries, past_key)
         guarded = masking.padding and lengths.mask is not None
         padding: Padding = self._padding if guarded else "any"
@@ -116,11 +119,9 @@ class GroupQuery(Rule):
             bias = lengths.bias(queries, total)
         scalar_total = builder.op("Cast", [builder.op("Squeeze", [total])], {"to": INT32})
         attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": kv_heads}
-        attributes |= {
-            name: node.attributes[name].value
-            for name in ("scale", "softcap")
-            if name in node.attributes
-        }
+        attributes["scale"] = _scale(facts, node, q) * factors[0]
+        if attribute(node, "softcap", 0.0):
+            attributes["softcap"] = attribute(node, "softcap")
         if not masking.causal:
             attributes["causal"] = 0
         if masking.window > 0:
@@ -168,15 +169,16 @@ class GroupQuery(Rule):
             raise Declined(self, "kernel", "the scores are an output", node)
         return heads, kv_heads
 
-    def _masking(self, facts: Facts, node: ir.Node, mask: ir.Value | None) -> _Masking:
-        family = self._families.get(node.name or "")
+    def _masking(
+        self, facts: Facts, node: ir.Node, mask: ir.Value | None, past: ir.Value
+    ) -> _Masking:
         if mask is None:
             return _Masking(causal=bool(attribute(node, "is_causal", 0)))
         if attribute(node, "is_causal", 0):
             raise Declined(self, "causal", "is_causal beside a mask", node)
+        family = self._families.get(node.name or "")
         known = family is not None and family.kind in ("full", "causal", "window")
-        tellable = Lengths(facts, Builder(facts.graph, facts.shapes), facts.roles).mask is not None
-        if family is None or not known or (family.padding and not tellable):
+        if family is None or not known or (family.padding and input_mask(facts, past) is None):
             return _Masking(causal=False, bias=mask)
         window = family.size if family.kind == "window" else -1
         return _Masking(family.kind != "full", window, family.padding)
@@ -205,7 +207,7 @@ class GroupQuery(Rule):
             return None
         return caches, int(attribute(first, "interleaved", 0))
 
-    def _packed(
+    def _operand(
         self,
         facts: Facts,
         builder: Builder,
@@ -214,8 +216,11 @@ class GroupQuery(Rule):
         heads: int,
         *,
         inside: bool,
-    ) -> ir.Value:
-        """A [B, heads, S, D] operand as [B, S, heads * D], before its rotation if that goes in."""
+    ) -> tuple[ir.Value, float]:
+        """A [B, heads, S, D] operand as [B, S, heads * D], before its rotation if that goes in.
+
+        With a factor that it is yet to be multiplied by.
+        """
         rotary = producer(value, "RotaryEmbedding")
         source = value if rotary is None else given(rotary)
         found = _rows_first(facts, builder, source)
@@ -225,7 +230,7 @@ class GroupQuery(Rule):
             return found
         attributes = {name: each.value for name, each in rotary.attributes.items()}
         attributes["num_heads"] = heads
-        return builder.op("RotaryEmbedding", [found, *rotary.inputs[1:]], attributes)
+        return builder.op("RotaryEmbedding", [found[0], *rotary.inputs[1:]], attributes), found[1]
 
     def _replaced(
         self,
@@ -270,17 +275,24 @@ def _one(both: Sequence[RotaryCaches | str]) -> RotaryCaches | str:
     return q
 
 
-def _rows_first(facts: Facts, builder: Builder, value: ir.Value) -> ir.Value | None:
-    """A [B, heads, S, D] value as [B, S, heads * D]."""
+def _scale(facts: Facts, node: ir.Node, q: ir.Value) -> float:
+    """What the scores are multiplied by: the attribute, else 1 / sqrt(D)."""
+    shape = facts.shapes.of(q)
+    assert shape is not None
+    size = shape[-1]
+    assert isinstance(size, int)
+    return float(attribute(node, "scale", size**-0.5))
+
+
+def _rows_first(facts: Facts, builder: Builder, value: ir.Value) -> tuple[ir.Value, float] | None:
+    """A [B, heads, S, D] value as [B, S, heads * D], and the factor that is left to apply."""
     view = facts.views.of(value)
     if view is None or len(view.axes) != 4:
         return None
     batch, heads, rows, columns = view.axes
     axes: tuple[Axis, ...] = (batch, rows, canonical((*heads, *columns)))
     found = arranged(facts, builder, value, axes)
-    if found is None or found[1] != view.scale:
-        return None
-    return found[0]
+    return None if found is None else (found[0], view.scale / found[1])
 
 
 def _merged(facts: Facts, y: ir.Value) -> ir.Value | None:

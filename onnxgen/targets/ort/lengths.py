@@ -11,7 +11,6 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.roles import Roles
 from onnxgen.patterns.building import Builder
 from onnxgen.targets.contract import Padding
 
@@ -21,6 +20,19 @@ RIGHT_PADDING = "contract: this model was written for padding behind a prompt on
 COUNTED = "contract: this model was written for positions that count the tokens"
 
 
+def input_mask(facts: Facts, past: ir.Value) -> ir.Value | None:
+    """The [B,T] input that marks real tokens, for a cache [B,K,P,D] as long as the past it covers.
+
+    None where there is none, or where the cache is cropped: it then holds fewer places.
+    """
+    inputs = {value.name: value for value in facts.graph.inputs}
+    masks = [each for each in facts.roles.named("mask") if len(each.shape) == 2]
+    pair = facts.roles.pair_of(past.name or "")
+    if len(masks) != 1 or masks[0].additive or pair is None or pair.cap is not None:
+        return None
+    return inputs[masks[0].name]
+
+
 class Lengths:
     """Makes the nodes for one attention; equal ones of several layers are merged by `tidy`.
 
@@ -28,13 +40,10 @@ class Lengths:
         mask: the [B,T] input that marks real tokens, None where the model has none.
     """
 
-    def __init__(self, facts: Facts, builder: Builder, roles: Roles) -> None:
+    def __init__(self, facts: Facts, builder: Builder, mask: ir.Value | None) -> None:
         self._builder = builder
         self._facts = facts
-        named = [each for each in roles.named("mask") if not each.additive]
-        two = [each.name for each in named if len(each.shape) == 2]
-        inputs = {value.name: value for value in facts.graph.inputs}
-        self.mask = inputs[two[0]] if len(two) == 1 else None
+        self.mask = mask
 
     def total(self, q: ir.Value, past: ir.Value) -> ir.Value:
         """T as an int64 vector of one element.
