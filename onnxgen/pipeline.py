@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from onnxgen import __version__
 from onnxgen.analysis.masks import MaskFamily, mask_families
-from onnxgen.analysis.roles import find_roles
+from onnxgen.analysis.roles import find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
 from onnxgen.model_io import read_model, staged
@@ -117,6 +117,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             tidy(model)
             write_contract(model, lowering.contract)
             report.contract = str(lowering.contract)
+        write_roles(model, roles)
         onnx_target.finish(model, __version__, options.target)
         _describe(report, model)
 

@@ -96,7 +96,7 @@ class GroupQuery(Rule):
         assert v is not None
         heads, kv_heads = self._check(facts, node, q, k, v)
         masking = self._masking(facts, node, mask, past_key)
-        rotary = self._rotary(facts, q, k)
+        rotary = self._rotary(facts, q, k, past_key)
         operands = [
             self._operand(facts, builder, node, q, heads, inside=rotary is not None),
             self._operand(facts, builder, node, k, kv_heads, inside=rotary is not None),
@@ -183,9 +183,14 @@ class GroupQuery(Rule):
         window = family.size if family.kind == "window" else -1
         return _Masking(family.kind != "full", window, family.padding)
 
-    def _rotary(self, facts: Facts, q: ir.Value, k: ir.Value) -> tuple[RotaryCaches, int] | None:
+    def _rotary(
+        self, facts: Facts, q: ir.Value, k: ir.Value, past: ir.Value
+    ) -> tuple[RotaryCaches, int] | None:
         """What queries and keys are both rotated by; None where it stays outside."""
         nodes = [producer(each, "RotaryEmbedding") for each in (q, k)]
+        pair = facts.roles.pair_of(past.name or "")
+        if pair is None or pair.cap is not None:
+            return None  # in a cropped cache a token's place is not its position
         if nodes[0] is None or nodes[1] is None:
             return None
         first, second = nodes[0], nodes[1]
