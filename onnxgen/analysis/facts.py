@@ -60,11 +60,12 @@ class Facts:
             self._activations[value] = (
                 value.is_graph_input()
                 and value.dtype in FLOATS
-                and self._role(value) not in ("mask", "encoder_mask")
+                and self.role(value) not in ("mask", "encoder_mask")
             )
         return self._activations[value]
 
-    def _role(self, value: ir.Value) -> str:
+    def role(self, value: ir.Value) -> str:
+        """What a graph input is for, "unknown" where nobody said."""
         role = None if self._roles is None else self._roles.inputs.get(value.name or "")
         return "unknown" if role is None else role.role
 

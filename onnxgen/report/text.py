@@ -23,6 +23,7 @@ _NAMES = {
     "rms_norm": "RMS norm",
     "layer_norm": "layer norm",
     "rotary": "rotary embedding",
+    "cache": "cache write",
 }
 _STYLES = {"proven": "green", "differs": "red", "unproven": "yellow", "unverifiable": "red"}
 

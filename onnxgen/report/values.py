@@ -34,7 +34,7 @@ class Site:
     """One place in the model that a rule looked at.
 
     Attributes:
-        kind: "attention", "rms_norm", "layer_norm" or "rotary".
+        kind: "attention", "rms_norm", "layer_norm", "rotary" or "cache".
         rule: the code of the rule that fused it, or came nearest.
         node: name of the fused node, or of the anchor node that was kept.
         scope: the module path that the exporter left, "" where it left none.
