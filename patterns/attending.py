@@ -120,6 +120,43 @@ def cache_of(facts: Facts, value: ir.Value) -> Cache | None:
     return Cache(total, past, new, order)
 
 
+def caches_of(
+    facts: Facts, q: ir.Value, k: ir.Value, v: ir.Value
+) -> tuple[tuple[Cache, Cache] | None, str]:
+    """The caches that an Attention over these takes inside, if it can, and what its cache is.
+
+    "concatenated": inside; "static": its keys and values are buffers that TensorScatter writes;
+    "shared": the queries need the concatenation, which an earlier layer takes inside; "none".
+    """
+    keys, values = cache_of(facts, k), cache_of(facts, v)
+    if keys is not None and values is not None:
+        shared = any(_reaches(facts, cache.total, q) for cache in (keys, values))
+        return (None, "shared") if shared else ((keys, values), "concatenated")
+    views = [facts.views.of(each) for each in (k, v)]
+    sources = [None if view is None else producer(view.source) for view in views]
+    if all(source is not None and source.op_type == "TensorScatter" for source in sources):
+        return None, "static"
+    if all(source is not None and source.op_type == "Attention" for source in sources):
+        return None, "shared"
+    return None, "none"
+
+
+def _reaches(facts: Facts, value: ir.Value, later: ir.Value) -> bool:
+    """Whether a value is needed to compute another."""
+    first = facts.order(value)
+    pending, seen = [later], set()
+    while pending:
+        each = pending.pop()
+        if each is value:
+            return True
+        node = each.producer()
+        # A node that is not placed yet has no order: it is looked through.
+        if node is not None and node not in seen and not 0 <= facts.order(each) < first:
+            seen.add(node)
+            pending.extend(given for given in node.inputs if given is not None)
+    return False
+
+
 def permuted(builder: Builder, value: ir.Value, order: tuple[int, ...]) -> ir.Value:
     if order == (0, 1, 2, 3):
         return value
