@@ -125,5 +125,14 @@ class Roles:
 
     @property
     def static_length(self) -> int | None:
-        """L: the length of the static caches, None where caches grow."""
+        """L: the length of the longest static cache, None where caches grow."""
         return self.fixed.get("L")
+
+    @property
+    def static_room(self) -> int | None:
+        """How many tokens every static cache can hold, None where caches grow.
+
+        Layers with a window may have shorter caches than the others.
+        """
+        held = [self.inputs[p.past].shape[p.axis] for p in self.pairs if p.static]
+        return min((length for length in held if isinstance(length, int)), default=None)
