@@ -13,10 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import attribute, producer
+from onnxgen.analysis.graph import attribute, names, producer
 from onnxgen.analysis.scores import Mask, constant_choice
 from onnxgen.analysis.symbols import Dim, product
-from onnxgen.analysis.views import Axis, Digit
+from onnxgen.analysis.views import VIEW_OPS, Axis, Digit
 from onnxgen.patterns.arranging import arranged
 from onnxgen.patterns.building import Builder
 
@@ -126,7 +126,8 @@ def caches_of(
     """The caches that an Attention over these takes inside, if it can, and what its cache is.
 
     "concatenated": inside; "static": its keys and values are buffers that TensorScatter writes;
-    "shared": the queries need the concatenation, which an earlier layer takes inside; "none".
+    "shared": the queries need the concatenation, which an earlier layer takes inside; "outside":
+    keys and values are made of a cache in another way; "none".
     """
     keys, values = cache_of(facts, k), cache_of(facts, v)
     if keys is not None and values is not None:
@@ -138,7 +139,29 @@ def caches_of(
         return None, "static"
     if all(source is not None and source.op_type == "Attention" for source in sources):
         return None, "shared"
-    return None, "none"
+    return None, "outside" if _from_cache(facts, k) or _from_cache(facts, v) else "none"
+
+
+def _from_cache(facts: Facts, value: ir.Value) -> bool:
+    """Whether a value is joined, written or cut from an input that is a cache."""
+    pending, seen = [value], set()
+    while pending:
+        each = pending.pop()
+        if facts.role(each) in ("past", "static_past"):
+            return True
+        node = producer(each)
+        if node is not None and node.op_type in _JOINING and node not in seen:
+            seen.add(node)
+            pending.extend(given for given in node.inputs[:3] if given is not None)
+    return False
+
+
+_JOINING = VIEW_OPS | names(
+    """
+    Cast Concat DequantizeLinear QuantizeLinear ScatterElements ScatterND Slice Split TensorScatter
+    Where
+    """
+)
 
 
 def _reaches(facts: Facts, value: ir.Value, later: ir.Value) -> bool:

@@ -230,6 +230,9 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
             values = np.full(dims, shape.past > 0)
         case _ if each.dtype.is_floating_point():
             values = rng.standard_normal(dims, dtype=np.float32)
+        case "past" | "static_past" | "cross_past":  # quantized
+            info = np.iinfo(each.dtype.numpy())
+            values = rng.integers(info.min, info.max, dims, endpoint=True)
         case _:
             values = np.ones(dims)
     return np.ascontiguousarray(values.astype(each.dtype.numpy())).reshape(dims)

@@ -17,6 +17,8 @@ _CACHES: dict[tuple[str, str], dict[int, int]] = {
     ("com.microsoft", "GroupQueryAttention"): {1: 3, 2: 4},
     ("com.microsoft", "DecoderMaskedMultiHeadAttention"): {1: 5, 2: 6},
 }
+# A cache may be kept in fewer bits than it is computed with.
+_CODED = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def _sources(node: ir.Node, value: ir.Value, way: _Way) -> list[tuple[ir.Value, 
         return [(body.outputs[at], way) for body in bodies]
     elif op in ("Concat", "Where"):
         indices = range(len(node.inputs))
-    elif op in SCATTERS or (op in VIEWS and op not in ("Expand", "Tile", "GatherND")):
+    elif op in SCATTERS or op in _CODED or (op in VIEWS and op not in ("Expand", "Tile", "GatherND")):
         indices = [0]
     else:
         return []
