@@ -6,12 +6,14 @@ from onnxgen.patterns.layer_norm import LayerNorm
 from onnxgen.patterns.rms_norm import RMSNorm
 from onnxgen.patterns.rotary import Rotary
 from onnxgen.patterns.rule import Rule
+from onnxgen.patterns.static_cache import StaticCacheWrite
 
 # In the order in which they are applied.
 RULES: tuple[Rule, ...] = (
     LayerNorm(),
     RMSNorm(),
     Rotary(),
+    StaticCacheWrite(),
     SoftmaxAttention(),
     ExportedAttention(),
 )

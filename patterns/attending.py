@@ -13,10 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import attribute, producer
+from onnxgen.analysis.graph import attribute, names, producer
 from onnxgen.analysis.scores import Mask, constant_choice
 from onnxgen.analysis.symbols import Dim, product
-from onnxgen.analysis.views import Axis, Digit
+from onnxgen.analysis.views import VIEW_OPS, Axis, Digit
 from onnxgen.patterns.arranging import arranged
 from onnxgen.patterns.building import Builder
 
@@ -118,6 +118,66 @@ def cache_of(facts: Facts, value: ir.Value) -> Cache | None:
     if facts.shapes.rank(total) != 4:
         return None
     return Cache(total, past, new, order)
+
+
+def caches_of(
+    facts: Facts, q: ir.Value, k: ir.Value, v: ir.Value
+) -> tuple[tuple[Cache, Cache] | None, str]:
+    """The caches that an Attention over these takes inside, if it can, and what its cache is.
+
+    "concatenated": inside; "static": its keys and values are buffers that TensorScatter writes;
+    "shared": the queries need the concatenation, which an earlier layer takes inside; "outside":
+    keys and values are made of a cache in another way; "none".
+    """
+    keys, values = cache_of(facts, k), cache_of(facts, v)
+    if keys is not None and values is not None:
+        shared = any(_reaches(facts, cache.total, q) for cache in (keys, values))
+        return (None, "shared") if shared else ((keys, values), "concatenated")
+    views = [facts.views.of(each) for each in (k, v)]
+    sources = [None if view is None else producer(view.source) for view in views]
+    if all(source is not None and source.op_type == "TensorScatter" for source in sources):
+        return None, "static"
+    if all(source is not None and source.op_type == "Attention" for source in sources):
+        return None, "shared"
+    return None, "outside" if _from_cache(facts, k) or _from_cache(facts, v) else "none"
+
+
+def _from_cache(facts: Facts, value: ir.Value) -> bool:
+    """Whether a value is joined, written or cut from an input that is a cache."""
+    pending, seen = [value], set()
+    while pending:
+        each = pending.pop()
+        if facts.role(each) in ("past", "static_past"):
+            return True
+        node = producer(each)
+        if node is not None and node.op_type in _JOINING and node not in seen:
+            seen.add(node)
+            pending.extend(given for given in node.inputs[:3] if given is not None)
+    return False
+
+
+_JOINING = VIEW_OPS | names(
+    """
+    Cast Concat DequantizeLinear QuantizeLinear ScatterElements ScatterND Slice Split TensorScatter
+    Where
+    """
+)
+
+
+def _reaches(facts: Facts, value: ir.Value, later: ir.Value) -> bool:
+    """Whether a value is needed to compute another."""
+    first = facts.order(value)
+    pending, seen = [later], set()
+    while pending:
+        each = pending.pop()
+        if each is value:
+            return True
+        node = each.producer()
+        # A node that is not placed yet has no order: it is looked through.
+        if node is not None and node not in seen and not 0 <= facts.order(each) < first:
+            seen.add(node)
+            pending.extend(given for given in node.inputs if given is not None)
+    return False
 
 
 def permuted(builder: Builder, value: ir.Value, order: tuple[int, ...]) -> ir.Value:

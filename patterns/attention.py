@@ -40,7 +40,7 @@ from onnxgen.patterns.attending import (
     Heads,
     attention,
     attention_mask,
-    cache_of,
+    caches_of,
     heads_of,
 )
 from onnxgen.patterns.building import Builder
@@ -137,8 +137,7 @@ class SoftmaxAttention(Rule):
         mask = attention_mask(facts, builder, up.masks, rank, q_shape[2], k_shape[2], dtype)
         if isinstance(mask, str):
             raise Declined(self, "mask", mask, node)
-        key_cache, value_cache = cache_of(facts, keys[0]), cache_of(facts, values[0])
-        caches = (key_cache, value_cache) if key_cache and value_cache else None
+        caches, cache = caches_of(facts, queries[0], keys[0], values[0])
         attributes: dict[str, int | float] = {"scale": scale}
         if up.softcap:
             attributes["softcap"] = up.softcap
@@ -163,7 +162,7 @@ class SoftmaxAttention(Rule):
             "kv_heads": str(k.count),
             "head_size": str(q_shape[3]),
             "scale": scale,
-            "cache": "concatenated" if caches else "none",
+            "cache": cache,
             "mask": "explicit" if mask is not None else "none",
         }
         return Rewrite(fused, ((old, y), *replaced), details, mask)

@@ -64,12 +64,13 @@ class Facts:
         if value not in self._activations:
             self._activations[value] = (
                 value.is_graph_input()
-                and value.dtype in FLOATS
-                and self._role(value) not in ("mask", "encoder_mask")
+                and (value.dtype in FLOATS or self.role(value) in _CACHES)
+                and self.role(value) not in ("mask", "encoder_mask")
             )
         return self._activations[value]
 
-    def _role(self, value: ir.Value) -> str:
+    def role(self, value: ir.Value) -> str:
+        """What a graph input is for, "unknown" where nobody said."""
         role = None if self._roles is None else self._roles.inputs.get(value.name or "")
         return "unknown" if role is None else role.role
 
@@ -124,7 +125,9 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
             if letter not in ("B", "S", "P", "E") or own:
                 continue
             sizes[f"{name}[{axis}]"] = first.setdefault(letter, atom(f"{name}[{axis}]"))
-    if "S" in first and not any(pair.static or pair.cap for pair in roles.pairs):
+    # What may be a cache nobody understood could hold tokens too.
+    unsaid = any(r.role == "unknown" and len(r.shape) > 2 for r in roles.inputs.values())
+    if "S" in first and not unsaid and not any(pair.static or pair.cap for pair in roles.pairs):
         total = first["S"] + first.get("P", 0)
         for name, role in roles.inputs.items():
             for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):
@@ -133,6 +136,7 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
     return sizes
 
 
+_CACHES = frozenset({"past", "static_past", "cross_past"})  # quantized ones hold integers
 _CONTRACTIONS = names(
     """
     MatMul Gemm Conv Einsum MatMulInteger MatMulNBits QLinearMatMul FusedMatMul

@@ -146,8 +146,8 @@ def misfit(roles: Roles, shape: RunShape) -> str:
         held = roles.inputs[pair.past].shape[pair.axis]
         if pair.cap is not None and isinstance(held, int) and shape.past < held:
             return f"the graph fixes its cropped caches at {held} tokens"
-    if roles.static_length is not None and shape.total > roles.static_length:
-        return f"the graph's caches hold {roles.static_length} tokens"
+    if roles.static_room is not None and shape.total > roles.static_room:
+        return f"the graph's caches hold {roles.static_room} tokens"
     if shape.past and not roles.pairs:
         return "the graph takes no past"
     if shape.padding != "none" and not roles.named("mask"):
@@ -180,10 +180,18 @@ def forced_shape(roles: Roles, shape: RunShape) -> RunShape | None:
     return None if misfit(roles, found) else found
 
 
-def nearest_shape(roles: Roles, shape: RunShape) -> RunShape | None:
-    """The shape as far as the graph takes it: its lengths, or without a past, or no padding."""
+def nearest_shape(roles: Roles, shape: RunShape, spare: int = 0) -> RunShape | None:
+    """The shape as far as the graph takes it: its lengths, or without a past, or no padding.
+
+    Args:
+        spare: places of a static cache that are to stay free.
+    """
     past = shape.past if roles.pairs else 0
     new = shape.new if roles.pairs else min(shape.total, 300)
+    if roles.static_room is not None and past + new > roles.static_room - spare:
+        room = max(roles.static_room - spare, 1)
+        new = min(roles.fixed.get("S", new), max(room - bool(past), 1))
+        past = min(past, room - new)
     for padding in dict.fromkeys((shape.padding, "none")):
         try:
             wanted = RunShape(shape.batch, new, past, padding, encoder=shape.encoder)
@@ -207,7 +215,9 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
         case "cache_position":
             values = np.broadcast_to(shape.past + np.arange(shape.new), dims)
         case "cache_length":
-            values = np.full(dims, shape.past)
+            # Sequences of one batch may have come less far.
+            late = np.arange(shape.batch) % 3 if "B" in each.axes and dims != (1,) else 0
+            values = np.broadcast_to(np.maximum(shape.past - late, 0), dims)
         case "mask":
             values = _mask(each, dims, bool(roles.pairs), shape)
         case "encoder_mask":
@@ -220,6 +230,9 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
             values = np.full(dims, shape.past > 0)
         case _ if each.dtype.is_floating_point():
             values = rng.standard_normal(dims, dtype=np.float32)
+        case "past" | "static_past" | "cross_past":  # quantized
+            info = np.iinfo(each.dtype.numpy())
+            values = rng.integers(info.min, info.max, dims, endpoint=True)
         case _:
             values = np.ones(dims)
     return np.ascontiguousarray(values.astype(each.dtype.numpy())).reshape(dims)

@@ -6,7 +6,7 @@ Softmax, a convolution, a place in a cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
@@ -63,6 +63,7 @@ class Evidence:
         scores: the Softmax and Attention nodes it has a say in.
         lengths: it counts keys for a fused attention.
         writes: it says where a cache is written.
+        apart: rows of new tokens are counted from it: it holds a number for each sequence.
         branch: it is the condition of an If.
         convolved, projected, normed, added, attended: what a float input meets.
         any_use: what it holds is used.
@@ -74,6 +75,7 @@ class Evidence:
     scores: list[ir.Node] = field(default_factory=list)
     lengths: bool = False
     writes: bool = False
+    apart: bool = False
     branch: bool = False
     convolved: bool = False
     projected: bool = False
@@ -87,8 +89,10 @@ class Evidence:
 class Uses:
     """Walks over one graph (without function calls; If and Loop bodies included)."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, writers: Collection[ir.Node] = ()) -> None:
+        """Look at a graph, in which `writers` write into static caches."""
         self.graph = graph
+        self._writers = writers
         self.inputs = {v: str(v.name) for v in graph.inputs if v.name not in graph.initializers}
         self._live = self._reach(self.inputs)
 
@@ -153,10 +157,12 @@ class Uses:
             self._note_embedding(node, index, direct, found)
         elif op in ("Gather", "GatherElements", "GatherBlockQuantized") and index == 1:
             self._note_table(node, direct, found)
-        elif SCATTERS.get(op) == index:
+        elif SCATTERS.get(op) == index or self._places(node, index):
             found.writes = True
         elif op in _PRODUCTS:
             return self._product(node, index, direct, is_float, found)
+        elif op == "Slice" and index in (1, 2) and not is_float:
+            return False
         elif op in VIEWS:
             return direct if index == 0 else None
         elif op == "Where":
@@ -168,9 +174,19 @@ class Uses:
             mixed = any(v in self._live for v in others if v is not None)
             if mixed and op in ("Add", "Sum"):
                 found.added = True
+            if op == "Add" and not mixed and _is_column(node.inputs[index]):
+                found.apart = True
             # `cumsum(mask) * mask` is made of the mask, but no longer it.
             return direct and not (mixed and op != "Concat")
         return None
+
+    def _places(self, node: ir.Node, index: int) -> bool:
+        """Whether an input of a node says where a row of a static cache is chosen or cut."""
+        if node.op_type == "Where":
+            return index == 0 and node in self._writers
+        if node.op_type == "Slice" and index in (1, 2):
+            return any(user in self._writers for user, _ in node.outputs[0].uses())
+        return False
 
     def _product(
         self, node: ir.Node, index: int, direct: bool, is_float: bool, found: Evidence
@@ -237,6 +253,20 @@ class Uses:
                 if op in ("Mul", "Div", "Concat", "Where", *VIEWS, *_DERIVED):
                     stack.extend(node.outputs)
         return scaled
+
+
+def _is_column(value: ir.Value | None) -> bool:
+    """True for a vector with an axis behind it: [B] as [B, 1]."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in ("Cast", "Identity"):
+        value = node.inputs[0]
+        node = None if value is None else value.producer()
+    if node is None or node.op_type != "Unsqueeze" or node.inputs[0] is None:
+        return False
+    tensor = ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) > 1 else None
+    shape = node.inputs[0].shape
+    vector = shape is not None and len(shape) == 1
+    return vector and tensor is not None and tensor.numpy().ravel().tolist() in ([1], [-1])
 
 
 def _rows(table: ir.Value | None) -> int:

@@ -21,7 +21,7 @@ ROLES: Mapping[str, str] = {
     "past": "float [B,K,P,D]: a cache that a present output continues by growing",
     "static_past": "float [B,K,L,D]: a cache of fixed length that is written in place",
     "cache_position": "int [S]: where a static cache is written",
-    "cache_length": "int [] or [1]: how many tokens a static cache holds",
+    "cache_length": "int [], [1] or [B]: how many tokens a static cache holds",
     "embeds": "float [B,S,H]: what the embedding table would have given",
     "pixels": "float: an image or video that meets a convolution",
     "features": "float: audio or other features of an encoder",
@@ -125,5 +125,14 @@ class Roles:
 
     @property
     def static_length(self) -> int | None:
-        """L: the length of the static caches, None where caches grow."""
+        """L: the length of the longest static cache, None where caches grow."""
         return self.fixed.get("L")
+
+    @property
+    def static_room(self) -> int | None:
+        """How many tokens every static cache can hold, None where caches grow.
+
+        Layers with a window may have shorter caches than the others.
+        """
+        held = [self.inputs[p.past].shape[p.axis] for p in self.pairs if p.static]
+        return min((length for length in held if isinstance(length, int)), default=None)

@@ -60,8 +60,8 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
     inputs = [value for value in graph.inputs if value.name not in graph.initializers]
     _check(overrides, [str(value.name) for value in inputs])
 
-    uses = Uses(graph)
     joins = find_joins(graph)
+    uses = Uses(graph, [join.writer for join in joins if join.writer is not None])
     found = {str(value.name): uses.of(value) for value in inputs}
     roles = _structural(inputs, found, joins)
     _separate_tables(roles, found)
@@ -146,7 +146,7 @@ def _integer_role(value: ir.Value, uses: Evidence) -> str:
     if any(table.direct for table in uses.tables):
         return "ids"  # or type_ids, or positions: separated below
     if uses.writes and rank is not None and rank < 2:
-        return "cache_length" if rank == 0 else "cache_position"
+        return "cache_length" if rank == 0 or uses.apart else "cache_position"
     if uses.angles == "direct":
         return "cache_length" if rank == 0 else "positions"
     if uses.scores or uses.lengths or uses.tables or uses.angles:
@@ -238,6 +238,8 @@ def _axes(role: str, shape: tuple[Dim, ...], join: Join | None) -> tuple[str, ..
         return ("B", "S", long)[-rank:] if rank == 3 else ("B", long)[-rank:] if rank else ()
     if role in ("ids", "type_ids", "positions"):
         return ("",) * (rank - 2) + ("B", "S")[-rank:] if rank else ()
+    if role == "cache_length" and rank == 1:
+        return ("B",)
     if role == "cache_position":
         return ("",) * (rank - 1) + ("S",)
     if role in ("embeds", "encoder_states"):

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from onnxgen.analysis.feeds import RunShape, forced_shape, misfit
+from onnxgen.analysis.feeds import RunShape, forced_shape, misfit, nearest_shape
 from onnxgen.analysis.roles import Roles
 
 LONGEST = 8192
@@ -169,9 +169,13 @@ def _fitting(roles: Roles, runs: Sequence[Run]) -> list[Run]:
             kept.append(run)
             continue
         shape = forced_shape(roles, run.shape)
+        # A static cache that is too short for a run is run as far as it goes.
+        cut = roles.static_room is not None and (shape is None or _stuck(roles, shape))
+        if cut and (shape is None or run.steps):
+            shape = nearest_shape(roles, run.shape, 4 if run.steps else 0)
         if shape is None:
             continue
-        if run.steps and (shape.new != run.shape.new or _stuck(roles, shape)):
+        if run.steps and ((shape.new != run.shape.new and not cut) or _stuck(roles, shape)):
             continue
         kept.append(replace(run, shape=shape))
     return kept

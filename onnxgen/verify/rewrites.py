@@ -148,7 +148,8 @@ class RewriteChecker:
         inputs, binding = self._inputs(shape)
         feeds: dict[str, Any] = {}
         for name, value in part.free.items():
-            if name in inputs and not facts.is_activation(value):
+            whole = value.dtype is not None and not value.dtype.is_floating_point()
+            if name in inputs and (whole or not facts.is_activation(value)):
                 feeds[name] = inputs[name]
                 continue
             if value.const_value is not None and value not in part.weights:
