@@ -6,23 +6,38 @@ many orders. Here each lane of the result is written out as a polynomial of the 
 tensor it is made from and of the tables it is multiplied by; spelling vanishes, the meaning stays:
 
     lanes(y)[0] = +1 * x[0] * cos[0]  -1 * x[24] * sin[0]
+
+A head may lie over two axes, as pairs [D/2, 2]: its lanes are counted through.
 """
 
 from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import attribute, constant, given, producer, scalar
+from onnxgen.analysis.graph import FLOATS, attribute, constant, given, producer, scalar
 from onnxgen.analysis.shape_rules import slice_bounds
 
-# One factor of a term: (value, lane), a lane of a tensor.
-Lane: TypeAlias = tuple[ir.Value, int]
+
+class Lane(NamedTuple):
+    """One factor of a term.
+
+    Attributes:
+        value: a tensor.
+        at: which of its lanes, counted through its last `axes` axes.
+        axes: how many axes the lanes lie over.
+    """
+
+    value: ir.Value
+    at: int
+    axes: int = 1
+
+
 # A polynomial: product of lanes -> its number.
 Form: TypeAlias = Mapping[tuple[Lane, ...], float]
 Lanes: TypeAlias = "np.ndarray[Any, Any]"  # of forms
@@ -53,6 +68,8 @@ def candidates(facts: Facts, y: ir.Value) -> list[ir.Value]:
         node = producer(value)
         if node is None or node.op_type not in _LANE_OPS:
             break
+        if node.op_type == "MatMul" and _moves(node) is None:
+            break
         inputs = {v for v in node.inputs if v is not None and facts.is_activation(v)}
         branched = branched or len(inputs | {each for _, _, each in queue}) > 1
         for each in inputs - queued:
@@ -61,13 +78,17 @@ def candidates(facts: Facts, y: ir.Value) -> list[ir.Value]:
     return found
 
 
-def lanes(facts: Facts, y: ir.Value, x: ir.Value) -> Lanes | None:
-    """Each lane of `y` over lanes of `x` and of tables; None where they cannot be written out."""
+def lanes(facts: Facts, y: ir.Value, x: ir.Value, leading: int | None = None) -> Lanes | None:
+    """Each lane of `y` over lanes of `x` and of tables; None where they cannot be written out.
+
+    Args:
+        leading: how many axes are left alone, in `y` and in `x`; all but the last unless given.
+    """
     shape = facts.shapes.of(y)
     if shape is None:
         return None
     try:
-        return _Writer(facts, x, len(shape) - 1).of(y)
+        return _Writer(facts, x, len(shape) - 1 if leading is None else leading).of(y)
     except NotLanes:
         return None
 
@@ -89,32 +110,38 @@ class _Writer:
     def _write(self, value: ir.Value) -> Lanes:
         if value is self._x:
             return self._leaf(value, self._sizes(value))
-        if not self._facts.is_activation(value):
-            return self._table(value)
         node = producer(value)
         rule = None if node is None else _LANE_OPS.get(node.op_type)
         if node is None or rule is None:
             raise NotLanes
         return rule(self, node, value)
 
-    def _table(self, value: ir.Value) -> Lanes:
+    def _operand(self, node: ir.Node, index: int, output: ir.Value) -> Lanes:
+        """An operand of an elementwise operator, or a part of a Concat: activation or table."""
+        value = given(node, index)
+        if self._facts.is_activation(value) or value is self._x:
+            return self.of(value)
         number = scalar(value)
         if number is not None:
             return np.array({(): number}, dtype=object).reshape(())
-        shape = self._facts.shapes.of(value)
-        if not shape or not isinstance(shape[-1], int) or shape[-1] > MAX_LANES:
+        shape, rank = self._facts.shapes.of(value), self._facts.shapes.rank(output)
+        if not shape or rank is None or rank <= self._leading:
+            raise NotLanes
+        sizes = shape[-min(len(shape), rank - self._leading) :]
+        known = tuple(int(size) for size in sizes if isinstance(size, int))
+        if len(known) != len(sizes) or int(np.prod(known)) > MAX_LANES:
             raise NotLanes
         signs = constant(value, MAX_LANES)
-        if signs is not None and signs.size == shape[-1] and (abs(signs) == 1).all():
+        if signs is not None and signs.size == int(np.prod(known)) and (abs(signs) == 1).all():
             result = np.empty(signs.size, dtype=object)
             result[:] = [{(): float(sign)} for sign in signs.reshape(-1)]
-            return result
-        return self._leaf(value, (shape[-1],))
+            return result.reshape(known)
+        return self._leaf(value, known)
 
     def _leaf(self, value: ir.Value, sizes: tuple[int, ...]) -> Lanes:
         result = np.empty(int(np.prod(sizes)), dtype=object)
         for index in range(result.size):
-            result[index] = {((value, index),): 1.0}
+            result[index] = {(Lane(value, index, len(sizes)),): 1.0}
         return result.reshape(sizes)
 
     def _sizes(self, value: ir.Value) -> tuple[int, ...]:
@@ -143,12 +170,11 @@ class _Writer:
 
     def _add(self, node: ir.Node, value: ir.Value) -> Lanes:
         sign = -1.0 if node.op_type == "Sub" else 1.0
-        return _combine(
-            lambda a, b: _sum(a, b, sign), self.of(given(node)), self.of(given(node, 1))
-        )
+        first, second = (self._operand(node, index, value) for index in range(2))
+        return _combine(lambda a, b: _sum(a, b, sign), first, second)
 
     def _multiply(self, node: ir.Node, value: ir.Value) -> Lanes:
-        return _combine(_product, self.of(given(node)), self.of(given(node, 1)))
+        return _combine(_product, *(self._operand(node, index, value) for index in range(2)))
 
     def _divide(self, node: ir.Node, value: ir.Value) -> Lanes:
         number = scalar(node.inputs[1])
@@ -156,12 +182,38 @@ class _Writer:
             raise NotLanes
         return _combine(_product, self.of(given(node)), np.array({(): 1 / number}, object))
 
+    def _cast(self, node: ir.Node, value: ir.Value) -> Lanes:
+        """To a wider type, of lanes that were only moved: nothing is rounded."""
+        source, result = given(node), self.of(given(node))
+        if source.dtype not in FLOATS or value.dtype not in FLOATS:
+            raise NotLanes
+        if source.dtype.itemsize >= value.dtype.itemsize:
+            raise NotLanes
+        for form in result.flat:
+            if len(form) != 1 or any(len(t) != 1 or abs(f) != 1 for t, f in form.items()):
+                raise NotLanes
+        return result
+
+    def _move(self, node: ir.Node, value: ir.Value) -> Lanes:
+        """A product with a matrix that only moves lanes and changes signs."""
+        moved, result = _moves(node), self.of(given(node))
+        if moved is None or result.ndim != 1:
+            raise NotLanes
+        order, signs = moved
+        turned = [_product(result[i], {(): sign}) for i, sign in zip(order, signs, strict=True)]
+        written = np.empty(len(turned), dtype=object)
+        written[:] = turned
+        return written
+
     def _negate(self, node: ir.Node, value: ir.Value) -> Lanes:
         return _combine(_product, self.of(given(node)), np.array({(): -1.0}, object))
 
     def _concat(self, node: ir.Node, value: ir.Value) -> Lanes:
         axis = self._axis(attribute(node, "axis"), value)
-        return np.concatenate([self.of(part) for part in node.inputs if part is not None], axis)
+        parts = [self._operand(node, index, value) for index in range(len(node.inputs))]
+        if any(part.ndim <= axis for part in parts):
+            raise NotLanes
+        return np.concatenate(parts, axis)
 
     def _slice(self, node: ir.Node, value: ir.Value) -> Lanes:
         source = given(node)
@@ -218,6 +270,8 @@ class _Writer:
 
 _LANE_OPS: dict[str, Callable[[_Writer, ir.Node, ir.Value], Lanes]] = {
     "Identity": _Writer._same,
+    "Cast": _Writer._cast,
+    "MatMul": _Writer._move,
     "Add": _Writer._add,
     "Sub": _Writer._add,
     "Mul": _Writer._multiply,
@@ -232,6 +286,18 @@ _LANE_OPS: dict[str, Callable[[_Writer, ir.Node, ir.Value], Lanes]] = {
     "Squeeze": _Writer._reshape,
     "Transpose": _Writer._transpose,
 }
+
+
+def _moves(node: ir.Node) -> tuple[list[int], list[float]] | None:
+    """For each column of a constant matrix its only element that is not 0: row, and sign."""
+    matrix = constant(node.inputs[1])
+    if matrix is None or matrix.ndim != 2 or matrix.dtype.kind not in "fV":
+        return None
+    matrix = matrix.astype(np.float64)
+    found = matrix != 0
+    if not (found.sum(0) == 1).all() or not (abs(matrix[found]) == 1).all():
+        return None
+    return found.argmax(0).tolist(), matrix.sum(0).tolist()
 
 
 def _combine(function: Callable[[Form, Form], Form], a: Lanes, b: Lanes) -> Lanes:
