@@ -5,6 +5,7 @@ from onnxgen.patterns.attention_op import ExportedAttention
 from onnxgen.patterns.layer_norm import LayerNorm
 from onnxgen.patterns.rms_norm import RMSNorm
 from onnxgen.patterns.rotary import Rotary
+from onnxgen.patterns.rotary_op import OneRowRotary
 from onnxgen.patterns.rule import Rule
 
 # In the order in which they are applied.
@@ -12,6 +13,7 @@ RULES: tuple[Rule, ...] = (
     LayerNorm(),
     RMSNorm(),
     Rotary(),
+    OneRowRotary(),
     SoftmaxAttention(),
     ExportedAttention(),
 )

@@ -177,15 +177,20 @@ def table(
         if not parts or parts[-1][0].value is not lane.value:
             parts.append([])
         parts[-1].append(lane)
-    target = builder.sizes((*layout.sizes, len(lanes) if len(parts) == 1 else 1))
-    if target is None:
-        return None
     made = []
     for part in parts:
         rows = _rows(facts, builder, part[0], layout, leading)
         if rows is None:
             return None
         chosen = picked(builder, rows, [lane.at for lane in part])
+        target = builder.sizes((*layout.sizes, len(part)))
+        if target is None:  # a length that no input tells, which the table has
+            target = builder.sizes((layout.sizes[0], 1, len(part)))
+            shape = facts.shapes.of(chosen)
+            if shape is None or shape[1] == 1:
+                return None
+        if target is None:
+            return None
         made.append(builder.op("Expand", [chosen, target]))
     return made[0] if len(made) == 1 else builder.op("Concat", made, {"axis": -1})
 

@@ -290,8 +290,11 @@ _LANE_OPS: dict[str, Callable[[_Writer, ir.Node, ir.Value], Lanes]] = {
 
 def _moves(node: ir.Node) -> tuple[list[int], list[float]] | None:
     """For each column of a constant matrix its only element that is not 0: row, and sign."""
+    tensor = None if node.inputs[1] is None else node.inputs[1].const_value
+    if tensor is None or len(tensor.shape) != 2 or tensor.shape[0] != tensor.shape[1]:
+        return None  # a weight, which is not read
     matrix = constant(node.inputs[1])
-    if matrix is None or matrix.ndim != 2 or matrix.dtype.kind not in "fV":
+    if matrix is None or matrix.dtype.kind not in "fV":
         return None
     matrix = matrix.astype(np.float64)
     found = matrix != 0
