@@ -19,7 +19,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.lanes import Lane
+from onnxgen.analysis.lane_forms import Lane
 from onnxgen.analysis.symbols import Dim
 from onnxgen.analysis.views import Axis
 from onnxgen.patterns.arranging import arranged

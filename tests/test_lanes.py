@@ -6,7 +6,8 @@ import itertools
 
 import pytest
 
-from onnxgen.analysis.lanes import Lane, candidates, lanes
+from onnxgen.analysis.lane_forms import Lane
+from onnxgen.analysis.lanes import candidates, lanes
 from onnxgen.analysis.rotary_tables import Tables
 from onnxgen.analysis.rotations import Rotation, recognise
 from tests.graphs import facts_of

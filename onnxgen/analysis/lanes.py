@@ -13,41 +13,27 @@ A head may lie over two axes, as pairs [D/2, 2]: its lanes are counted through.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, attribute, constant, given, producer, scalar
+from onnxgen.analysis.graph import (
+    FLOATS,
+    attribute,
+    constant,
+    given,
+    names,
+    other_input,
+    producer,
+    scalar,
+)
+from onnxgen.analysis.lane_forms import Lane, Lanes, NotLanes, combine, product_of, sum_of
 from onnxgen.analysis.shape_rules import slice_bounds
-
-
-class Lane(NamedTuple):
-    """One factor of a term.
-
-    Attributes:
-        value: a tensor.
-        at: which of its lanes, counted through its last `axes` axes.
-        axes: how many axes the lanes lie over.
-    """
-
-    value: ir.Value
-    at: int
-    axes: int = 1
-
-
-# A polynomial: product of lanes -> its number.
-Form: TypeAlias = Mapping[tuple[Lane, ...], float]
-Lanes: TypeAlias = "np.ndarray[Any, Any]"  # of forms
 
 MAX_STEPS = 64
 MAX_LANES = 1024
-
-
-class NotLanes(Exception):
-    """A step moves or mixes more than the last axis."""
 
 
 def candidates(facts: Facts, y: ir.Value) -> list[ir.Value]:
@@ -56,10 +42,10 @@ def candidates(facts: Facts, y: ir.Value) -> list[ir.Value]:
     Paths lead through operators on the last axis only; the search ends at any other.
     """
     found: list[ir.Value] = []
-    queue = [(-facts.order(y), 0, y)]
+    queue = [(-facts.order(y), 0, y)]  # the number in the middle keeps values from being compared
     queued = {y}
     branched = False
-    for step in range(1, MAX_STEPS):
+    for _ in range(1, MAX_STEPS):
         if not queue:
             break
         _, _, value = heapq.heappop(queue)
@@ -70,12 +56,38 @@ def candidates(facts: Facts, y: ir.Value) -> list[ir.Value]:
             break
         if node.op_type == "MatMul" and _moves(node) is None:
             break
-        inputs = {v for v in node.inputs if v is not None and facts.is_activation(v)}
+        inputs = {v for v in node.inputs if v is not None and not _is_table(facts, node, v)}
         branched = branched or len(inputs | {each for _, _, each in queue}) > 1
-        for each in inputs - queued:
-            queued.add(each)
-            heapq.heappush(queue, (-facts.order(each), step, each))
+        for each in node.inputs:
+            if each in inputs and each not in queued:
+                heapq.heappush(queue, (-facts.order(each), len(queued), each))
+                queued.add(each)
     return found
+
+
+def _is_table(facts: Facts, node: ir.Node, value: ir.Value) -> bool:
+    """Whether what a node reads is a table: no activation, or one factor that is fed as it is."""
+    if not facts.is_activation(value):
+        return True
+    if node.op_type != "Mul" or not _is_fed(value):
+        return False
+    other = other_input(node, value)
+    return other is not None and facts.is_activation(other) and not _is_fed(other)
+
+
+def _is_fed(value: ir.Value) -> bool:
+    """Whether a value is an input of the graph, moved at most."""
+    for _ in range(MAX_STEPS):
+        node = value.producer()
+        if node is None:
+            return value.is_graph_input()
+        if node.op_type == "Concat" and len(set(node.inputs)) == 1:
+            value = given(node)  # two halves of one
+        elif node.op_type in _MOVES:
+            value = given(node)
+        else:
+            return False
+    return False
 
 
 def lanes(facts: Facts, y: ir.Value, x: ir.Value, leading: int | None = None) -> Lanes | None:
@@ -119,7 +131,7 @@ class _Writer:
     def _operand(self, node: ir.Node, index: int, output: ir.Value) -> Lanes:
         """An operand of an elementwise operator, or a part of a Concat: activation or table."""
         value = given(node, index)
-        if self._facts.is_activation(value) or value is self._x:
+        if value is self._x or not _is_table(self._facts, node, value):
             return self.of(value)
         number = scalar(value)
         if number is not None:
@@ -171,16 +183,16 @@ class _Writer:
     def _add(self, node: ir.Node, value: ir.Value) -> Lanes:
         sign = -1.0 if node.op_type == "Sub" else 1.0
         first, second = (self._operand(node, index, value) for index in range(2))
-        return _combine(lambda a, b: _sum(a, b, sign), first, second)
+        return combine(lambda a, b: sum_of(a, b, sign), first, second)
 
     def _multiply(self, node: ir.Node, value: ir.Value) -> Lanes:
-        return _combine(_product, *(self._operand(node, index, value) for index in range(2)))
+        return combine(product_of, *(self._operand(node, index, value) for index in range(2)))
 
     def _divide(self, node: ir.Node, value: ir.Value) -> Lanes:
         number = scalar(node.inputs[1])
         if not number:
             raise NotLanes
-        return _combine(_product, self.of(given(node)), np.array({(): 1 / number}, object))
+        return combine(product_of, self.of(given(node)), np.array({(): 1 / number}, object))
 
     def _cast(self, node: ir.Node, value: ir.Value) -> Lanes:
         """To a wider type, of lanes that were only moved: nothing is rounded."""
@@ -200,13 +212,13 @@ class _Writer:
         if moved is None or result.ndim != 1:
             raise NotLanes
         order, signs = moved
-        turned = [_product(result[i], {(): sign}) for i, sign in zip(order, signs, strict=True)]
+        turned = [product_of(result[i], {(): sign}) for i, sign in zip(order, signs, strict=True)]
         written = np.empty(len(turned), dtype=object)
         written[:] = turned
         return written
 
     def _negate(self, node: ir.Node, value: ir.Value) -> Lanes:
-        return _combine(_product, self.of(given(node)), np.array({(): -1.0}, object))
+        return combine(product_of, self.of(given(node)), np.array({(): -1.0}, object))
 
     def _concat(self, node: ir.Node, value: ir.Value) -> Lanes:
         axis = self._axis(attribute(node, "axis"), value)
@@ -303,34 +315,4 @@ def _moves(node: ir.Node) -> tuple[list[int], list[float]] | None:
     return found.argmax(0).tolist(), matrix.sum(0).tolist()
 
 
-def _combine(function: Callable[[Form, Form], Form], a: Lanes, b: Lanes) -> Lanes:
-    try:
-        a, b = np.broadcast_arrays(a, b)
-    except ValueError as error:
-        raise NotLanes from error
-    result = np.empty(a.size, dtype=object)
-    for index, (one, other) in enumerate(zip(a.flat, b.flat, strict=True)):
-        result[index] = function(one, other)
-    return result.reshape(a.shape)
-
-
-def _sum(a: Form, b: Form, sign: float) -> Form:
-    result = dict(a)
-    for term, factor in b.items():
-        total = result.get(term, 0.0) + sign * factor
-        if total:
-            result[term] = total
-        else:
-            result.pop(term, None)
-    return result
-
-
-def _product(a: Form, b: Form) -> Form:
-    if len(a) * len(b) > 4:
-        raise NotLanes
-    result: dict[tuple[Lane, ...], float] = {}
-    for left, one in a.items():
-        for right, other in b.items():
-            term = left + right
-            result[term] = result.get(term, 0.0) + one * other
-    return result
+_MOVES = names("Identity Cast Reshape Transpose Unsqueeze Squeeze Slice Split Gather Expand")

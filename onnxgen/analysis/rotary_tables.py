@@ -9,7 +9,7 @@ import onnx_ir as ir
 from onnxgen.analysis.evaluate import Array, CutError
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute, constant, given, names, producer, scalar
-from onnxgen.analysis.lanes import Lane
+from onnxgen.analysis.lane_forms import Lane
 from onnxgen.analysis.shape_rules import slice_bounds
 from onnxgen.analysis.views import VIEW_OPS
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.lanes import Form, Lane, Lanes
+from onnxgen.analysis.lane_forms import Form, Lane, Lanes
 from onnxgen.analysis.rotary_tables import Tables
 
 
