@@ -1,6 +1,7 @@
 """Normalize: one spelling where a difference means nothing.
 
-    functions inlined -> opset raised -> constants lifted, folded -> nodes that change nothing out
+    functions inlined -> opset raised -> constants lifted, folded -> Ifs without a choice taken
+    -> nodes that change nothing out
     -> shape arithmetic from the inputs' sizes -> duplicates merged
 
 What is left of exporters' differences is seen through by the analyses, not rewritten here: this
@@ -15,8 +16,10 @@ from onnx_ir.passes import common
 from onnxscript import version_converter
 
 from onnxgen.analysis.dtypes import output_dtypes
+from onnxgen.analysis.graph import has_subgraph
 from onnxgen.analysis.roles import Roles
 from onnxgen.errors import RefusedError
+from onnxgen.passes.branches import take_branches
 from onnxgen.passes.fold import fold_constants
 from onnxgen.passes.shape_arithmetic import canonical_shape_arithmetic
 from onnxgen.passes.simplify import simplify
@@ -53,14 +56,36 @@ def normalize(
     raise_opset(model, opset)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.IdentityEliminationPass()(model)
+    _own_outputs(model.graph)
     drop_dead(model)
     set_dtypes(model)
     fold_constants(model, runtime)
+    while take_branches(model):
+        common.NameFixPass()(model)
+        drop_dead(model)
+        set_dtypes(model)
+        fold_constants(model, runtime)
     simplify(model)
     canonical_shape_arithmetic(model, roles)
     drop_dead(model)
     merge_duplicates(model)
     return warnings
+
+
+def _own_outputs(graph: ir.Graph) -> None:
+    """A subgraph's output is made in it: runtimes refuse a value of the graph outside."""
+    for node in list(graph.all_nodes()):
+        for found in node.attributes.values():
+            if found.type != ir.AttributeType.GRAPH:
+                continue
+            inner = found.as_graph()
+            for index, value in enumerate(inner.outputs):
+                source = value.producer()
+                if source is None or source.graph is not inner:
+                    same = ir.node("Identity", [value])
+                    same.outputs[0].type, same.outputs[0].shape = value.type, value.shape
+                    inner.append(same)
+                    inner.outputs[index] = same.outputs[0]
 
 
 def drop_dead(model: ir.Model) -> None:
@@ -127,7 +152,10 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
         if name not in by_name:
             by_name[name] = value
     new_nodes = []
+    outer = set(converted.graph.inputs) | set(converted.graph.initializers.values())
+    outer.update(output for node in converted.graph for output in node.outputs)
     for node in converted.graph:
+        _recapture(node, outer, by_name)
         new_nodes.append(_adopt(node, by_name, metadata, values))
     for value in old_outputs:
         if value.producer() is not None and by_name.get(value.name or "") is None:
@@ -145,6 +173,22 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
                 graph.register_initializer(fresh)
     graph.extend(new_nodes)
     graph.opset_imports[""] = opset
+
+
+def _recapture(node: ir.Node, outer: set[ir.Value], by_name: dict[str, ir.Value]) -> None:
+    """What a node's subgraphs read of the converted graph they read of the original one."""
+    for found in node.attributes.values():
+        graphs = found.value if found.type == ir.AttributeType.GRAPHS else [found.value]
+        for graph in graphs if has_subgraph(node) else []:
+            if not isinstance(graph, ir.Graph):
+                continue
+            for inner in graph.all_nodes():
+                for index, value in enumerate(inner.inputs):
+                    if value in outer:
+                        inner.replace_input_with(index, by_name[value.name or ""])
+            for index, value in enumerate(graph.outputs):
+                if value in outer:
+                    graph.outputs[index] = by_name[value.name or ""]
 
 
 def _adopt(

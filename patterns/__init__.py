@@ -5,6 +5,7 @@ from onnxgen.patterns.attention_op import ExportedAttention
 from onnxgen.patterns.layer_norm import LayerNorm
 from onnxgen.patterns.rms_norm import RMSNorm
 from onnxgen.patterns.rotary import Rotary
+from onnxgen.patterns.rotary_op import OneRowRotary
 from onnxgen.patterns.rule import Rule
 from onnxgen.patterns.static_cache import StaticCacheWrite
 
@@ -14,6 +15,7 @@ RULES: tuple[Rule, ...] = (
     RMSNorm(),
     Rotary(),
     StaticCacheWrite(),
+    OneRowRotary(),
     SoftmaxAttention(),
     ExportedAttention(),
 )

@@ -32,12 +32,14 @@ class Rewrite:
         details: what was found, for the report.
         mask: for attention: the mask, bool or additive. Rows that it masks everywhere are
             nobody's answer: runtimes and decompositions give them zeros, a mean, or NaN.
+        repairs: what it replaces runs for one sequence only; it is compared there.
     """
 
     node: ir.Node
     outputs: tuple[tuple[ir.Value, ir.Value], ...]
     details: Details = field(default_factory=dict)
     mask: ir.Value | None = None
+    repairs: bool = False
 
 
 class Declined(Exception):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from onnxgen.analysis.graph import ancestors, given
+
 
 def _ops(names: str) -> frozenset[str]:
     return frozenset(names.split())
@@ -176,8 +178,10 @@ class Uses:
                 found.added = True
             if op == "Add" and not mixed and _is_column(node.inputs[index]):
                 found.apart = True
-            # `cumsum(mask) * mask` is made of the mask, but no longer it.
-            return direct and not (mixed and op != "Concat")
+            # `cumsum(mask) * mask` is made of the mask, but no longer it. Positions times
+            # frequencies that depend on the longest of them (longrope) are angles.
+            turned = op == "Mul" and _is_real(given(node, index))
+            return direct and not (mixed and op != "Concat" and not turned)
         return None
 
     def _places(self, node: ir.Node, index: int) -> bool:
@@ -193,12 +197,19 @@ class Uses:
     ) -> bool | None:
         others = [v for i, v in enumerate(node.inputs) if i != index and v is not None]
         if any(value in self._live for value in others):
+            if direct and not is_float and self._apart(others):
+                return direct  # frequencies that depend on the longest position (longrope)
             found.attended = True
             return None
         if is_float:
             found.projected = True
             return None
         return direct  # positions times inverse frequencies
+
+    def _apart(self, values: Iterable[ir.Value]) -> bool:
+        """Whether no weights or states are in these values, only what follows from numbers."""
+        found = list(ancestors(values, frozenset()))
+        return not any(node.op_type in _PRODUCTS or node.op_type == "Softmax" for node in found)
 
     def _note_attention(self, node: ir.Node, use: str, direct: bool, found: Evidence) -> None:
         if use == "score":
@@ -281,6 +292,19 @@ def _rows(table: ir.Value | None) -> int:
         node = table.producer()
         table = node.inputs[0] if node is not None and node.inputs else None
     return 0
+
+
+def _is_real(value: ir.Value) -> bool:
+    """Whether a value that was followed from whole numbers has become a real one."""
+    step: ir.Value | None = value
+    while step is not None and step.dtype is None:
+        node = step.producer()
+        if node is None or node.op_type not in VIEWS:
+            return False
+        if node.op_type == "Cast":
+            return ir.DataType(node.attributes["to"].as_int()).is_floating_point()
+        step = node.inputs[0]
+    return step is not None and step.dtype is not None and step.dtype.is_floating_point()
 
 
 def _note_angle(found: Evidence, direct: bool) -> None:

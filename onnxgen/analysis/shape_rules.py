@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import attribute, names
+from onnxgen.analysis.graph import attribute, names, scalar
 from onnxgen.analysis.symbols import (
     Dim,
     broadcast,
@@ -329,10 +329,17 @@ def _reduce(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
 
 
 def _range(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    numbers = [scalar(value) for value in node.inputs]
+    known = [number for number in numbers if number is not None]
+    if len(known) == 3 and known[2]:
+        start, limit, step = known
+        return [(max(0, int(np.ceil((limit - start) / step))),)]
     ends = [shapes.content(value) for value in node.inputs]
     if any(end is None or end.size != 1 for end in ends):
         return [(shapes.unknown("dim"),)]
     start, limit, step = (end.flat[0] for end in ends if end is not None)
+    if not isinstance(step, (int, np.integer)) or step < 1:
+        return [(shapes.unknown("dim"),)]
     length = limit - start if step == 1 else floor_divide(limit - start + step - 1, step)
     return [(length if never_negative(length) else maximum(0, length),)]
 

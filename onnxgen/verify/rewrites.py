@@ -9,8 +9,8 @@ as a user would feed them. Parts of one structure are run once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,9 +68,9 @@ class RewriteChecker:
         padding behind a prompt may get any answer.
         """
         shapes = [*SHAPES, *(() if contract.chunked_batches else ONE_SEQUENCE)]
-        fitting = [nearest_shape(self._roles, shape) for shape in shapes]
-        taken = [s for s in fitting if s is not None and not contract.refuses(s)]
-        self._shapes = list(dict.fromkeys(taken))
+        single = [replace(shape, batch=1, pads=()) for shape in SHAPES]
+        self._shapes = [s for s in _fitting(self._roles, shapes) if not contract.refuses(s)]
+        self._single = [s for s in _fitting(self._roles, single) if not contract.refuses(s)]
 
     @property
     def structures(self) -> int:
@@ -104,7 +104,8 @@ class RewriteChecker:
         self, facts: Facts, rewrite: Rewrite, part: _Part, sessions: Sequence[int]
     ) -> str | None:
         failures: list[str] = []
-        for seed, shape in enumerate(self._shapes):
+        shapes = self._single if rewrite.repairs else self._shapes
+        for seed, shape in enumerate(shapes):
             feeds = self._feeds(facts, shape, part, np.random.default_rng(seed))
             if isinstance(feeds, str):
                 failures.append(feeds)
@@ -121,7 +122,7 @@ class RewriteChecker:
             reason = self._compare(rewrite, old, new)
             if reason is not None:
                 return reason
-        if len(failures) == len(self._shapes):
+        if len(failures) == len(shapes):
             return f"its check cannot be run: {failures[0] if failures else 'no length fits'}"
         return None
 
@@ -265,6 +266,12 @@ class _Part:
             for v in self.free.values()
         ]
         return "".join([_structure(self.before), _structure(self.after), *sizes])
+
+
+def _fitting(roles: Roles, shapes: Iterable[RunShape]) -> list[RunShape]:
+    """The shapes nearest to these that the model takes, each once."""
+    fitting = (nearest_shape(roles, shape) for shape in shapes)
+    return list(dict.fromkeys(shape for shape in fitting if shape is not None))
 
 
 def _elements(value: ir.Value) -> int:
