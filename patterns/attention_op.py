@@ -45,13 +45,16 @@ class ExportedAttention(Rule):
         view = facts.views.of(q) if q is not None else None
         if q is None or k is None or v is None or view is None or len(view.axes) != 4:
             return None
-        keys, values = (heads_of(facts, each, list(view.axes[:-2]), 0) for each in (k, v))
+        queries = heads_of(facts, q, view.axes, queries=None)
+        if isinstance(queries, str):
+            return None
+        keys, values = (heads_of(facts, each, view.axes, queries=queries) for each in (k, v))
         if isinstance(keys, str) or isinstance(values, str):
             raise Declined(self, "layout", f"keys: {keys}, values: {values}", node)
         plain_k, plain_v = keys.arranged(facts, builder), values.arranged(facts, builder)
         if plain_k is None or plain_v is None or (plain_k[1], plain_v[1]) != (1.0, 1.0):
             return None
-        caches, cache = caches_of(facts, q, plain_k[0], plain_v[0])
+        caches, cache = caches_of(facts, plain_k[0], plain_v[0], (q, mask))
         if caches and attribute(node, "is_causal", 0):
             raise Declined(self, "causal", "is_causal with a concatenated cache", node)
         if caches is None and plain_k[0] is k and plain_v[0] is v:

@@ -10,9 +10,7 @@ from onnxgen.testing import corpus
 from tests.graphs import assert_kept, assert_untouched, raised, run
 
 SIGNATURE = "(float[b,s,120] h) => (float[b,6,s,20] y) <float[120] weight>"
-HEADS = (
-    "g = RMSNormalization(h, weight)  r4 = Reshape(g, [0, 0, 6, 20])  x = Transpose<perm = [0, 2, 1, 3]>(r4)  "
-)
+HEADS = "g = RMSNormalization(h, weight)  r4 = Reshape(g, [0, 0, 6, 20])  x = Transpose<perm = [0, 2, 1, 3]>(r4)  "
 COUNTED = (
     f"{HEADS}n = Shape<start = 2, end = 3>(x)  m = Squeeze(n)  r = Range(0, m, 1)  f = Cast<to = 1>(r)"
     "  u = Unsqueeze(f, [0, 2])"

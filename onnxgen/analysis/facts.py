@@ -53,6 +53,10 @@ class Facts:
         node = value.producer()
         return -1 if node is None else self._order.get(node, -1)
 
+    def known(self, node: ir.Node) -> bool:
+        """Whether a node has its place in the graph; one that is only being made has none yet."""
+        return node in self._order
+
     def is_activation(self, value: ir.Value | None) -> bool:
         """Whether a value carries activations: it went through a weight matrix or a cache.
 

@@ -63,6 +63,23 @@ def scalar(value: ir.Value | None) -> float | None:
     return float(found.reshape(()).astype(np.float64))
 
 
+def uniform(value: ir.Value | None) -> float | None:
+    """The number that every element of a tensor is, however it is spread out; None otherwise."""
+    for _ in range(8):
+        number = scalar(value)
+        node = producer(value, *_SPREADS)
+        if number is not None or node is None:
+            return number
+        if node.op_type == "ConstantOfShape":
+            tensor = attribute(node, "value")
+            return 0.0 if tensor is None else float(tensor.numpy().reshape(()).astype(np.float64))
+        value = node.inputs[0]
+    return None
+
+
+_SPREADS = ("ConstantOfShape", "Expand", "Tile", "Reshape", "Unsqueeze", "Squeeze", "Identity")
+
+
 def given(node: ir.Node, index: int = 0) -> ir.Value:
     """An input that the operator does not let be missing."""
     value = node.inputs[index]
