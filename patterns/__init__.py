@@ -2,6 +2,7 @@
 
 from onnxgen.patterns.attention import SoftmaxAttention
 from onnxgen.patterns.attention_op import ExportedAttention
+from onnxgen.patterns.contrib_gqa import GroupQueryAttention
 from onnxgen.patterns.layer_norm import LayerNorm
 from onnxgen.patterns.rms_norm import RMSNorm
 from onnxgen.patterns.rotary import Rotary
@@ -9,6 +10,7 @@ from onnxgen.patterns.rule import Rule
 
 # In the order in which they are applied.
 RULES: tuple[Rule, ...] = (
+    GroupQueryAttention(),
     LayerNorm(),
     RMSNorm(),
     Rotary(),

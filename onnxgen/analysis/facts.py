@@ -103,7 +103,8 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
 
     Exporters read the same length off whichever input is at hand, so that nothing in the graph
     alone says that the batch of the ids and of a cache are one. Its users do: these equations hold
-    in every run that the roles describe. Cropped caches keep lengths of their own.
+    in every run that the roles describe. Cropped caches keep lengths of their own, and a counted
+    cache may hold more places than tokens.
     """
     if roles is None:
         return {}
@@ -119,7 +120,7 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
             if letter not in ("B", "S", "P", "E") or own:
                 continue
             sizes[f"{name}[{axis}]"] = first.setdefault(letter, atom(f"{name}[{axis}]"))
-    if "S" in first and not any(pair.static or pair.cap for pair in roles.pairs):
+    if "S" in first and not any(pair.static or pair.cap or pair.counted for pair in roles.pairs):
         total = first["S"] + first.get("P", 0)
         for name, role in roles.inputs.items():
             for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):

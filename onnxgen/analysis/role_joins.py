@@ -21,7 +21,10 @@ _CACHES: dict[tuple[str, str], dict[int, int]] = {
 
 @dataclass(frozen=True)
 class Join:
-    """An output that continues an input; `grows` is false where it merely passes it through."""
+    """An output that continues an input; `grows` is false where it merely passes it through.
+
+    See `CachePair` for the others.
+    """
 
     past: str
     present: str
@@ -29,6 +32,7 @@ class Join:
     grows: bool
     static: bool
     cap: int | None
+    counted: bool = False
 
 
 # The nodes between an input and an output, each with the input by which it is entered.
@@ -90,7 +94,7 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
     rank = len(past.shape) if past.shape is not None else 4
     axes: list[int | None] = list(range(rank))
     axis: int | None = None
-    grows = static = False
+    grows = static = counted = False
     cap: int | None = None
     for node, index in way:
         op = node.op_type
@@ -100,11 +104,14 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
             # Layers stacked into one output are no growth.
             grows = grows or _lengthens(node, index)
         elif op in SCATTERS:
-            grows = static = True
+            # What was lengthened first has places for as many tokens as come.
+            counted = grows and op == "TensorScatter"
+            grows, static = True, not counted
             default = 0 if op == "ScatterND" else -2
             joined = node.attributes.get_int("axis", default) if op != "ScatterND" else 0
         elif (node.domain, op) in _CACHES:
             grows, joined = True, len(axes) - 2
+            counted = op == "GroupQueryAttention" and _reads_inputs(node.inputs[5])
         elif op == "Slice":
             cap = _kept(node) or cap
         else:
@@ -113,7 +120,24 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
             axis = axes[joined]
     if axis is None:
         axis = _differing(past, present)
-    return Join(str(past.name), str(present.name), axis, grows, static, None if static else cap)
+    cap = None if static else cap
+    return Join(str(past.name), str(present.name), axis, grows, static, cap, counted)
+
+
+def _reads_inputs(value: ir.Value | None) -> bool:
+    """Whether a value follows from what graph inputs hold, not from their sizes alone."""
+    pending, seen = [value], set()
+    while pending:
+        each = pending.pop()
+        if each is None or each in seen:
+            continue
+        seen.add(each)
+        if each.is_graph_input() and each.const_value is None:
+            return True
+        node = each.producer()
+        if node is not None and node.op_type not in ("Shape", "Size"):
+            pending.extend(node.inputs)
+    return False
 
 
 def _lengthens(node: ir.Node, index: int) -> bool:

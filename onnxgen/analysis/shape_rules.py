@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import attribute, names
+from onnxgen.analysis import contrib_shapes
+from onnxgen.analysis.graph import CONTRIB, attribute, names
 from onnxgen.analysis.symbols import (
     Dim,
     broadcast,
@@ -49,7 +50,8 @@ LIKE_FIRST = names(
 
 
 def output_shapes(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None] | None:
-    rule = _SHAPE_RULES.get(node.op_type)
+    contrib = contrib_shapes.RULES.get(node.op_type) if node.domain == CONTRIB else None
+    rule = contrib or _SHAPE_RULES.get(node.op_type)
     if rule is not None:
         return rule(shapes, node)
     if node.op_type in LIKE_FIRST:

@@ -34,6 +34,13 @@ SHAPES = (
     RunShape(batch=2, new=5, past=3, padding="left"),
     RunShape(batch=3, new=1, past=11),
 )
+# Several new tokens over a past, which GroupQueryAttention takes for one sequence only; rows of
+# different lengths; caches with places to spare.
+COUNTED = (
+    RunShape(batch=1, new=5, past=7),
+    RunShape(batch=3, new=1, past=9, padding="right"),
+    RunShape(batch=2, new=1, past=7, spare=3),
+)
 SMALL = 256  # elements: constants up to here are written into a part, larger ones are fed
 
 
@@ -51,7 +58,8 @@ class RewriteChecker:
         self._roles = roles
         self._verdicts: dict[str, str | None] = {}
         self._fed: dict[RunShape, tuple[dict[str, Any], dict[str, int]]] = {}
-        fitting = [nearest_shape(roles, shape) for shape in SHAPES]
+        shapes = SHAPES + COUNTED if roles.counted else SHAPES
+        fitting = [nearest_shape(roles, shape) for shape in shapes]
         self._shapes = list(dict.fromkeys(shape for shape in fitting if shape is not None))
         self.rewrites = 0
         self.difference = 0.0
@@ -161,6 +169,7 @@ class RewriteChecker:
         attended = None
         if rewrite.mask is not None:
             attended = _attended(new[rewrite.mask.name or ""])
+        counts = None if rewrite.counts is None else new[rewrite.counts.name or ""]
         for index, (old_value, new_value) in enumerate(rewrite.outputs):
             a, b = old[old_value.name or ""], new[new_value.name or ""]
             if a.shape != b.shape:
@@ -176,6 +185,8 @@ class RewriteChecker:
             valid = np.isfinite(a)  # an unguarded row that is masked everywhere is NaN
             if attended is not None and index == 0:
                 valid &= _rows_like(attended, a)
+            if counts is not None and index > 0:
+                valid &= (np.arange(a.shape[2]) < counts[:, None])[:, None, :, None]
             if not valid.any():
                 continue
             if not np.isfinite(b[valid]).all():
@@ -232,8 +243,9 @@ class _Part:
                     stop[node.outputs[0]] = None
         opsets = facts.graph.opset_imports
         new = [new for _, new in rewrite.outputs]
-        if rewrite.mask is not None and rewrite.mask not in new:
-            new.append(rewrite.mask)
+        for each in (rewrite.mask, rewrite.counts):
+            if each is not None and each not in new:
+                new.append(each)
         before = cut(stop, old, opsets, max_nodes=600)
         after = cut(stop, new, opsets, max_nodes=600)
         read_before = {each.name for each in before.graph.input}
