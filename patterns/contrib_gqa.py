@@ -15,8 +15,10 @@ Replaces
 Declines
     sinks: head_sink or smooth_softmax adds to the softmax's denominator.
     quantized-cache: the cache is stored in fewer bits.
-    unsupported: norms of queries and keys inside, scores as an output, ragged queries, a cache
-        of the window's size, a window of 0, one past without the other.
+    window-cache: the cache has about the window's size (sliding_window_cache). How many positions
+        it holds is the runtime's choice, in bounds, so that no graph can tell where they stand.
+    unsupported: norms of queries and keys inside, scores as an output, ragged queries, a window
+        of 0, one past without the other.
     layout: sizes of heads, tables or caches are not known.
 
 Numerics
@@ -102,11 +104,13 @@ class GroupQueryAttention(Rule):
         scales = optional(node, 12) is not None or optional(node, 13) is not None
         if scales or any(attribute(node, name, "NONE") != "NONE" for name in _QUANTIZED):
             raise Declined(self, "quantized-cache", "the cache is stored in fewer bits", node)
+        if attribute(node, "sliding_window_cache", 0):
+            reason = "its cache holds as many positions as the runtime chooses to keep"
+            raise Declined(self, "window-cache", reason, node)
         reasons = {
             "it normalizes queries and keys itself": optional(node, 14) or optional(node, 15),
             "its queries are ragged": optional(node, 16),
             "its scores are an output": attribute(node, "qk_output", 0) or len(node.outputs) > 3,
-            "its cache has the window's size": attribute(node, "sliding_window_cache", 0),
             "its window is 0": attribute(node, "local_window_size", -1) == 0,
             "it has one past only": (optional(node, 3) is None) != (optional(node, 4) is None),
         }

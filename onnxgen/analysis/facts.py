@@ -113,7 +113,8 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
     for name, role in roles.inputs.items():
         pair = roles.pair_of(name)
         for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):
-            own = letter == "P" and pair is not None and pair.cap is not None
+            sliding = pair is not None and (pair.cap is not None or pair.window)
+            own = letter == "P" and sliding
             if isinstance(size, int):  # some exporters name a fixed size's symbol "6"
                 sizes[f"{name}[{axis}]"] = size
                 continue

@@ -262,8 +262,8 @@ def _dims(each: InputRole, roles: Roles, shape: RunShape) -> tuple[int, ...]:
     pair = roles.pair_of(each.name)
     if pair is not None and pair.cap is not None:
         past = min(past, pair.cap)
-    if pair is not None and pair.counted and shape.spare:
-        past = total + shape.spare
+    if pair is not None and pair.counted and (shape.spare or pair.window):
+        past = max(total + shape.spare, pair.window)
     if roles.static_length is not None:
         total = roles.static_length
     sizes = {"B": shape.batch, "S": shape.new, "P": past, "T": total, "E": shape.encoder}

@@ -33,6 +33,7 @@ class Join:
     static: bool
     cap: int | None
     counted: bool = False
+    window: int = 0
 
 
 # The nodes between an input and an output, each with the input by which it is entered.
@@ -95,6 +96,7 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
     axes: list[int | None] = list(range(rank))
     axis: int | None = None
     grows = static = counted = False
+    window = 0
     cap: int | None = None
     for node, index in way:
         op = node.op_type
@@ -112,6 +114,8 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
         elif (node.domain, op) in _CACHES:
             grows, joined = True, len(axes) - 2
             counted = op == "GroupQueryAttention" and _reads_inputs(node.inputs[5])
+            if node.attributes.get_int("sliding_window_cache", 0):
+                window = node.attributes.get_int("local_window_size", 0)
         elif op == "Slice":
             cap = _kept(node) or cap
         else:
@@ -121,7 +125,7 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
     if axis is None:
         axis = _differing(past, present)
     cap = None if static else cap
-    return Join(str(past.name), str(present.name), axis, grows, static, cap, counted)
+    return Join(str(past.name), str(present.name), axis, grows, static, cap, counted, window)
 
 
 def _reads_inputs(value: ir.Value | None) -> bool:

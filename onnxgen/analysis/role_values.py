@@ -70,6 +70,7 @@ class CachePair:
         counted: each row's tokens stand at its first places, as many as a count says that the
             mask, or another input, holds; what is behind them is nobody's. Such a cache may be
             longer than its tokens: then new ones are written in place.
+        window: for a counted cache that may be shorter than its tokens: the places it needs.
         heads, head_size: K and D where they are fixed and the cache has rank 4, else 0.
     """
 
@@ -81,6 +82,7 @@ class CachePair:
     heads: int = 0
     head_size: int = 0
     counted: bool = False
+    window: int = 0
 
 
 @dataclass(frozen=True)

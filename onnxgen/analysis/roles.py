@@ -303,6 +303,7 @@ def _pair(join: Join, past: InputRole) -> CachePair:
         sizes.get("K", 0),
         sizes.get("D", 0),
         join.counted,
+        join.window,
     )
 
 
