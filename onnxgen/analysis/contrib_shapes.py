@@ -138,6 +138,7 @@ RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "EmbedLayerNormalization": _embed_norm,
     "MatMulNBits": _matmul_n_bits,
     "FusedMatMul": _fused_matmul,
+    "TransposeMatMul": _fused_matmul,
     "GatherBlockQuantized": _gather_quantized,
     "GroupQueryAttention": _group_query,
     "MultiHeadAttention": _multi_head,
