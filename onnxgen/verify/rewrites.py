@@ -276,7 +276,10 @@ def _attended(mask: Any) -> Any:
 
 
 def _rows_like(attended: Any, output: Any) -> Any:
-    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes merged."""
+    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes merged.
+
+    Merged are batch and heads, [B*H,S,D], or heads and columns, [B,S,H*D].
+    """
     if output.ndim == 4:
         return np.broadcast_to(attended, output.shape)
     while attended.ndim < 4:
@@ -285,6 +288,10 @@ def _rows_like(attended: Any, output: Any) -> Any:
     rows, width = output.shape[-2:]
     batch = max(batch, 1)
     merged = int(np.prod(output.shape[:-2])) // batch
+    if output.ndim == 3 and heads > 1 and merged % heads and width % heads == 0:
+        by_head = np.swapaxes(attended, 1, 2)[..., 0]  # [B, S or 1, H]
+        columns = np.repeat(by_head, width // heads, axis=-1)
+        return np.broadcast_to(columns, output.shape)
     if merged % heads or attended.shape[2] not in (1, rows):
         return np.ones(output.shape, bool)
     full = np.broadcast_to(attended, (batch, merged, attended.shape[2], width))
