@@ -7,6 +7,7 @@ import functools
 import onnx
 import onnx_ir as ir
 
+from onnxgen.analysis import contrib_shapes
 from onnxgen.analysis.graph import attribute
 
 _TYPE_ATTRIBUTES = {"Cast": "to", "ConstantOfShape": "value", "Constant": "value"}
@@ -26,9 +27,8 @@ def output_dtypes(node: ir.Node, opset: int) -> list[ir.DataType | None]:
     if node.op_type in ("DequantizeLinear", "QuantizeLinear") and node.domain in ("", "ai.onnx"):
         return [_quantized(node)]
     schema = _schema(node.op_type, node.domain, opset)
-    if schema is None:  # of a domain onnx does not know: most operators keep their input's type
-        first = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
-        return [output.dtype or first for output in node.outputs]
+    if schema is None:  # of a domain onnx does not know
+        return contrib_shapes.output_dtypes(node)
     input_types, output_types = schema
     bound: dict[str, ir.DataType] = {}
     for index, value in enumerate(node.inputs):

@@ -113,7 +113,8 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
 
     Exporters read the same length off whichever input is at hand, so that nothing in the graph
     alone says that the batch of the ids and of a cache are one. Its users do: these equations hold
-    in every run that the roles describe. Cropped caches keep lengths of their own.
+    in every run that the roles describe. Cropped caches keep lengths of their own, and a counted
+    cache may hold more places than tokens.
     """
     if roles is None:
         return {}
@@ -122,7 +123,8 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
     for name, role in roles.inputs.items():
         pair = roles.pair_of(name)
         for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):
-            own = letter == "P" and pair is not None and pair.cap is not None
+            sliding = pair is not None and (pair.cap is not None or pair.window)
+            own = letter == "P" and sliding
             if isinstance(size, int):  # some exporters name a fixed size's symbol "6"
                 sizes[f"{name}[{axis}]"] = size
                 continue
@@ -131,7 +133,8 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
             sizes[f"{name}[{axis}]"] = first.setdefault(letter, atom(f"{name}[{axis}]"))
     # What may be a cache nobody understood could hold tokens too.
     unsaid = any(r.role == "unknown" and len(r.shape) > 2 for r in roles.inputs.values())
-    if "S" in first and not unsaid and not any(pair.static or pair.cap for pair in roles.pairs):
+    apart = any(pair.static or pair.cap or pair.counted for pair in roles.pairs)
+    if "S" in first and not unsaid and not apart:
         total = first["S"] + first.get("P", 0)
         for name, role in roles.inputs.items():
             for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):

@@ -17,6 +17,9 @@ def names(text: str) -> frozenset[str]:
 FLOATS = frozenset(
     {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 )
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
 # A node whose output is no function of its inputs alone is never folded, merged or cut out.
 NONDETERMINISTIC = names(
     """
@@ -37,6 +40,11 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     if node is None or node.domain not in ("", "ai.onnx"):
         return None
     return node if not op_types or node.op_type in op_types else None
+
+
+def optional(node: ir.Node, index: int) -> ir.Value | None:
+    """An input that may be missing."""
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def has_subgraph(node: ir.Node) -> bool:

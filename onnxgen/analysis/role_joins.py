@@ -25,7 +25,7 @@ _CODED = ("QuantizeLinear", "DequantizeLinear")
 class Join:
     """An output that continues an input; `grows` is false where it merely passes it through.
 
-    `writer` is the node that writes into a static cache.
+    `writer` is the node that writes into a static cache; see `CachePair` for the others.
     """
 
     past: str
@@ -35,6 +35,8 @@ class Join:
     static: bool
     cap: int | None
     writer: ir.Node | None = None
+    counted: bool = False
+    window: int = 0
 
 
 # The nodes between an input and an output, each with the input by which it is entered.
@@ -98,7 +100,8 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
     rank = len(past.shape) if past.shape is not None else 4
     axes: list[int | None] = list(range(rank))
     axis: int | None = None
-    grows = static = False
+    grows = static = counted = False
+    window = 0
     cap: int | None = None
     writer: ir.Node | None = None
     for node, index in way:
@@ -112,7 +115,9 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
             # Layers stacked into one output are no growth.
             grows = grows or _lengthens(node, index)
         elif op in SCATTERS:
-            grows = static = True
+            # What was lengthened first has places for as many tokens as come.
+            counted = grows and op == "TensorScatter"
+            grows, static = True, not counted
             writer = node
             default = -2 if op == "TensorScatter" else 0
             given = op != "ScatterND"
@@ -124,6 +129,9 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
                 writer, joined = node, row
         elif (node.domain, op) in _CACHES:
             grows, joined = True, len(axes) - 2
+            counted = op == "GroupQueryAttention" and _holds_input(node.inputs[5])
+            if node.attributes.get_int("sliding_window_cache", 0):
+                window = node.attributes.get_int("local_window_size", 0)
         elif op == "Slice":
             cap = _kept(node) or cap
         else:
@@ -133,7 +141,9 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
     if axis is None:
         axis = _differing(past, present)
     kept = None if static else cap
-    return Join(str(past.name), str(present.name), axis, grows, static, kept, writer)
+    return Join(
+        str(past.name), str(present.name), axis, grows, static, kept, writer, counted, window
+    )
 
 
 def _lengthens(node: ir.Node, index: int, first: int = 0) -> bool:
@@ -171,6 +181,7 @@ def _written_axis(node: ir.Node) -> int:
 
 
 def _holds_input(value: ir.Value | None) -> bool:
+    """Whether a value follows from what graph inputs hold, not from their sizes alone."""
     pending, seen = [value], set()
     while pending:
         each = pending.pop()

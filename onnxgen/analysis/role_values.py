@@ -67,6 +67,10 @@ class CachePair:
         axis: the axis that grows (P), or that is written to (L, static).
         static: the cache has a fixed length and is written in place.
         cap: the longest present of a cropped sliding cache (window - 1), None where it is free.
+        counted: each row's tokens stand at its first places, as many as a count says that the
+            mask, or another input, holds; what is behind them is nobody's. Such a cache may be
+            longer than its tokens: then new ones are written in place.
+        window: for a counted cache that may be shorter than its tokens: the places it needs.
         heads, head_size: K and D where they are fixed and the cache has rank 4, else 0.
     """
 
@@ -77,6 +81,8 @@ class CachePair:
     cap: int | None = None
     heads: int = 0
     head_size: int = 0
+    counted: bool = False
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,6 +128,11 @@ class Roles:
     def pair_of(self, name: str) -> CachePair | None:
         """The cache pair whose past or present bears this name."""
         return next((pair for pair in self.pairs if name in (pair.past, pair.present)), None)
+
+    @property
+    def counted(self) -> bool:
+        """Whether tokens are counted, not masked: padding can only stand behind them."""
+        return any(pair.counted for pair in self.pairs)
 
     @property
     def static_length(self) -> int | None:

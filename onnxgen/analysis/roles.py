@@ -25,6 +25,7 @@ from onnx_ir.passes.common import InlinePass
 from onnxgen.analysis.role_joins import Join, find_joins
 from onnxgen.analysis.role_uses import Evidence, Uses
 from onnxgen.analysis.role_values import ROLES, CachePair, Dim, InputRole, OutputRole, Roles
+from onnxgen.analysis.shapes import Shapes
 from onnxgen.errors import UsageError
 
 __all__ = ["ROLES", "CachePair", "InputRole", "OutputRole", "Roles", "find_roles", "write_roles"]
@@ -71,9 +72,10 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
 
     grown = {j.past: j for j in joins if roles.get(j.past) in ("past", "static_past")}
     named: dict[str, InputRole] = {}
+    fixed_sizes = _sizes_of_caches(graph, grown)
     for value in inputs:
         name = str(value.name)
-        shape = _shape(value) or ()
+        shape = fixed_sizes.get(name) or _shape(value) or ()
         dtype = value.dtype or ir.DataType.UNDEFINED
         axes = _axes(roles[name], shape, grown.get(name))
         added = bool(found[name].scores) and dtype.is_floating_point() and len(shape) > 2
@@ -252,6 +254,24 @@ def _axes(role: str, shape: tuple[Dim, ...], join: Join | None) -> tuple[str, ..
     return ("",) * rank
 
 
+def _sizes_of_caches(graph: ir.Graph, grown: Collection[str]) -> dict[str, tuple[Dim, ...]]:
+    """The shapes of caches whose heads' size a file leaves free, as their attention needs it."""
+    caches = [value for value in graph.inputs if value.name in grown]
+    free = [v for v in caches if v.shape and not isinstance(v.shape[-1], int)]
+    if not free:
+        return {}
+    shapes = Shapes(graph)
+    return {
+        str(value.name): tuple(
+            needed if isinstance(needed, int) else size
+            for size, needed in zip(
+                _shape(value) or (), map(shapes.resolve, shapes.of(value) or ()), strict=True
+            )
+        )
+        for value in free
+    }
+
+
 def _lengths(
     inputs: Iterable[InputRole], capped: Collection[str]
 ) -> tuple[dict[str, int], dict[str, str]]:
@@ -301,6 +321,8 @@ def _pair(join: Join, past: InputRole) -> CachePair:
         join.cap,
         sizes.get("K", 0),
         sizes.get("D", 0),
+        join.counted,
+        join.window,
     )
 
 
