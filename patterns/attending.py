@@ -131,20 +131,23 @@ def cache_of(facts: Facts, value: ir.Value) -> Cache | None:
 
 
 def caches_of(
-    facts: Facts, k: ir.Value, v: ir.Value, others: Sequence[ir.Value | None]
+    facts: Facts, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None
 ) -> tuple[tuple[Cache, Cache] | None, str]:
     """The caches that an Attention over these takes inside, if it can, and what its cache is.
 
     "concatenated": inside; "static": its keys and values are buffers that TensorScatter writes;
-    "shared": another of its inputs needs the concatenation, which an earlier layer takes inside,
-    or which a bias is made of: a node cannot wait for its own present; "outside": keys and values
-    are made of a cache in another way; "none".
+    "shared": the queries need the concatenation, which an earlier layer takes inside; "outside":
+    keys and values are made of a cache in another way, or the mask is made of keys and could not
+    wait for the node's own present; "none".
     """
     keys, values = cache_of(facts, k), cache_of(facts, v)
     if keys is not None and values is not None:
-        read = [value for value in others if value is not None]
-        shared = any(_reaches(facts, c.total, value) for c in (keys, values) for value in read)
-        return (None, "shared") if shared else ((keys, values), "concatenated")
+        totals = (keys.total, values.total)
+        if any(_reaches(facts, total, q) for total in totals):
+            return None, "shared"
+        if mask is not None and any(_reaches(facts, total, mask) for total in totals):
+            return None, "outside"
+        return (keys, values), "concatenated"
     views = [facts.views.of(each) for each in (k, v)]
     sources = [None if view is None else producer(view.source) for view in views]
     if all(source is not None and source.op_type == "TensorScatter" for source in sources):

@@ -149,7 +149,7 @@ class SoftmaxAttention(Rule):
         mask = attention_mask(facts, builder, up.masks, layout, axes, q_shape[2], k_shape[2], dtype)
         if isinstance(mask, str):
             raise Declined(self, "mask", mask, node)
-        caches, cache = caches_of(facts, keys[0], values[0], (queries[0], mask))
+        caches, cache = caches_of(facts, queries[0], keys[0], values[0], mask)
         attributes: dict[str, int | float] = {"scale": scale}
         if up.softcap:
             attributes["softcap"] = up.softcap

@@ -54,7 +54,7 @@ class ExportedAttention(Rule):
         plain_k, plain_v = keys.arranged(facts, builder), values.arranged(facts, builder)
         if plain_k is None or plain_v is None or (plain_k[1], plain_v[1]) != (1.0, 1.0):
             return None
-        caches, cache = caches_of(facts, plain_k[0], plain_v[0], (q, mask))
+        caches, cache = caches_of(facts, q, plain_k[0], plain_v[0], mask)
         if caches and attribute(node, "is_causal", 0):
             raise Declined(self, "causal", "is_causal with a concatenated cache", node)
         if caches is None and plain_k[0] is k and plain_v[0] is v:

@@ -37,14 +37,16 @@ def ops(path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-def run(path: Path, shape: RunShape, changes: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Run a model as a user would feed it, with some inputs changed."""
-    roles = find_roles(read_model(path))
+def run(
+    made: Made, shape: RunShape, changes: dict[str, Any] | None = None, *, original: bool = False
+) -> dict[str, Any]:
+    """Run the result, or the original, as a user would feed it, with some inputs changed."""
+    roles = find_roles(read_model(made[0]))
     feeds = make_feeds(roles, shape, np.random.default_rng(0))
     for name, change in (changes or {}).items():
         feeds[name] = change(feeds[name])
     with Runtime() as runtime:
-        return runtime.run(runtime.load(path), feeds)
+        return runtime.run(runtime.load(made[0] if original else made[1]), feeds)
 
 
 @pytest.fixture(scope="module")
@@ -94,12 +96,12 @@ def test_outside_the_contract_it_fails(
     unpadded: Made, shape: RunShape, changes: dict[str, Any], sentence: str
 ) -> None:
     with pytest.raises(RuntimeFailure, match=sentence):
-        run(unpadded[1], shape, changes)
+        run(unpadded, shape, changes)
 
 
 def test_inside_the_contract_up_to_its_last_token(unpadded: Made) -> None:
     for shape in (RunShape(1, 64), RunShape(3, 1, 63), RunShape(1, 5, 59), RunShape(2, 9)):
-        old, new = run(unpadded[0], shape), run(unpadded[1], shape)
+        old, new = run(unpadded, shape, original=True), run(unpadded, shape)
         assert np.allclose(old["logits"], new["logits"], atol=1e-4 * old["logits"].std())
 
 
@@ -115,7 +117,7 @@ def test_right_padding_is_behind_a_prompt_or_fails(
     right: Made, shape: RunShape, changes: dict[str, Any]
 ) -> None:
     with pytest.raises(RuntimeFailure, match="contract: "):
-        run(right[1], shape, changes)
+        run(right, shape, changes)
 
 
 def test_right_padding_is_proven(right: Made) -> None:
@@ -128,7 +130,7 @@ def test_right_padding_is_proven(right: Made) -> None:
 def test_a_buffer_shared_by_past_and_present_is_taken(right: Made) -> None:
     """Runtimes that share one buffer feed caches longer than what they hold."""
     shape = RunShape(1, 1, 6)
-    roles = find_roles(read_model(right[1]))
+    roles = find_roles(read_model(right[0]))
     feeds = make_feeds(roles, shape, np.random.default_rng(0))
     longer = dict(feeds)
     for pair in roles.pairs:
