@@ -86,9 +86,7 @@ def joined_mask(
     return mask, False
 
 
-def _seen(
-    facts: Facts, builder: Builder, lengths: Lengths, key_mask: ir.Value
-) -> ir.Value | str:
+def _seen(facts: Facts, builder: Builder, lengths: Lengths, key_mask: ir.Value) -> ir.Value | str:
     """bool [B,1,S or 1,T]: the keys that a key mask lets be seen."""
     op, ints, shapes = builder.op, builder.ints, facts.shapes
     shape = shapes.of(key_mask)

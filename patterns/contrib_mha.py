@@ -97,6 +97,4 @@ class MultiHeadAttention(Rule):
         if len(sizes) != 3:
             raise Declined(self, "layout", "the size of the heads is not known", node)
         parts = split_last(builder, bias, sizes)
-        return [
-            builder.op("Add", [value, part]) for value, part in zip(values, parts, strict=True)
-        ]
+        return [builder.op("Add", [value, part]) for value, part in zip(values, parts, strict=True)]

@@ -67,9 +67,7 @@ def test_scale_and_causal() -> None:
 
 
 def test_bias_of_all_three() -> None:
-    result = assert_raised(
-        multi_head("q, k, v, bias", weights=", float[336] bias"), None, "MSA002"
-    )
+    result = assert_raised(multi_head("q, k, v, bias", weights=", float[336] bias"), None, "MSA002")
     assert result.count("Add") == 3
 
 
@@ -131,7 +129,11 @@ def test_key_mask_of_counts(made: str) -> None:
         nodes=f"{made}  lengths = Cast<to = 6>(counts)",
     )
     if "starts" in made:  # MultiHeadAttention knows [B] and [3B+2] only
-        model = packed("x, w, wb, lengths", inputs=", int64[b,s] mask", nodes=f"{made}  lengths = Cast<to = 6>(counts)")
+        model = packed(
+            "x, w, wb, lengths",
+            inputs=", int64[b,s] mask",
+            nodes=f"{made}  lengths = Cast<to = 6>(counts)",
+        )
     assert_raised(model, None, "MSA003" if "starts" in made else "MSA002")
 
 
@@ -141,9 +143,9 @@ def test_keys_of_another_sequence() -> None:
             "q, k2, v2",
             inputs=", float[b,6,e,20] k2, float[b,6,e,20] v2",
             nodes="",
-        ).replace("  k = MatMul(x, wk)  v = MatMul(x, wv)", "").replace(
-            ", float[50,120] wk, float[50,120] wv", ""
-        ),
+        )
+        .replace("  k = MatMul(x, wk)  v = MatMul(x, wv)", "")
+        .replace(", float[50,120] wk, float[50,120] wv", ""),
         None,
         "MSA002",
     )
@@ -166,7 +168,9 @@ def test_keys_of_another_sequence() -> None:
                 "q, k, v2, bias",
                 inputs=", float[b,6,s,20] v2",
                 weights=", float[336] bias",
-            ).replace("  v = MatMul(x, wv)", "").replace(", float[50,120] wv", ""),
+            )
+            .replace("  v = MatMul(x, wv)", "")
+            .replace(", float[50,120] wv", ""),
         ),
         (
             "layout",
@@ -202,10 +206,16 @@ def kept(model: str, rule: str) -> str:
     [
         ("packed", "qkv", ", float[b,s,6,3,20] qkv"),
         ("packed", "q, kv", ", float[b,s,6,2,20] kv"),
-        ("shared-buffer", "q, k, v, , , , pk, pv, n", ", float[b,6,p,20] pk, float[b,6,p,16] pv, int32[1] n"),
+        (
+            "shared-buffer",
+            "q, k, v, , , , pk, pv, n",
+            ", float[b,6,p,20] pk, float[b,6,p,16] pv, int32[1] n",
+        ),
     ],
 )
-def test_multi_head_declines_what_no_cpu_kernel_runs(code: str, arguments: str, inputs: str) -> None:
+def test_multi_head_declines_what_no_cpu_kernel_runs(
+    code: str, arguments: str, inputs: str
+) -> None:
     assert kept(multi_head(arguments, inputs=inputs), "MSA002") == code
 
 
@@ -277,7 +287,9 @@ def test_packed_sizes_differ() -> None:
     [
         (
             "shared-buffer",
-            packed("x, w, wb, , past, , n", **{**STACKED, "inputs": STACKED["inputs"] + ", int32[1] n"}),
+            packed(
+                "x, w, wb, , past, , n", **{**STACKED, "inputs": STACKED["inputs"] + ", int32[1] n"}
+            ),
         ),
         ("rotary", packed("x, w, wb", attributes=", do_rotary = 1")),
         ("layout", packed("x, w, wb, mask", inputs=", int32[b,1,m,m] mask")),

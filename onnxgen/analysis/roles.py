@@ -233,9 +233,7 @@ def _axes(role: str, shape: tuple[Dim, ...], join: Join | None) -> tuple[str, ..
     return ("",) * rank
 
 
-def _sizes_of_caches(
-    graph: ir.Graph, grown: Collection[str]
-) -> dict[str, tuple[Dim, ...]]:
+def _sizes_of_caches(graph: ir.Graph, grown: Collection[str]) -> dict[str, tuple[Dim, ...]]:
     """The shapes of caches whose heads' size a file leaves free, as their attention needs it."""
     caches = [value for value in graph.inputs if value.name in grown]
     free = [v for v in caches if v.shape and not isinstance(v.shape[-1], int)]
