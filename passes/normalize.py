@@ -142,9 +142,9 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
             raise RefusedError(f"onnx's version converter lost the output {value.name!r}")
     graph.outputs[:] = [by_name[value.name or ""] for value in old_outputs]
     for node in aside:
-        for index, value in enumerate(node.inputs):
-            if value is not None:
-                node.replace_input_with(index, by_name[value.name or ""])
+        for index, read in enumerate(node.inputs):
+            if read is not None:
+                node.replace_input_with(index, by_name[read.name or ""])
     graph.remove(list(graph), safe=False)
     for value in converted.graph.initializers.values():
         if value.name not in graph.initializers:
@@ -180,7 +180,8 @@ def _leave_out(proto: onnx.ModelProto, nodes: Sequence[ir.Node]) -> None:
     made = {value.name: value for node in nodes for value in node.outputs if value.name}
     others = [node for node in graph.node if not made.keys() & set(node.output)]
     computed = {name for node in others for name in node.output}
-    read = {v.name for node in nodes for v in node.inputs if v is not None and v.name in computed}
+    inputs = [value.name or "" for node in nodes for value in node.inputs if value is not None]
+    read = {name for name in inputs if name in computed}
     outputs = [each for each in graph.output if each.name not in made]
     read -= {each.name for each in outputs}
     graph.ClearField("node")

@@ -156,15 +156,23 @@ def test_everything_is_seen() -> None:
 
 
 def test_position_ids_of_a_prompt_count_from_the_first() -> None:
-    fused(
-        model(
-            attributes=", do_rotary = 1",
-            inputs=MASK + ", int64[b,s] position_ids",
-            weights=ROTARY["weights"],
-            more=", cos, sin, position_ids",
-        ),
-        least=14,
+    before = model(
+        attributes=", do_rotary = 1",
+        inputs=MASK + ", int64[b,s] position_ids",
+        weights=ROTARY["weights"],
+        more=", cos, sin, position_ids",
     )
+    after, _, _ = fused(before, least=14)
+    rng = np.random.default_rng(1)
+    for new, past in ((5, 0), (1, 4)):  # positions as nobody feeds them, a prompt's and one's
+        feeds = {
+            "ids": rng.integers(0, 37, (2, new)),
+            "past_k": rng.standard_normal((2, 3, past, 16)).astype(np.float32),
+            "past_v": rng.standard_normal((2, 3, past, 16)).astype(np.float32),
+            "attention_mask": np.ones((2, past + new), np.int64),
+            "position_ids": rng.integers(0, 300, (2, new)),
+        }
+        np.testing.assert_allclose(run(after, feeds)["y"], run(before, feeds)["y"], atol=2e-5)
 
 
 @pytest.mark.parametrize("axes", ["b,6", "1,1"])
