@@ -30,6 +30,8 @@ from onnxgen.runtime import Runtime
 
 # The first opset that onnxscript's converter, which keeps names and metadata, can start from.
 _KEEPS_NAMES = 18
+# Operators of ONNX Runtime in the default domain, below the opset that has them, if one does.
+_RUNTIMES_OWN = {"SimplifiedLayerNormalization": 1 << 30, "LayerNormalization": 17}
 # Tensors up to this size travel through the converters; it reads axes and shapes from them.
 _SMALL = 1024
 
@@ -204,17 +206,12 @@ def _recapture(node: ir.Node, outer: set[ir.Value], by_name: dict[str, ir.Value]
 
 
 def _foreign(model: ir.Model) -> list[ir.Node]:
-    """Nodes that onnx has no schema for: ONNX Runtime's own need no conversion.
-
-    It has some in the default domain, too: SimplifiedLayerNormalization at any opset,
-    LayerNormalization below 17.
-    """
+    """ONNX Runtime's own nodes, which need no conversion; some stand in the default domain."""
     opset = model.graph.opset_imports.get("", 1)
     return [
         node
         for node in model.graph
-        if node.domain not in ("", "ai.onnx")
-        or not onnx.defs.has(node.op_type, max_inclusive_version=opset)
+        if node.domain not in ("", "ai.onnx") or opset < _RUNTIMES_OWN.get(node.op_type, 0)
     ]
 
 

@@ -55,12 +55,12 @@ class PackedAttention(Rule):
         parts = split_last(builder, qkv, sizes)
         q, k, v = (split_heads(facts, builder, part, heads) for part in parts)
         shape = None if q is None else facts.shapes.of(q)
-        past, P = optional(node, 4), facts.shapes.of(optional(node, 4))
+        past, past_shape = optional(node, 4), facts.shapes.of(optional(node, 4))
         if q is None or k is None or v is None or shape is None or q.dtype is None:
             raise Declined(self, "layout", "the size of the heads is not known", node)
-        if past is not None and (P is None or len(P) != 5):
+        if past is not None and (past_shape is None or len(past_shape) != 5):
             raise Declined(self, "layout", "the shape of the past is not known", node)
-        held = 0 if P is None else P[3]
+        held = 0 if past_shape is None else past_shape[3]
         joined = joined_mask(
             facts,
             builder,

@@ -95,7 +95,8 @@ class RunShape:
         """
         real, spare = self.real, length - self.total
         if counted:
-            return np.arange(length) < real.sum(axis=1, keepdims=True)
+            counts: npt.NDArray[np.int64] = real.sum(axis=1, keepdims=True)
+            return np.less(np.arange(length), counts)
         if spare > 0:
             return np.pad(real, ((0, 0), (0, spare)), constant_values=True)
         return real[:, -spare:]

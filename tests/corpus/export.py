@@ -21,7 +21,9 @@ import logging
 import lzma
 import math
 import re
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -85,6 +87,7 @@ class Model:
     dims: Dims = field(default_factory=Dims)
 
 
+OPTIMIZED = "torchscript-optimized"
 BASIC = ("torchscript", "dynamo20", "dynamo23", "transformers")
 MORE = (
     *BASIC,
@@ -199,14 +202,14 @@ def layer_types(d: Dims) -> list[str]:
 
 # fmt: off
 MODELS = (
-    Model("llama", "LlamaForCausalLM", common, MORE),
-    Model("qwen3", "Qwen3ForCausalLM", common, MORE),
+    Model("llama", "LlamaForCausalLM", common, (*MORE, "builder", OPTIMIZED)),
+    Model("qwen3", "Qwen3ForCausalLM", common, (*MORE, "builder")),
     Model("qwen2", "Qwen2ForCausalLM", common, BASIC),
     Model("mistral", "MistralForCausalLM", lambda d: {**common(d), "sliding_window": d.window}, CROPPED),
     Model("phi3", "Phi3ForCausalLM", lambda d: {**common(d), "original_max_position_embeddings": d.positions}, BASIC),
     Model("gemma2", "Gemma2ForCausalLM", lambda d: {**common(d), "sliding_window": d.window, "layer_types": layer_types(d), "query_pre_attn_scalar": 40, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 7.0, "tie_word_embeddings": True}, CROPPED, attention="eager"),
     Model("gemma3_text", "Gemma3ForCausalLM", lambda d: {**common(d), "sliding_window": d.window, "layer_types": layer_types(d), "query_pre_attn_scalar": 40, "tie_word_embeddings": True}, BASIC),
-    Model("gpt2", "GPT2LMHeadModel", gpt, BASIC),
+    Model("gpt2", "GPT2LMHeadModel", gpt, (*BASIC, OPTIMIZED)),
     Model("opt", "OPTForCausalLM", lambda d: {**wide(d), "ffn_dim": d.inner, "word_embed_proj_dim": d.width}, BASIC),
     Model("gpt_neox", "GPTNeoXForCausalLM", lambda d: {**wide(d), "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1 / 3}}, BASIC),
     Model("falcon", "FalconForCausalLM", lambda d: {**wide(d), "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False, "bias": False}, (*BASIC, "dynamo23-eager")),
@@ -216,11 +219,11 @@ MODELS = (
     Model("qwen3_moe", "Qwen3MoeForCausalLM", lambda d: {**common(d), "num_experts": d.experts, "num_experts_per_tok": 2, "moe_intermediate_size": 72, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}, EXPERTS),
     Model("gpt_oss", "GptOssForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": d.window, "layer_types": layer_types(d)}, EXPERTS, attention="eager"),
     Model("deepseek_v3", "DeepseekV3ForCausalLM", lambda d: {**common(d), "num_key_value_heads": d.heads, "head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 40, "q_lora_rank": 56, "kv_lora_rank": 64, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3, "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 72}, EXPERTS),
-    Model("bert", "BertModel", wide, BASIC, "encoder"),
+    Model("bert", "BertModel", wide, (*BASIC, OPTIMIZED), "encoder"),
     Model("distilbert", "DistilBertModel", lambda d: {"n_layers": d.layers, "n_heads": d.heads, "dim": d.width, "hidden_dim": d.inner, "vocab_size": d.vocab, "max_position_embeddings": d.positions}, BASIC, "encoder"),
     Model("modernbert", "ModernBertModel", lambda d: {**wide(d), "cls_token_id": 3, "sep_token_id": 4, "local_attention": d.window, "global_attn_every_n_layers": 2}, BASIC, "encoder"),
     Model("vit", "ViTModel", lambda d: {**wide(d), "image_size": 36, "patch_size": 12}, BASIC, "vision"),
-    Model("clip_vision", "CLIPVisionModel", lambda d: {**wide(d), "image_size": 36, "patch_size": 12}, BASIC, "vision"),
+    Model("clip_vision", "CLIPVisionModel", lambda d: {**wide(d), "image_size": 36, "patch_size": 12}, (*BASIC, OPTIMIZED), "vision"),
     Model("t5_encoder", "T5EncoderModel", t5, T5, "encoder"),
     Model("whisper_encoder", "WhisperForConditionalGeneration", whisper, BASIC, "audio"),
     Model("t5_decoder", "T5ForConditionalGeneration", t5, (*T5, "torchscript-prefill", "dynamo20-eager-prefill"), "cross"),
@@ -647,6 +650,45 @@ def by_transformers(
     return Exported(proto, inputs, roles, "transformers OnnxExporter(dynamic=True)")
 
 
+def by_builder(
+    model: Model, dims: Dims, mods: Sequence[str], module: nn.Module, exporter: str
+) -> Exported:
+    """Build a decoder with onnxruntime-genai's model builder, fp32 for CPU."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, built = Path(folder) / "source", Path(folder) / "built"
+        module.save_pretrained(source)
+        words = WordLevel({f"t{i}": i for i in range(dims.vocab)}, unk_token="t0")
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(words), unk_token="t0", bos_token="t1", eos_token="t2"
+        ).save_pretrained(source)
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32"]
+        command += ["-e", "cpu", "-i", str(source), "-o", str(built), "-c", str(Path(folder) / "c")]
+        subprocess.run(command, check=True, capture_output=True)
+        proto = onnx.load(built / "model.onnx")
+    known = {i.name: i for i in inputs_of(model, dims, mods, module)}
+    inputs = [known[value.name] for value in proto.graph.input]
+    roles = ["logits"]
+    roles += [f"present_{value.name.rsplit('.', 1)[-1]}" for value in proto.graph.output[1:]]
+    return Exported(proto, inputs, roles, "onnxruntime-genai's model builder")
+
+
+def optimized(exported: Exported, model: Model) -> Exported:
+    """What ONNX Runtime's transformers optimizer makes of an export."""
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    kinds = {"encoder": "bert", "decoder": "gpt2", "vision": "clip"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(exported.model, path)
+        fused = optimize_model(str(path), model_type=kinds[model.kind])
+    return dataclasses.replace(
+        exported, model=fused.model, exporter=f"{exported.exporter}, onnxruntime.transformers"
+    )
+
+
 # --- storing ----------------------------------------------------------------------------------------
 
 
@@ -927,8 +969,12 @@ def export_full(
     exporter, *mods = form.split("-")
     with quiet():
         module, growths = build(model, dims, mods)
-        export_with = by_transformers if exporter == "transformers" else by_torch
+        export_with = {"transformers": by_transformers, "builder": by_builder}.get(
+            exporter, by_torch
+        )
         exported = export_with(model, dims, mods, module, exporter)
+        if "optimized" in mods:
+            exported = optimized(exported, model)
     return exported.model, module, growths, exported
 
 
@@ -1024,10 +1070,10 @@ Graphs that real exporters wrote, from transformers *configurations* with random
   GPT-like models, whose hidden size must be heads times head size, take {width}.
 - A form is an exporter and what is special: `torchscript` is `torch.onnx.export(dynamo=False)` at
   opset 17; `dynamo18`, `dynamo20` (its default) and `dynamo23` are `dynamo=True`; `transformers` is
-  `OnnxExporter(dynamic=True)`. `-eager` attention, `-decode` one new token, `-static` a StaticCache
+  `OnnxExporter(dynamic=True)`; `builder` is onnxruntime-genai's, in fp32 for CPU. `-eager` attention, `-decode` one new token, `-static` a StaticCache
   of {static}, `-prefill` no past, `-fp16`, `-cropped` a cache whose sliding layers keep W-1 tokens,
   `-sliding` such a cache as transformers' exporter takes it: not cropped, the window an input,
-  `-batched` experts by `batched_mm` (without it the transformers exporter writes one branch for
+  `-optimized` by onnxruntime.transformers' optimizer, `-batched` experts by `batched_mm` (without it the transformers exporter writes one branch for
   each expert, and the others fail).
 - Decoders of encoder-decoders take both caches; their `-prefill` makes both.
 - Each export was run by ONNX Runtime at several sizes and compared with torch, on the same weights.
