@@ -41,6 +41,7 @@ from onnxgen.analysis.views import VIEW_OPS
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
+
 class StaticCacheWrite(Rule):
     """Anchored at the node that writes."""
 

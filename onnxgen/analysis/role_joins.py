@@ -83,7 +83,9 @@ def _sources(node: ir.Node, value: ir.Value, way: _Way) -> list[tuple[ir.Value, 
         return [(body.outputs[at], way) for body in bodies]
     elif op in ("Concat", "Where"):
         indices = range(len(node.inputs))
-    elif op in SCATTERS or op in _CODED or (op in VIEWS and op not in ("Expand", "Tile", "GatherND")):
+    elif (
+        op in SCATTERS or op in _CODED or (op in VIEWS and op not in ("Expand", "Tile", "GatherND"))
+    ):
         indices = [0]
     else:
         return []
