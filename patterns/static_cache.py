@@ -41,16 +41,6 @@ from onnxgen.analysis.views import VIEW_OPS
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
-# Lengths on both sides of what a formula may turn at; the last ones hold out.
-PROBES = (
-    RunShape(batch=2, new=4, past=3),
-    RunShape(batch=1, new=5),
-    RunShape(batch=2, new=3, past=7),
-    RunShape(batch=3, new=2, past=1),
-    RunShape(batch=1, new=7, past=2),
-    RunShape(batch=2, new=6, past=5, padding="left"),
-)
-
 
 class StaticCacheWrite(Rule):
     """Anchored at the node that writes."""
@@ -109,7 +99,8 @@ class StaticCacheWrite(Rule):
             axes = [axis for axis in range(len(ramp.slopes)) if axis != write.along]
             sizes = facts.shapes.of(write.positions) or ()
             terms = (Term(first, 1, tuple(None if sizes[a] == 1 else a for a in axes)),)
-            found = _first(facts, write, Ramp((0,) * len(ramp.slopes), 0, terms))
+            slopes = tuple(int(axis == write.along) for axis in range(len(ramp.slopes)))
+            found, circular = _first(facts, write, Ramp(slopes, 0, terms)), False
         if found is None:
             reason = "the rows are not shown to be written one behind the other"
             raise Declined(self, "positions", reason, node)
@@ -229,7 +220,7 @@ def _follow_when_run(facts: Facts, write: Write) -> bool:
     if positions is None or sampler is None or not _of_lengths(facts, positions):
         return False
     try:
-        samples = sampler.samples(positions, PROBES)
+        samples = sampler.samples(positions, _probes(sampler.roles.static_room or 16))
     except CutError:
         return False
     several = 0
@@ -239,6 +230,16 @@ def _follow_when_run(facts: Facts, write: Write) -> bool:
             return False
         several += len(rows) > 1
     return several >= 3
+
+
+def _probes(room: int) -> tuple[RunShape, ...]:
+    """Runs that reach every place of a cache, at once and from several pasts."""
+    pasts = sorted({0, 1, 2, 3, 7, room // 3, room // 2, 2 * room // 3, max(room - 2, 0)})
+    return (
+        *(RunShape(1, room - past, past) for past in pasts if past < room),
+        *(RunShape(2, 3, past) for past in pasts if past + 3 <= room),
+        RunShape(2, min(6, room), padding="left" if room > 1 else "none"),
+    )
 
 
 def _of_lengths(facts: Facts, value: ir.Value) -> bool:

@@ -266,7 +266,7 @@ def feeds_of(model: onnx.ModelProto, lengths: Mapping[str, int], seed: int = 0) 
             values = rng.integers(0, 11, shape)
         else:
             values = rng.standard_normal(shape)
-        feeds[value.name] = np.ascontiguousarray(values.astype(dtype))
+        feeds[value.name] = np.ascontiguousarray(values.astype(dtype)).reshape(shape)
     return feeds
 
 

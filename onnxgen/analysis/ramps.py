@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from onnxgen.analysis.evaluate import Array
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import constant, given
 
@@ -175,7 +176,7 @@ def _made(facts: Facts, value: ir.Value, depth: int) -> Ramp | None:
     return None
 
 
-def _counted(elements: np.ndarray) -> Ramp | None:  # type: ignore[type-arg]
+def _counted(elements: Array) -> Ramp | None:
     """A constant that counts evenly along each axis."""
     if not elements.size:
         return None
@@ -185,9 +186,10 @@ def _counted(elements: np.ndarray) -> Ramp | None:  # type: ignore[type-arg]
         int(elements[(*origin[:axis], 1, *origin[axis + 1 :])]) - start if size > 1 else 0
         for axis, size in enumerate(elements.shape)
     ]
-    grid = np.indices(elements.shape, sparse=True)
-    counted = start + sum(slope * index for slope, index in zip(slopes, grid, strict=True))
-    return Ramp(tuple(slopes), start) if (elements == counted).all() else None
+    counted = np.full(elements.shape, start, dtype=np.int64)
+    for slope, index in zip(slopes, np.indices(elements.shape), strict=True):
+        counted += slope * index
+    return Ramp(tuple(slopes), start) if np.array_equal(elements, counted) else None
 
 
 def _sliced(facts: Facts, node: ir.Node, depth: int) -> Ramp | None:

@@ -274,7 +274,8 @@ def _is_column(value: ir.Value | None) -> bool:
         node = None if value is None else value.producer()
     if node is None or node.op_type != "Unsqueeze" or node.inputs[0] is None:
         return False
-    tensor = ir.convenience.get_const_tensor(node.inputs[1]) if len(node.inputs) > 1 else None
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    tensor = None if axes is None else ir.convenience.get_const_tensor(axes)
     shape = node.inputs[0].shape
     vector = shape is not None and len(shape) == 1
     return vector and tensor is not None and tensor.numpy().ravel().tolist() in ([1], [-1])

@@ -145,6 +145,21 @@ def _tile(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [tuple(size * times for size, times in zip(source, repeats.flat, strict=True))]
 
 
+def _pad(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source, pads = shapes.of(node.inputs[0]), shapes.content(node.inputs[1])
+    if source is None:
+        return [None]
+    axes = shapes.content(node.inputs[3]) if len(node.inputs) > 3 else np.arange(len(source))
+    if pads is None or axes is None or pads.size != 2 * axes.size:
+        return [tuple(shapes.unknown("dim") for _ in source)]
+    result = list(source)
+    for axis, before, after in zip(
+        axes.flat, pads.flat[: axes.size], pads.flat[axes.size :], strict=True
+    ):
+        result[int(axis)] = result[int(axis)] + before + after
+    return [tuple(result)]
+
+
 def _transpose(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     source = shapes.of(node.inputs[0])
     if source is None:
@@ -426,6 +441,7 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "FusedConv": _conv,
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
+    "Pad": _pad,
     "Einsum": _einsum,
     "Shape": _shape,
     "Size": lambda shapes, node: [()],

@@ -98,12 +98,20 @@ MORE = (
     "dynamo20-decode",
     "transformers-decode",
     "transformers-static",
+    "torchscript-static",
+    "dynamo20-static",
     "torchscript-prefill",
     "dynamo20-prefill",
     "torchscript-fp16",
     "dynamo20-fp16",
 )
-CROPPED = (*BASIC, "torchscript-cropped", "dynamo20-cropped", "transformers-sliding")
+CROPPED = (
+    *BASIC,
+    "torchscript-cropped",
+    "dynamo20-cropped",
+    "transformers-sliding",
+    "transformers-static",
+)
 EXPERTS = (
     "torchscript-batched",
     "dynamo20-batched",
@@ -312,6 +320,9 @@ AXES = {
 }
 
 
+CACHES = ("past_key", "past_value", "static_key", "static_value", "cross_key", "cross_value")
+
+
 class Wrapper(nn.Module):
     """Calls a transformers model with flat, positional inputs, as exports are commonly made.
 
@@ -325,7 +336,7 @@ class Wrapper(nn.Module):
         self.m = module
         self.kind = kind
         self.mods = mods
-        self.names = [i.role for i in inputs if not i.role.startswith(("past_", "cross_"))]
+        self.names = [i.role for i in inputs if i.role not in CACHES]
         self.has_past = any(i.role == "past_key" for i in inputs)
 
     def forward(self, *tensors: torch.Tensor) -> Any:
@@ -337,6 +348,8 @@ class Wrapper(nn.Module):
     def decoder(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
         ids, mask = given["ids"], given["mask"]
         cropped = "cropped" in self.mods
+        if "static" in self.mods:
+            return self.static(given, pairs)
         cache = transformers.DynamicCache(**({"config": self.m.config} if cropped else {}))
         for layer, (key, value) in enumerate(pairs):
             cache.update(key, value, layer)
@@ -348,6 +361,21 @@ class Wrapper(nn.Module):
         )
         if "prefill" in self.mods:
             return (out.logits,)
+        return (out.logits, *(t for layer in cache.layers for t in (layer.keys, layer.values)))
+
+    def static(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
+        cache = transformers.StaticCache(config=self.m.config, max_cache_len=STATIC_LENGTH)
+        for layer, (key, value) in zip(cache.layers, pairs, strict=True):
+            layer.keys, layer.values = key.clone(), value.clone()
+            layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+            layer.cumulative_length = given["past_length"].clone()
+        out = self.m(
+            input_ids=given["ids"],
+            attention_mask=given["mask"],
+            position_ids=given["positions"],
+            past_key_values=cache,
+            use_cache=True,
+        )
         return (out.logits, *(t for layer in cache.layers for t in (layer.keys, layer.values)))
 
     def encoder(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
@@ -427,6 +455,13 @@ def inputs_of(model: Model, dims: Dims, mods: Sequence[str], module: nn.Module) 
     if model.name != "bloom":  # ALiBi: it takes no positions
         inputs.append(Input("position_ids", "positions", ("B", new)))
     if "prefill" in mods:
+        return inputs
+    if "static" in mods:
+        inputs.append(Input("past_length", "past_length", ()))
+        for i, (key, value) in enumerate(past_shapes(module, False)):
+            for part, shape in (("key", key), ("value", value)):
+                shape = (*shape[:2], STATIC_LENGTH, shape[3])
+                inputs.append(Input(f"past_key_values.{i}.{part}", f"static_{part}", shape, real))
         return inputs
     for i, (key, value) in enumerate(past_shapes(module, "cropped" in mods)):
         inputs.append(Input(f"past_key_values.{i}.key", "past_key", key, real))
@@ -532,7 +567,8 @@ def by_torch(
                 axes[name][1] = AXES["S"]
             elif "present" in role:
                 length = "E" if "cross" in role else "S" if "prefill" in mods else "P+S"
-                axes[name][2] = f"{name}_length" if cropped else AXES[length]
+                if "static" not in mods:
+                    axes[name][2] = f"{name}_length" if cropped else AXES[length]
         torch.onnx.export(
             wrapper, tensors, buffer, dynamo=False, opset_version=17, dynamic_axes=axes, **names
         )
@@ -554,6 +590,11 @@ def by_torch(
     return Exported(program.model_proto, inputs, roles, "torch.onnx.export(dynamo=True)")
 
 
+def sliding_static(model: Model, mods: Sequence[str]) -> bool:
+    """Whether layers keep a static cache that is as long as their window."""
+    return "static" in mods and model.forms is CROPPED
+
+
 def by_transformers(
     model: Model, dims: Dims, mods: Sequence[str], module: nn.Module, exporter: str
 ) -> Exported:
@@ -563,7 +604,9 @@ def by_transformers(
     batch, new, past = TRACED
     new = 1 if "decode" in mods else new
     past = 3 if "sliding" in mods else past  # a longer one is cropped to the window at once
-    flat = inputs_of(model, dims, mods, module)
+    if sliding_static(model, mods):  # more than the window would be cropped to it at once
+        new, past = 2, 3
+    flat = inputs_of(model, dims, [mod for mod in mods if mod != "static"], module)
     values = dict(zip([i.name for i in flat], example(flat, dims, (batch, new, past)), strict=True))
     if model.kind == "decoder":
         sample: dict[str, Any] = {k: values[k] for k in ("input_ids", "attention_mask")}
@@ -607,7 +650,10 @@ def by_transformers(
     inputs = []
     for value in proto.graph.input:
         name = value.name
-        fixed = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        fixed = [  # some fixed sizes are symbols whose name is a number
+            d.dim_value or int(d.dim_param if d.dim_param.isdigit() else 0)
+            for d in value.type.tensor_type.shape.dim
+        ]
         number = re.search(r"\.(\d+)\.", name)
         layer = int(number[1]) if number else 0
         part = {"keys": "key", "values": "value"}.get(name.rsplit(".", 1)[-1])
@@ -626,7 +672,7 @@ def by_transformers(
         elif name.split(".")[-1] in past_at:
             inputs.append(dataclasses.replace(past_at[name.split(".")[-1]], name=name))
         elif part and "static" in mods:
-            shape: tuple[str | int, ...] = ("B", dims.kv_heads, STATIC_LENGTH, dims.head_size)
+            shape: tuple[str | int, ...] = ("B", dims.kv_heads, fixed[2], dims.head_size)
             inputs.append(Input(name, f"static_{part}", shape, real))
         elif part:
             like = past_at[f"past_key_values.{layer}.{part}"]
@@ -818,6 +864,8 @@ def probe(
 ) -> None:  # fmt: skip
     """Run the exported model at several sizes, compare with torch, and record where it holds."""
     session = session_of(proto)
+    mods = [mod for mod in mods if mod != "static"]  # torch runs with a cache that grows
+    static = any("static" in i.role for i in exported.inputs)
     flat = inputs_of(model, dims, mods, module)
     wrapper = Wrapper(module, model.kind, mods, flat).eval()
     info["runs"], info["fails"] = [], {}
@@ -833,7 +881,7 @@ def probe(
         worst = 0.0
         for role, values in grouped(output_roles(model, dims, mods), want).items():
             for a, b in zip(grouped(exported.outputs, got)[role], values, strict=True):
-                if "static" in mods and role != "logits":  # the rest was not written
+                if static and role != "logits":  # the rest was not written
                     a = a[:, :, : past + new]
                 scale = max(1.0, float(np.abs(b).max()))
                 same = a.shape == b.shape
@@ -1070,8 +1118,10 @@ Graphs that real exporters wrote, from transformers *configurations* with random
   GPT-like models, whose hidden size must be heads times head size, take {width}.
 - A form is an exporter and what is special: `torchscript` is `torch.onnx.export(dynamo=False)` at
   opset 17; `dynamo18`, `dynamo20` (its default) and `dynamo23` are `dynamo=True`; `transformers` is
-  `OnnxExporter(dynamic=True)`; `builder` is onnxruntime-genai's, in fp32 for CPU. `-eager` attention, `-decode` one new token, `-static` a StaticCache
-  of {static}, `-prefill` no past, `-fp16`, `-cropped` a cache whose sliding layers keep W-1 tokens,
+  `OnnxExporter(dynamic=True)`; `builder` is onnxruntime-genai's, in fp32 for CPU. `-eager`
+  attention, `-decode` one new token, `-static` a StaticCache of {static}, and of the window for
+  layers that have one, `-prefill` no past, `-fp16`, `-cropped` a cache whose sliding layers keep
+  W-1 tokens,
   `-sliding` such a cache as transformers' exporter takes it: not cropped, the window an input,
   `-optimized` by onnxruntime.transformers' optimizer, `-batched` experts by `batched_mm` (without it the transformers exporter writes one branch for
   each expert, and the others fail).
