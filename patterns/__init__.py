@@ -2,6 +2,7 @@
 
 from onnxgen.patterns.attention import SoftmaxAttention
 from onnxgen.patterns.attention_op import ExportedAttention
+from onnxgen.patterns.gelu import GeluActivation
 from onnxgen.patterns.layer_norm import LayerNorm
 from onnxgen.patterns.rms_norm import RMSNorm
 from onnxgen.patterns.rotary import Rotary
@@ -12,6 +13,7 @@ from onnxgen.patterns.rule import Rule
 RULES: tuple[Rule, ...] = (
     LayerNorm(),
     RMSNorm(),
+    GeluActivation(),
     Rotary(),
     OneRowRotary(),
     SoftmaxAttention(),

@@ -163,7 +163,9 @@ def test_complex_numbers(name: str, flat: bool) -> None:
     """view_as_complex, times a polar, view_as_real; by way of heads of their own or not."""
     read, stack, axes = READ[name]
     heads = "x = Identity(q)" if flat else HEADS
-    tables = f"{ANGLES}  c2 = Cos(a)  s2 = Sin(a)  c = Unsqueeze(c2, {axes})  n = Unsqueeze(s2, {axes})"
+    tables = (
+        f"{ANGLES}  c2 = Cos(a)  s2 = Sin(a)  c = Unsqueeze(c2, {axes})  n = Unsqueeze(s2, {axes})"
+    )
     fused(
         f"{SIGNATURE} {{ {heads}  {PAIRS}  {tables}  {read}  {TURN}  {STACKS[stack]}"
         "  y = Reshape(w, [0, 0, 6, 20]) }",

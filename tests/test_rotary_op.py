@@ -10,9 +10,7 @@ from onnxgen.testing import corpus
 from tests.graphs import assert_kept, assert_untouched, raised, run
 
 SIGNATURE = "(float[b,s,120] h) => (float[b,6,s,20] y) <float[120] weight>"
-HEADS = (
-    "g = RMSNormalization(h, weight)  r4 = Reshape(g, [0, 0, 6, 20])  x = Transpose<perm = [0, 2, 1, 3]>(r4)  "
-)
+HEADS = "g = RMSNormalization(h, weight)  r4 = Reshape(g, [0, 0, 6, 20])  x = Transpose<perm = [0, 2, 1, 3]>(r4)  "
 COUNTED = (
     f"{HEADS}n = Shape<start = 2, end = 3>(x)  m = Squeeze(n)  r = Range(0, m, 1)  f = Cast<to = 1>(r)"
     "  u = Unsqueeze(f, [0, 2])"
@@ -35,7 +33,7 @@ def test_tables_of_one_row() -> None:
     result = assert_raised_one(f"{SIGNATURE} {{ {COUNTED}  y = RotaryEmbedding(x, c, s) }}")
     assert result.sites[0].details == {"repaired": "tables of batch 1 are expanded"}
     x = np.random.default_rng(0).standard_normal((3, 5, 120)).astype(np.float32)
-    with pytest.raises(Exception, match="(?i)rotary"):
+    with pytest.raises(Exception, match="RotaryEmbedding"):
         run(result.before, {"h": x})
     assert np.array_equal(run(result.after, {"h": x})["y"], rows_alone(result.before, {"h": x}))
 
@@ -90,7 +88,7 @@ def test_modernbert_runs_for_a_batch(tmp_path) -> None:  # type: ignore[no-untyp
     mask = np.ones((2, 9), np.int64)
     mask[1, 6:] = 0
     feeds = {"input_ids": ids, "attention_mask": mask}
-    with pytest.raises(Exception, match="(?i)rotary"):
+    with pytest.raises(Exception, match="RotaryEmbedding"):
         run(before, feeds)
     (found,) = run(onnx.load(output), feeds).values()
     wanted = rows_alone(before, feeds)
