@@ -5,6 +5,7 @@ from onnxgen.patterns.attention_op import ExportedAttention
 from onnxgen.patterns.gelu import GeluActivation
 from onnxgen.patterns.layer_norm import LayerNorm
 from onnxgen.patterns.rms_norm import RMSNorm
+from onnxgen.patterns.rms_norm_op import SimplifiedLayerNorm
 from onnxgen.patterns.rotary import Rotary
 from onnxgen.patterns.rotary_op import OneRowRotary
 from onnxgen.patterns.rule import Rule
@@ -13,6 +14,7 @@ from onnxgen.patterns.rule import Rule
 RULES: tuple[Rule, ...] = (
     LayerNorm(),
     RMSNorm(),
+    SimplifiedLayerNorm(),
     GeluActivation(),
     Rotary(),
     OneRowRotary(),
