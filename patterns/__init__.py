@@ -6,8 +6,10 @@ from onnxgen.patterns.contrib_gqa import GroupQueryAttention
 from onnxgen.patterns.contrib_mha import MultiHeadAttention
 from onnxgen.patterns.contrib_others import OtherAttention
 from onnxgen.patterns.contrib_packed import PackedAttention
+from onnxgen.patterns.gelu import GeluActivation
 from onnxgen.patterns.layer_norm import LayerNorm
 from onnxgen.patterns.rms_norm import RMSNorm
+from onnxgen.patterns.rms_norm_op import SimplifiedLayerNorm
 from onnxgen.patterns.rotary import Rotary
 from onnxgen.patterns.rotary_op import OneRowRotary
 from onnxgen.patterns.rule import Rule
@@ -21,6 +23,8 @@ RULES: tuple[Rule, ...] = (
     OtherAttention(),
     LayerNorm(),
     RMSNorm(),
+    SimplifiedLayerNorm(),
+    GeluActivation(),
     Rotary(),
     StaticCacheWrite(),
     OneRowRotary(),

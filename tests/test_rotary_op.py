@@ -33,7 +33,7 @@ def test_tables_of_one_row() -> None:
     result = assert_raised_one(f"{SIGNATURE} {{ {COUNTED}  y = RotaryEmbedding(x, c, s) }}")
     assert result.sites[0].details == {"repaired": "tables of batch 1 are expanded"}
     x = np.random.default_rng(0).standard_normal((3, 5, 120)).astype(np.float32)
-    with pytest.raises(Exception, match="(?i)rotary"):
+    with pytest.raises(Exception, match="RotaryEmbedding"):
         run(result.before, {"h": x})
     assert np.array_equal(run(result.after, {"h": x})["y"], rows_alone(result.before, {"h": x}))
 
@@ -88,7 +88,7 @@ def test_modernbert_runs_for_a_batch(tmp_path) -> None:  # type: ignore[no-untyp
     mask = np.ones((2, 9), np.int64)
     mask[1, 6:] = 0
     feeds = {"input_ids": ids, "attention_mask": mask}
-    with pytest.raises(Exception, match="(?i)rotary"):
+    with pytest.raises(Exception, match="RotaryEmbedding"):
         run(before, feeds)
     (found,) = run(onnx.load(output), feeds).values()
     wanted = rows_alone(before, feeds)

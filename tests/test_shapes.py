@@ -138,6 +138,8 @@ CASES = {
     "  y = Range(0, m, 1) }": "s",
     "(float[b,s,12] x) => (int64 y) { n = Shape<start = 1, end = 2>(x)  m = Squeeze(n)"
     "  y = Range(3, m, 2) }": "max(0,(s-2)/2)",
+    "(float[b,s,12] x) => (float y) { y = Range(0.5, 6.0, 1.0) }": "6",
+    "(float[b,s,12] x) => (int64 y) { y = Range(90, -10, -1) }": "100",
     "(float[b,s,12] x, float[b,12,n] z) => (float y)"
     '{ y = Einsum<equation = "bsd,bdn->nsb">(x, z) }': "n s b",
     "(float[b,s,12] x, float[s,1] z) => (float y) { y = Add(x, z) }": "b s 12",
