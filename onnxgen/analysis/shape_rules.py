@@ -300,6 +300,11 @@ def _gemm(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [(rows, b[0] if attribute(node, "transB", 0) else b[1])]
 
 
+def _matmul_nbits(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    x, columns = shapes.of(node.inputs[0]), attribute(node, "N")
+    return [None if x is None or columns is None else (*x[:-1], columns)]
+
+
 def _conv(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     x, weight = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
     if x is None or weight is None or attribute(node, "auto_pad", "NOTSET") != "NOTSET":
@@ -412,6 +417,7 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "GatherElements": lambda shapes, node: [shapes.of(node.inputs[1])],
     "MatMul": _matmul,
     "Gemm": _gemm,
+    "MatMulNBits": _matmul_nbits,
     "Conv": _conv,
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
