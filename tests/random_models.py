@@ -62,8 +62,15 @@ class Writer:
         value.name, value.dtype, value.shape = name, self.dtype, ir.Shape(shape)
         self.graph.outputs.append(value)
 
-    def weight(self, name: str, *shape: int) -> Any:
-        return self.constant(weight(name, shape).astype(self.spec.dtype), name)
+    def weight(self, name: str, *shape: int, gain: float = 1.0) -> Any:
+        return self.constant((gain * weight(name, shape)).astype(self.spec.dtype), name)
+
+    def gain(self, name: str) -> float:
+        """What a projection's weights are multiplied by: the scale, where it is folded in them."""
+        if self.spec.scale != "none" or name[0] == "c":
+            return 1.0
+        root = 1 / math.sqrt(self.spec.size)
+        return {"q": root, "q2": root, "qkv": math.sqrt(root)}.get(name, 1.0)
 
     def constant(self, array: np.ndarray[Any, Any], name: str) -> Any:
         known = self.graph.initializers.get(name)
@@ -173,10 +180,11 @@ class Writer:
     def projection(self, x: Any, name: str, n: int) -> Any:
         """[B,S,M] to [B,S,N]."""
         spec, op, m = self.spec, self.op, M
-        bias = self.weight(f"b{name}", n) if spec.bias else None
+        gain = self.gain(name)
+        bias = self.weight(f"b{name}", n, gain=gain) if spec.bias else None
         if spec.projection in ("gemm", "linear"):
             turned = spec.projection == "linear"
-            w = self.weight(f"w{name}", *((n, m) if turned else (m, n)))
+            w = self.weight(f"w{name}", *((n, m) if turned else (m, n)), gain=gain)
             flat = op.Gemm(op.Reshape(x, [-1, m]), w, bias, transB=int(turned))
             return op.Reshape(flat, op.Concat(op.Shape(x, start=0, end=2), [n], axis=0))
         rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -184,18 +192,18 @@ class Writer:
             case "nbits":
                 blocks = -(-m // 16)
                 packed = rng.integers(0, 256, (n, blocks, 8)).astype(np.uint8)
-                scales = rng.uniform(0.02, 0.05, n * blocks).astype(spec.dtype)
+                scales = (gain * rng.uniform(0.02, 0.05, n * blocks)).astype(spec.dtype)
                 quantized = [self.constant(packed, f"w{name}"), self.constant(scales, f"s{name}")]
                 sizes = {"K": m, "N": n, "bits": 4, "block_size": 16}
                 y = op.MatMulNBits(x, *quantized, **sizes, _domain="com.microsoft")
                 y.dtype = self.dtype
             case "dequantized":
                 integers = rng.integers(-127, 128, (m, n)).astype(np.int8)
-                scales = rng.uniform(0.002, 0.004, n).astype(spec.dtype)
+                scales = (gain * rng.uniform(0.002, 0.004, n)).astype(spec.dtype)
                 quantized = [self.constant(integers, f"w{name}"), self.constant(scales, f"s{name}")]
                 y = op.MatMul(x, op.DequantizeLinear(*quantized, axis=1))
             case _:
-                y = op.MatMul(x, self.weight(f"w{name}", m, n))
+                y = op.MatMul(x, self.weight(f"w{name}", m, n, gain=gain))
         return y if bias is None else op.Add(y, bias)
 
     def mixed(self, y_BHSV: Any, name: str) -> Any:
@@ -211,7 +219,7 @@ class Writer:
         spec, op = self.spec, self.op
         x = op.Reshape(x, [0, 0, heads, size])
         if spec.head_norm and name[0] in "qk":
-            x = self.rms(x, self.weight(f"{name} norm", size), "rms-div")
+            x = self.rms(x, self.weight(f"{name} norm", size, gain=self.gain(name)), "rms-div")
         if cos_sin and spec.turned_at == "rows":
             x = self.turned(x, *(op.Unsqueeze(table, [2]) for table in cos_sin))
         x = op.Transpose(x, perm=[0, 2, 1, 3])

@@ -173,8 +173,6 @@ def not_claimed(spec: Spec) -> str:
         return "products written as Einsum"
     if spec.layout == "merged" and (spec.padding or by_head or spec.mask == "fed"):
         return "scores that are reshaped before the Softmax"
-    if spec.layout == "merged" and spec.cache == "cropped":
-        return "batch and heads on one axis over a cropped cache"
     if spec.second == "shared" and spec.cache != "none":
         return "a second layer on the first one's cache"
     return ""

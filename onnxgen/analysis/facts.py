@@ -103,7 +103,7 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
 
     Exporters read the same length off whichever input is at hand, so that nothing in the graph
     alone says that the batch of the ids and of a cache are one. Its users do: these equations hold
-    in every run that the roles describe. Cropped caches keep lengths of their own.
+    in every run that the roles describe. Caches cropped to one length share one of their own.
     """
     if roles is None:
         return {}
@@ -112,13 +112,14 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
     for name, role in roles.inputs.items():
         pair = roles.pair_of(name)
         for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):
-            own = letter == "P" and pair is not None and pair.cap is not None
+            cap = pair.cap if letter == "P" and pair is not None else None
             if isinstance(size, int):  # some exporters name a fixed size's symbol "6"
                 sizes[f"{name}[{axis}]"] = size
                 continue
-            if letter not in ("B", "S", "P", "E") or own:
+            if letter not in ("B", "S", "P", "E"):
                 continue
-            sizes[f"{name}[{axis}]"] = first.setdefault(letter, atom(f"{name}[{axis}]"))
+            kind = letter if cap is None else f"{letter} up to {cap}"
+            sizes[f"{name}[{axis}]"] = first.setdefault(kind, atom(f"{name}[{axis}]"))
     if "S" in first and not any(pair.static or pair.cap for pair in roles.pairs):
         total = first["S"] + first.get("P", 0)
         for name, role in roles.inputs.items():
