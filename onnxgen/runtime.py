@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import select
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -109,19 +109,22 @@ class Runtime:
         process = self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        killer = threading.Timer(self.timeout, process.kill)
-        killer.start()
+        late = False
         try:
             write_message(process.stdin, {"do": verb, "id": session, **request})
+            # Polled, not timed by a thread: a thread for each of some thousand questions costs
+            # more than the answers.
+            waiting = select.poll()
+            waiting.register(process.stdout, select.POLLIN)
+            late = not waiting.poll(self.timeout * 1000)
+            if late:
+                process.kill()
             status, answer = read_message(process.stdout)
         except (EOFError, OSError) as error:
-            late = not killer.is_alive()
             code = process.wait()
             self.close()
             cause = f"took more than {self.timeout:g} s" if late else f"crashed (status {code})"
             raise RuntimeFailure(f"ONNX Runtime {cause} during {verb}") from error
-        finally:
-            killer.cancel()
         if status == "error":
             raise RuntimeFailure(one_line(answer))
         return answer

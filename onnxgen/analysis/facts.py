@@ -113,8 +113,8 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
 
     Exporters read the same length off whichever input is at hand, so that nothing in the graph
     alone says that the batch of the ids and of a cache are one. Its users do: these equations hold
-    in every run that the roles describe. Cropped caches keep lengths of their own, and a counted
-    cache may hold more places than tokens.
+    in every run that the roles describe. Caches cropped to one length share one of their own,
+    and a counted cache may hold more places than tokens.
     """
     if roles is None:
         return {}
@@ -123,14 +123,17 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
     for name, role in roles.inputs.items():
         pair = roles.pair_of(name)
         for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):
-            sliding = pair is not None and (pair.cap is not None or pair.window)
-            own = letter == "P" and sliding
+            cap = pair.cap if letter == "P" and pair is not None else None
+            own = letter == "P" and pair is not None and pair.window
             if isinstance(size, int):  # some exporters name a fixed size's symbol "6"
                 sizes[f"{name}[{axis}]"] = size
                 continue
-            if letter not in ("B", "S", "P", "E") or own:
+            if letter not in ("B", "S", "P", "E"):
                 continue
-            sizes[f"{name}[{axis}]"] = first.setdefault(letter, atom(f"{name}[{axis}]"))
+            if own:
+                continue
+            kind = letter if cap is None else f"{letter} up to {cap}"
+            sizes[f"{name}[{axis}]"] = first.setdefault(kind, atom(f"{name}[{axis}]"))
     # What may be a cache nobody understood could hold tokens too.
     unsaid = any(r.role == "unknown" and len(r.shape) > 2 for r in roles.inputs.values())
     apart = any(pair.static or pair.cap or pair.counted for pair in roles.pairs)

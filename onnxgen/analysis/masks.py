@@ -197,9 +197,9 @@ def _candidates(longest: _Probe) -> Iterable[MaskFamily]:
     yield MaskFamily("causal")
     queries, keys = _positions(longest)
     counts = [int(row.sum()) for row in longest.seen[0]]
-    if counts and counts[0] < len(keys):
+    if counts and min(counts) < len(keys):
         yield MaskFamily("band", int(longest.seen[0, 0].nonzero()[0].max() - queries[0] + keys[0]))
-        yield MaskFamily("window", counts[0])
+        yield MaskFamily("window", counts[-1])  # without a past the first rows see less
         # A chunk starts where a row's first seen key is: sizes that divide that place.
         starts = [int(keys[np.flatnonzero(row)[0]]) for row in longest.seen[0] if row.any()]
         for size in sorted({d for start in starts for d in _divisors(start)}, reverse=True):
