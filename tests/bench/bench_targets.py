@@ -11,9 +11,9 @@ figure is the fastest run: its processor time for one thread, which other load h
 the clock on the wall for more. "shared" is a model as onnxruntime-genai runs it: bound once, past
 and present in one buffer, nothing copied.
 
-Ratios are to the export measured in the same turns: below 1.00 is faster. "best other" is the
-fastest of what other tools made. The last column is the largest difference of the first output, in
-standard deviations of the export's. Nothing is asserted here: machines differ.
+Ratios are to the export measured in the same turns: below 1.00 is faster. In brackets: to the
+fastest of what other tools made, run alike. The last column is the largest difference of the first
+output, in standard deviations of the export's. Nothing is asserted here: machines differ.
 """
 
 from __future__ import annotations
@@ -263,7 +263,11 @@ def report(found: Sequence[Candidate], cases: Iterable[str]) -> None:
                 cells.append("-")
                 continue
             fastest = min(candidate.times[case])
-            rivals = [min(c.times[case]) for c in found if c.kind == "other" and case in c.times]
+            rivals = [
+                min(c.times[case])
+                for c in found
+                if c.kind == "other" and c.shared == candidate.shared and case in c.times
+            ]
             best = min(rivals, default=0.0)
             if candidate is base:
                 cells.append(f"{fastest * 1e3:.2f} ms")
