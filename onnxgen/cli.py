@@ -96,10 +96,23 @@ _json = click.option(
 )
 @click.option(
     "--target",
-    type=click.Choice(["onnx"]),
+    type=click.Choice(["onnx", "ort"]),
     default="onnx",
     show_default=True,
-    help="What the result is to run on: the ONNX standard.",
+    help="What to write for: the ONNX standard, or ONNX Runtime's own operators.",
+)
+@click.option(
+    "--padding",
+    type=click.Choice(["any", "right", "none"]),
+    default="any",
+    show_default=True,
+    help="With ort: the padding that the result must take; with any other it fails.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With ort: the most tokens, past and new. Default: config.json's, else the model's own.",
 )
 @click.option(
     "--no-verify", is_flag=True, help="Run nothing, per-rewrite checks included: unproven."
@@ -120,6 +133,8 @@ def fuse(
     model: Path,
     output: Path | None,
     target: str,
+    padding: Any,
+    max_length: int | None,
     no_verify: bool,
     disable: tuple[str, ...],
     opset: int | None,
@@ -145,6 +160,8 @@ def fuse(
     options = pipeline.FuseOptions(
         output=output,
         target=target,
+        padding=padding,
+        max_length=max_length,
         verify=not no_verify,
         disable=disable,
         opset=opset,

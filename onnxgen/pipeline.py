@@ -1,7 +1,7 @@
 """What each command runs, in order.
 
-fuse:    read -> roles -> normalize -> raise (each rewrite checked) -> tidy
-         -> stage beside the output -> verify -> move into place
+fuse:    read -> roles -> normalize -> raise -> lower for the target (each rewrite checked)
+         -> tidy -> stage beside the output -> verify -> move into place
 verify:  the comparison alone, of any two models with the same inputs and outputs
 """
 
@@ -17,10 +17,11 @@ import onnx_ir as ir
 
 from onnxgen import __version__
 from onnxgen.analysis.masks import MaskFamily, mask_families
-from onnxgen.analysis.roles import find_roles
+from onnxgen.analysis.roles import find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
 from onnxgen.model_io import read_model, staged
+from onnxgen.passes.lower import lower_model
 from onnxgen.passes.normalize import normalize
 from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
@@ -28,6 +29,9 @@ from onnxgen.patterns import RULES
 from onnxgen.report.values import Proof, Report
 from onnxgen.runtime import Runtime
 from onnxgen.targets import onnx as onnx_target
+from onnxgen.targets import ort as ort_target
+from onnxgen.targets.contract import Padding, write_contract
+from onnxgen.targets.ort.config import context_length
 from onnxgen.verify.compare import TOLERANCES, verify_models
 from onnxgen.verify.rewrites import RewriteChecker
 
@@ -40,7 +44,10 @@ class FuseOptions:
 
     Attributes:
         output: where to write; None for MODEL with .fused.onnx.
-        target: the runtime to write for; "onnx" is standard operators.
+        target: what to write for: "onnx", standard operators; "ort", ONNX Runtime's own.
+        padding: for "ort": the padding that the model must take, "any", "right" or "none".
+        max_length: for "ort": the most tokens, past and new; None for what config.json beside
+            the model says, else what its own tables hold, at most 32768.
         verify: run the checks; without them nothing is run and the report says unproven.
         disable: codes of rules to leave out.
         opset: version of the default domain to write; None for the target's own.
@@ -51,6 +58,8 @@ class FuseOptions:
 
     output: Path | None = None
     target: str = "onnx"
+    padding: Padding = "any"
+    max_length: int | None = None
     verify: bool = True
     disable: tuple[str, ...] = ()
     opset: int | None = None
@@ -94,9 +103,22 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         disabled = frozenset(options.disable)
         sampler = Sampler(model.graph, roles, runtime)
         report.sites = raise_model(model, roles, sampler=sampler, check=checker, disabled=disabled)
-        _name_masks(report, mask_families(model.graph, sampler))
+        families = mask_families(model.graph, sampler)
+        _name_masks(report, families)
         tidy(model)
-        onnx_target.finish(model, __version__)
+        if options.target == "ort":
+            clock.start("lower", "lowering")
+            lowering = ort_target.Lowering(_settings(path, options), families)
+            if checker is not None:
+                checker.within(lowering.assumed)
+            report.lowered = lower_model(
+                model, lowering.rules, roles, sampler=sampler, check=checker, disabled=disabled
+            )
+            tidy(model)
+            write_contract(model, lowering.contract)
+            report.contract = str(lowering.contract)
+        write_roles(model, roles)
+        onnx_target.finish(model, __version__, options.target)
         _describe(report, model)
 
         clock.start("write", f"writing {output.name}")
@@ -122,12 +144,20 @@ def verify(
 
 
 def _check_options(options: FuseOptions) -> None:
-    codes = [rule.code for rule in RULES]
+    codes = [*(rule.code for rule in RULES), *ort_target.CODES]
     for code in options.disable:
         if code not in codes:
             raise UsageError(f"--disable {code}: no such rule; rules: {', '.join(codes)}")
-    if options.target != "onnx":
-        raise UsageError(f"--target {options.target}: no such target; targets: onnx")
+    if options.target not in ("onnx", "ort"):
+        raise UsageError(f"--target {options.target}: no such target; targets: onnx, ort")
+    if options.target != "ort" and (options.padding != "any" or options.max_length):
+        raise UsageError("--padding and --max-length are for --target ort")
+
+
+def _settings(path: Path, options: FuseOptions) -> ort_target.Settings:
+    """What was asked for, with the length that config.json beside the model states."""
+    length = options.max_length or context_length(path.with_name("config.json"))
+    return ort_target.Settings(options.padding, length)
 
 
 def _prove(

@@ -133,7 +133,11 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
         if value.producer() is not None and by_name.get(value.name or "") is None:
             raise RefusedError(f"onnx's version converter lost the output {value.name!r}")
     graph.outputs[:] = [by_name[value.name or ""] for value in old_outputs]
-    graph.remove(list(graph), safe=False)
+    old_nodes = list(graph)
+    graph.remove(old_nodes, safe=False)
+    for node in old_nodes:  # else a weight counts as read by what is gone
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
     for value in converted.graph.initializers.values():
         if value.name not in graph.initializers:
             fresh = by_name[value.name or ""]

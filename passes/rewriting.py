@@ -143,7 +143,7 @@ class Rewriter:
             node.metadata_props[RULE] = rule.code
         fused = rewrite.node
         fused.metadata_props[REPLACED] = ", ".join(
-            sorted(node.name for node in removed if node.name)
+            sorted({name for node in removed for name in _replaced_by(node)})
         )
         fused.name = self.builder.unique(f"{scope or rule.kind}/{fused.op_type}")
         return Site(
@@ -155,6 +155,12 @@ class Rewriter:
             replaced=len(removed),
             details=dict(rewrite.details),
         )
+
+
+def _replaced_by(node: ir.Node) -> list[str]:
+    """The exporter's nodes that a node stands for: itself, or those it replaced before."""
+    names = node.metadata_props.get(REPLACED, node.name or "")
+    return [name for name in names.split(", ") if name]
 
 
 def _remove_dead(graph: ir.Graph, roots: Sequence[ir.Node]) -> list[ir.Node]:

@@ -121,7 +121,7 @@ def _row(entry: testing.CorpusEntry, report: Report) -> Row:
         else:
             sites[column] = f"({already} already)" if already else "-"
     proof = report.proof
-    ran = [case for case in proof.cases if not case.skipped] if proof else []
+    ran = [case for case in proof.cases if case.compared] if proof else []
     proven = proof is not None and proof.worst is not None and proof.status == "proven"
     return Row(
         entry.model,

@@ -38,6 +38,11 @@ class Facts:
         for index, node in enumerate(graph):
             self.added(node, index)
 
+    @property
+    def roles(self) -> Roles:
+        """What the graph's inputs and outputs are for; nothing is known where none were given."""
+        return Roles({}, {}) if self._roles is None else self._roles
+
     def added(self, node: ir.Node, order: int) -> None:
         """Take note of a new node at a place (its shapes are inferred by whoever made it)."""
         self._order[node] = order

@@ -14,6 +14,7 @@ The values, and the letters that stand for axes, are those of `analysis.role_val
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -26,7 +27,9 @@ from onnxgen.analysis.role_uses import Evidence, Uses
 from onnxgen.analysis.role_values import ROLES, CachePair, Dim, InputRole, OutputRole, Roles
 from onnxgen.errors import UsageError
 
-__all__ = ["ROLES", "CachePair", "InputRole", "OutputRole", "Roles", "find_roles"]
+__all__ = ["ROLES", "CachePair", "InputRole", "OutputRole", "Roles", "find_roles", "write_roles"]
+
+KEY = "onnxgen.roles"
 
 # Asked last, the first that fits: where structure leaves several readings, or none.
 _NAMES = (
@@ -43,12 +46,13 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
     """What every input and output of the model is for. The model is not changed.
 
     Args:
-        overrides: roles given by the user, by input name; they win.
+        overrides: roles given by the user, by input name; they win. Next come those that a file
+            we wrote says of itself.
 
     Raises:
         UsageError: an override names no input, or no role.
     """
-    overrides = overrides or {}
+    overrides = {**_written(model), **(overrides or {})}
     if model.functions:
         model = model.clone()
         InlinePass()(model)
@@ -85,6 +89,21 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
         output = _output(value, pairs, copies, symbols, named)
         outputs[output.name] = output
     return Roles(named, outputs, pairs, fixed, symbols)
+
+
+def write_roles(model: ir.Model, roles: Roles) -> None:
+    """Leave in a model's metadata what its inputs are for: fused, some show it no more."""
+    model.metadata_props[KEY] = json.dumps({each.name: each.role for each in roles.inputs.values()})
+
+
+def _written(model: ir.Model) -> dict[str, str]:
+    """The roles that `write_roles` left, of inputs that are still there."""
+    try:
+        found = json.loads(model.metadata_props[KEY])
+        names = {str(value.name) for value in model.graph.inputs}
+        return {n: r for n, r in found.items() if n in names and r in ROLES and r != "unknown"}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
 
 
 def _check(overrides: Mapping[str, str], names: Sequence[str]) -> None:

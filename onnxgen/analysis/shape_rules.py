@@ -396,6 +396,20 @@ def _attention(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [result, key, value]
 
 
+def _group_query(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    q = shapes.of(node.inputs[0])
+    past = shapes.of(node.inputs[3]) if len(node.inputs) > 3 else None
+    if q is None or past is None:
+        return [None, None, None]
+    cache = (*past[:2], past[2] + q[1], past[3])
+    return [(*q[:2], past[3] * attribute(node, "num_heads")), cache, cache]
+
+
+def _skip_norm(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    shape = shapes.of(node.inputs[0])
+    return [shape, None, None, shape]
+
+
 _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "Reshape": _reshape,
     "Flatten": _flatten,
@@ -420,6 +434,9 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "Size": lambda shapes, node: [()],
     "TopK": _top_k,
     "Attention": _attention,
+    "GroupQueryAttention": _group_query,
+    "SkipSimplifiedLayerNormalization": _skip_norm,
+    "SkipLayerNormalization": _skip_norm,
     **dict.fromkeys(
         names(
             """

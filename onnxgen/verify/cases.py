@@ -97,6 +97,7 @@ _SHAPES = (
     RunShape(1, 3, 7),
     RunShape(2, 3, 5),
     RunShape(2, 3, 7, padding="left"),
+    RunShape(1, 4, 6, padding="left"),  # all that some kernels take over a past
     RunShape(2, 4, 2, padding="left", pads=(4, 1)),  # longer than the past
     RunShape(2, 4, 7, padding="right"),
     RunShape(1, 1),

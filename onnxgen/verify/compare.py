@@ -25,6 +25,7 @@ from onnxgen.errors import FileError
 from onnxgen.model_io import read_model
 from onnxgen.report.values import Case, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.targets.contract import Contract, read_contract
 from onnxgen.verify.cases import Run, find_edges, plan
 from onnxgen.verify.difference import NotANumberError, output_difference
 
@@ -54,7 +55,8 @@ def verify_models(
     The tolerance follows the type that most of the original's floating point weights have,
     whatever the outputs have: a float16 model with float32 logits is held to 1e-2. A case on
     which the original itself fails is skipped and says so; one on which only the rewritten
-    model fails counts as different.
+    model fails counts as different. Outside the contract that stands in the rewritten model's
+    metadata it must fail, or answer as the original does.
 
     Args:
         original, rewritten: paths, or serialized models.
@@ -108,12 +110,12 @@ def verify_models(
         proof.reason = f"ONNX Runtime cannot load the rewritten model: {error}"
         return proof
     try:
-        comparison = _Comparison(found, *sides)
+        comparison = _Comparison(found, *sides, read_contract(other))
         runs = plan(found, [*edges, *own_edges])
         for number, run in enumerate(runs, 1):
             progress(f"comparing {number}/{len(runs)}: {run.name}")
             case = comparison.case(run)
-            if run.steps and not case.skipped:
+            if run.steps and case.compared:
                 proof.cases.append(case)
                 break
             if not run.steps or run is runs[-1]:
@@ -202,7 +204,8 @@ class _Comparison:
         failures: ONNX Runtime's words where only the rewritten model failed, by case name.
     """
 
-    def __init__(self, roles: Roles, original: _Side, rewritten: _Side) -> None:
+    def __init__(self, roles: Roles, original: _Side, rewritten: _Side, contract: Contract) -> None:
+        self.contract = contract
         self.roles = roles
         self.original = original
         self.rewritten = rewritten
@@ -226,6 +229,9 @@ class _Comparison:
             try:
                 got = self.rewritten.run(step.feeds[1])
             except RuntimeFailure as error:
+                outside = self.contract.refuses(step.shape)
+                if outside:
+                    return replace(case, outside=outside)
                 self.failures[run.name] = str(error)
                 return replace(case, difference=math.inf)
             try:

@@ -26,6 +26,7 @@ from onnxgen.analysis.scores import MASKED
 from onnxgen.analysis.symbols import evaluate
 from onnxgen.patterns.rule import Rewrite
 from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.targets.contract import Contract
 from onnxgen.verify.compare import TOLERANCES
 
 # Lengths that are different from one another and from 1, so that a swapped axis cannot pass.
@@ -33,6 +34,13 @@ SHAPES = (
     RunShape(batch=2, new=5, past=7),
     RunShape(batch=2, new=5, past=3, padding="left"),
     RunShape(batch=3, new=1, past=11),
+)
+# For targets that do not take several new tokens over a past for several sequences.
+ONE_SEQUENCE = (
+    RunShape(batch=1, new=5, past=7),
+    RunShape(batch=1, new=5, past=3, padding="left"),
+    RunShape(batch=2, new=5),
+    RunShape(batch=2, new=5, padding="left"),
 )
 SMALL = 256  # elements: constants up to here are written into a part, larger ones are fed
 
@@ -48,13 +56,21 @@ class RewriteChecker:
 
     def __init__(self, runtime: Runtime, roles: Roles) -> None:
         self._runtime = runtime
+        self._fed: dict[RunShape, tuple[dict[str, Any], dict[str, int]]] = {}
         self._roles = roles
         self._verdicts: dict[str, str | None] = {}
-        self._fed: dict[RunShape, tuple[dict[str, Any], dict[str, int]]] = {}
-        fitting = [nearest_shape(roles, shape) for shape in SHAPES]
-        self._shapes = list(dict.fromkeys(shape for shape in fitting if shape is not None))
         self.rewrites = 0
         self.difference = 0.0
+        self.within(Contract())
+
+    def within(self, contract: Contract) -> None:
+        """From here on compare only runs that the contract takes, of real tokens only where
+        padding behind a prompt may get any answer.
+        """
+        shapes = [*SHAPES, *(() if contract.chunked_batches else ONE_SEQUENCE)]
+        fitting = [nearest_shape(self._roles, shape) for shape in shapes]
+        taken = [s for s in fitting if s is not None and not contract.refuses(s)]
+        self._shapes = list(dict.fromkeys(taken))
 
     @property
     def structures(self) -> int:
