@@ -54,6 +54,7 @@ class FuseOptions:
         inline: expand the functions of the `onnxgen` domain.
         roles: what inputs are for, by name, where structure does not tell.
         force: let the output replace the input.
+        genai_config: write genai_config.json and the tokenizer's files beside the output too.
     """
 
     output: Path | None = None
@@ -66,6 +67,7 @@ class FuseOptions:
     inline: bool = False
     roles: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
+    genai_config: bool = False
 
 
 def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:

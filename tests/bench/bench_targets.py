@@ -61,6 +61,7 @@ CASES = {
     "vision": {"1 image": (1, 1, 0), "8 images": (8, 1, 0)},
     "audio": {"1": (1, 1, 0), "8": (8, 1, 0)},
 }
+TARGETS = ["onnx", "ort", "ort --padding right", "ort --padding none"]
 EXPORTERS = ("torchscript", "dynamo20", "transformers", "dynamo23")
 
 Feeds = Mapping[str, np.ndarray[Any, Any]]
@@ -109,7 +110,7 @@ def candidates(
     found = [Candidate(f"{form}: export", path, "export")]
     for target in targets:
         words = target.split()
-        out = path.with_name(f"{path.stem}.{'-'.join(words)}.onnx")
+        out = path.with_name(f"{path.stem}.{''.join(words)}.onnx")
         command = [sys.executable, "-m", "onnxgen", "fuse", path, "-o", out, "--no-verify"]
         quietly([*command, "--target", *words], "")
         found.append(Candidate(f"{form}: {target}", out, "ours"))
@@ -307,7 +308,7 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder that keeps the models")
     parser.add_argument("--model", default="qwen2", help="a model of the corpus")
     parser.add_argument("--forms", nargs="+", default=list(EXPORTERS))
-    parser.add_argument("--targets", nargs="+", default=["onnx"], help="words of --target")
+    parser.add_argument("--targets", nargs="+", default=TARGETS, help="words of --target")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=10, help="for each case")
     parser.add_argument("--no-others", action="store_true")
