@@ -27,24 +27,29 @@ Seen in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import given, producer
-from onnxgen.analysis.scores import Scores, Stopped, attends, last_axis, walk_down, walk_up
+from onnxgen.analysis.layouts import layouts
+from onnxgen.analysis.scores import Down, Scores, Stopped, attends, last_axis, walk_down, walk_up
 from onnxgen.analysis.symbols import divide, product
 from onnxgen.analysis.views import Axis, canonical
 from onnxgen.patterns.attending import (
     Heads,
     attention,
     attention_mask,
-    cache_of,
+    caches_of,
     heads_of,
 )
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
+
+Layouts: TypeAlias = Mapping[ir.Value, tuple[Axis, ...]]
 
 
 class SoftmaxAttention(Rule):
@@ -62,42 +67,49 @@ class SoftmaxAttention(Rule):
             if isinstance(stopped, Stopped):
                 raise Declined(self, "scores", stopped.reason, stopped.node or node)
         assert isinstance(up, Scores)
-        assert isinstance(down, ir.Node)
+        assert isinstance(down, Down)
         if not last_axis(facts, node):
             raise Declined(self, "scores", "the Softmax is not over the last axis", node)
         if up.masks_before_cap:
             raise Declined(self, "cap-order", "a mask is applied before the cap", node)
-        q, k, v = self._operands(facts, up.contraction, down)
-        return self._emit(facts, builder, node, up, down, q, k, v)
+        steps = [*(step for step, _ in reversed(up.steps)), node, *down.steps]
+        layout = layouts(facts, up.contraction, steps)
+        if isinstance(layout, str):
+            raise Declined(self, "layout", layout, up.contraction)
+        return self._emit(facts, builder, node, up, down, layout)
 
     def _operands(
-        self, facts: Facts, contraction: ir.Node, down: ir.Node
+        self, facts: Facts, up: Scores, down: Down, layout: Layouts
     ) -> tuple[Heads, Heads, Heads]:
-        q_value, k_value, v_value = given(contraction, 0), given(contraction, 1), given(down, 1)
+        contraction = up.contraction
+        q_value, k_value = given(contraction, 0), given(contraction, 1)
+        v_value = given(down.product, 1)
         widened = producer(v_value, "Cast")
         if widened is not None and given(widened, 0).dtype == q_value.dtype:
             v_value = given(widened, 0)  # probabilities in float, as softmax_precision says
-        view, rank = facts.views.of(q_value), facts.shapes.rank(contraction.outputs[0])
-        if view is None or rank is None or len(view.axes) != rank or rank not in (3, 4, 5):
-            raise Declined(self, "layout", "the queries' axes are not known", contraction)
-        like = view.axes[:-2]
-        merged = 1 if rank == 3 and len(like[0]) > 1 else 0
+        above, below = layout[contraction.outputs[0]], layout[given(down.product, 0)]
         found: list[Heads] = []
-        for name, value in (("queries", q_value), ("keys", k_value), ("values", v_value)):
-            heads = heads_of(
-                facts, value, [None] * len(like) if name == "queries" else list(like), merged
-            )
+        for name, value, axes in (
+            ("queries", q_value, above),
+            ("keys", k_value, above),
+            ("values", v_value, below),
+        ):
+            heads = heads_of(facts, value, axes, queries=found[0] if found else None)
             if isinstance(heads, str):
                 raise Declined(self, "layout", f"{name}: {heads}", contraction, value.producer())
             found.append(heads)
-        q, k, v = rows_to_heads(*found)
+        q, k, v = found
+        whole, k = rows_to_heads(q, k, above)
+        other, v = rows_to_heads(q, v, below)
+        if (whole.heads, whole.rows) != (other.heads, other.rows) or below[-1] != above[-1]:
+            raise Declined(self, "layout", "p @ v has other heads than q @ k", down.product)
         if k.groups != v.groups or k.count != v.count:
             raise Declined(self, "groups", "keys and values have different heads", contraction)
-        if divide(q.count, k.count) != k.groups:
+        if divide(whole.count, k.count) != k.groups:
             raise Declined(
-                self, "groups", f"{q.count} query heads on {k.count} key heads", contraction
+                self, "groups", f"{whole.count} query heads on {k.count} key heads", contraction
             )
-        return q, k, v
+        return whole, k, v
 
     def _emit(
         self,
@@ -105,11 +117,10 @@ class SoftmaxAttention(Rule):
         builder: Builder,
         node: ir.Node,
         up: Scores,
-        down: ir.Node,
-        q: Heads,
-        k: Heads,
-        v: Heads,
+        down: Down,
+        layout: Layouts,
     ) -> Rewrite:
+        q, k, v = self._operands(facts, up, down, layout)
         queries = q.arranged(facts, builder)
         keys = k.arranged(facts, builder, transposed=True)
         values = v.arranged(facts, builder)
@@ -127,18 +138,18 @@ class SoftmaxAttention(Rule):
         value_view = facts.views.of(v.value)
         assert value_view is not None
         if value_view.scale != values[1]:
-            raise Declined(self, "layout", "the values are scaled on the way", down)
+            raise Declined(self, "layout", "the values are scaled on the way", down.product)
         dtype = queries[0].dtype
         q_shape, k_shape = facts.shapes.of(queries[0]), facts.shapes.of(keys[0])
         assert dtype is not None
         assert q_shape is not None
         assert k_shape is not None
-        rank = facts.shapes.rank(up.contraction.outputs[0]) or 4
-        mask = attention_mask(facts, builder, up.masks, rank, q_shape[2], k_shape[2], dtype)
+        below = layout[given(down.product, 0)]
+        axes = (q.batch, q.heads, q.rows, below[-1])
+        mask = attention_mask(facts, builder, up.masks, layout, axes, q_shape[2], k_shape[2], dtype)
         if isinstance(mask, str):
             raise Declined(self, "mask", mask, node)
-        key_cache, value_cache = cache_of(facts, keys[0]), cache_of(facts, values[0])
-        caches = (key_cache, value_cache) if key_cache and value_cache else None
+        caches, cache = caches_of(facts, keys[0], values[0], (queries[0], mask))
         attributes: dict[str, int | float] = {"scale": scale}
         if up.softcap:
             attributes["softcap"] = up.softcap
@@ -148,46 +159,46 @@ class SoftmaxAttention(Rule):
         fused, y, replaced = attention(
             builder, queries[0], keys[0], values[0], mask, caches, attributes
         )
-        old = down.outputs[0]
-        q_rows = product(digit.size for digit in _axes(facts, up.contraction, 0)[-2])
+        old = down.product.outputs[0]
         if old.dtype is not None and old.dtype != dtype:
             y = builder.op("Cast", [y], {"to": int(old.dtype)})
-        if rank != 4 or product(digit.size for digit in q.rows) != q_rows:
+        if below != axes:
             shape = facts.shapes.of(old)
             target = None if shape is None else builder.target(y, list(shape))
             if target is None:
-                raise Declined(self, "layout", "the output's size cannot be computed", down)
+                raise Declined(self, "layout", "the output's size cannot be computed", down.product)
             y = builder.op("Reshape", [y, target])
         details: dict[str, str | int | float | bool] = {
             "heads": str(q.count),
             "kv_heads": str(k.count),
             "head_size": str(q_shape[3]),
             "scale": scale,
-            "cache": "concatenated" if caches else "none",
+            "cache": cache,
             "mask": "explicit" if mask is not None else "none",
         }
         return Rewrite(fused, ((old, y), *replaced), details, mask)
 
 
-def rows_to_heads(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Heads, Heads]:
+def rows_to_heads(q: Heads, other: Heads, axes: tuple[Axis, ...]) -> tuple[Heads, Heads]:
     """Query heads that an exporter put among the rows, where they share keys, made heads again.
 
     For one new token, [B, K, G, D] @ [B, K, D, T] computes G query heads on each key head without
     repeating it. The digits of the rows that come from the axes of heads and head size are heads.
+
+    Args:
+        q: the queries as they are read.
+        other: keys or values.
+        axes: the scores that are their product, or that they are multiplied by.
+
+    Returns:
+        The queries' heads and rows as these scores have them; keys or values with their groups.
     """
-    axes = {digit.axis for digit in (*q.heads, *q.columns)}
-    count = next((i for i, d in enumerate(q.rows) if d.axis not in axes), len(q.rows))
-    if not count:
-        return q, k, v
-    size = product(digit.size for digit in q.rows[:count])
-    heads = canonical((*q.heads, *q.rows[:count]))
+    heads = [digit for axis in axes[:-2] for digit in axis][len(q.batch) :]
+    rows = axes[-2]
+    own = {digit.axis for digit in (*q.heads, *q.columns)}
+    count = next((i for i, d in enumerate(rows) if d.axis not in own), len(rows))
+    size = product(digit.size for digit in rows[:count])
     return (
-        replace(q, heads=heads, rows=q.rows[count:]),
-        replace(k, groups=k.groups * size),
-        replace(v, groups=v.groups * size),
+        replace(q, heads=canonical((*heads, *rows[:count])), rows=rows[count:]),
+        replace(other, groups=other.groups * size),
     )
-
-
-def _axes(facts: Facts, node: ir.Node, index: int) -> tuple[Axis, ...]:
-    view = facts.views.of(given(node, index))
-    return () if view is None else view.axes

@@ -324,7 +324,12 @@ class Raised:
         return sum(node.op_type == op_type for node in self.after.graph.node)
 
 
-def raised(before: str | onnx.ModelProto, *, opset: int = 20) -> Raised:
+def raised(
+    before: str | onnx.ModelProto,
+    *,
+    opset: int = 20,
+    lengths: Sequence[Mapping[str, int]] = LENGTHS,
+) -> Raised:
     """Normalize, raise with every rewrite checked, tidy; both run and compared."""
     proto = parse(before, opset=opset) if isinstance(before, str) else before
     normal, _ = normalized(proto)
@@ -335,7 +340,7 @@ def raised(before: str | onnx.ModelProto, *, opset: int = 20) -> Raised:
     tidy(model)
     tidy(normal)
     result = Raised(proto, ir.to_proto(normal), ir.to_proto(model), sites, checker)
-    assert_same_numbers(proto, result.after)
+    assert_same_numbers(proto, result.after, lengths)
     return result
 
 
@@ -371,9 +376,16 @@ def assert_raised(
     return result
 
 
-def assert_kept(before: str | onnx.ModelProto, rule: str, code: str, *, opset: int = 20) -> Decline:
+def assert_kept(
+    before: str | onnx.ModelProto,
+    rule: str,
+    code: str,
+    *,
+    opset: int = 20,
+    lengths: Sequence[Mapping[str, int]] = LENGTHS,
+) -> Decline:
     """The rule's only site is kept, for this reason, and the graph is as it was."""
-    result = raised(before, opset=opset)
+    result = raised(before, opset=opset, lengths=lengths)
     assert {site.status for site in result.sites} == {"kept"}, result.sites
     (decline,) = [site.decline for site in result.sites if site.rule == rule]
     assert decline is not None

@@ -131,6 +131,17 @@ def _content_slice(shapes: Shapes, node: ir.Node) -> Content | None:
     return content[tuple(index)]
 
 
+def _content_scatter(shapes: Shapes, node: ir.Node) -> Content | None:
+    """Elements of a vector replaced at known places."""
+    contents = _contents(shapes, node)
+    if contents is None or contents[0].ndim != 1 or attribute(node, "reduction", "none") != "none":
+        return None
+    result = contents[0].copy()
+    for index, element in zip(contents[1].flat, contents[2].flat, strict=True):
+        result[int(index)] = element
+    return result
+
+
 def _content_range(shapes: Shapes, node: ir.Node) -> Content | None:
     ends = _contents(shapes, node)
     if ends is None or not all(isinstance(end.flat[0], int) for end in ends):
@@ -206,6 +217,7 @@ _CONTENT_RULES: dict[str, Callable[[Shapes, ir.Node], Content | None]] = {
     ),
     "Transpose": _content_by_numpy(lambda node, c: np.transpose(c[0], attribute(node, "perm"))),
     "Range": _content_range,
+    "ScatterElements": _content_scatter,
     "ConstantOfShape": _content_constant_of_shape,
     "ReduceProd": _content_reduce(product),
     "ReduceSum": _content_reduce(lambda elements: sum(elements, start=0)),

@@ -8,12 +8,12 @@ them. What else stands in between stops the walk, with the node named.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, attribute, given, producer, scalar
+from onnxgen.analysis.graph import FLOATS, ancestors, attribute, given, producer, scalar, uniform
 from onnxgen.analysis.shape_rules import ELEMENTWISE
 from onnxgen.analysis.views import VIEW_OPS, scalar_factor
 
@@ -27,12 +27,14 @@ class Mask:
 
     Attributes:
         value: additive numbers of a float type, or a bool that says which scores stay (or go).
+        at: the scores that it is applied to: they may have been viewed since the contraction.
         fill: for a bool: what is written over the masked scores; None for an additive mask.
         inverted: for a bool: True marks the scores that go.
         factor: for an additive mask: the number it is multiplied by further down.
     """
 
     value: ir.Value
+    at: ir.Value
     fill: float | None = None
     inverted: bool = False
     factor: float = 1.0
@@ -48,6 +50,7 @@ class Scores:
         softcap: c of c * tanh(scores / c); 0 for none.
         masks: those nearest to the Softmax first.
         masks_before_cap: whether a mask is applied before the cap.
+        steps: the nodes between, nearest to the Softmax first.
     """
 
     contraction: ir.Node
@@ -55,6 +58,7 @@ class Scores:
     softcap: float = 0.0
     masks: list[Mask] = field(default_factory=list)
     masks_before_cap: bool = False
+    steps: list[tuple[ir.Node, ir.Value]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -67,62 +71,135 @@ class Stopped:
 
 def walk_up(facts: Facts, value: ir.Value) -> Scores | Stopped:
     """From a Softmax's input to the contraction that its scores come from."""
-    scale, softcap, before_cap = 1.0, 0.0, False
-    masks: list[Mask] = []
+    found = Scores(contraction=None)  # type: ignore[arg-type]  # set where the walk ends
     while True:
         node = producer(value)
         if node is None:
             return Stopped(value.producer(), "the scores are not computed by a standard operator")
-        factor = scalar_factor(node)
-        cap = _cap(node)
-        if cap is not None:
-            if softcap or scale != 1.0:
-                return Stopped(node, "the scores are capped, and then capped or scaled again")
-            value, softcap, inner = cap
-            scale *= inner
-        elif factor is not None:
-            value = factor[0]
-            scale *= factor[1]
-        elif node.op_type == "Cast" and _is_float(node.inputs[0]) and _is_float(value):
-            value = given(node)
-        elif node.op_type == "Add":
-            a, b = node.inputs[0], node.inputs[1]
-            if a is None or b is None or facts.is_activation(a) == facts.is_activation(b):
-                return Stopped(node, "two tensors are added where scores and a mask were expected")
+        if node.op_type == "MatMul" and all(map(facts.is_activation, node.inputs)):
+            found.contraction = node
+            return found
+        step = _step(facts, node, found)
+        if isinstance(step, Stopped):
+            return step
+        if isinstance(step, _Sum):
+            return _through_sum(facts, step, found)
+        value = step
+        found.steps.append((node, value))
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """Two activations are added: one may be the scores, the other a bias computed from q or k."""
+
+    node: ir.Node
+    operands: tuple[ir.Value, ir.Value]
+
+
+def _step(facts: Facts, node: ir.Node, found: Scores) -> ir.Value | _Sum | Stopped:
+    """The scores one node further up; what the node does to them is noted in `found`."""
+    capped = bool(found.softcap)
+    cap, factor = _cap(node), scalar_factor(node)
+    if cap is not None:
+        if capped or found.scale != 1.0:
+            return Stopped(node, "the scores are capped, and then capped or scaled again")
+        value, found.softcap, inner = cap
+        found.scale *= inner
+        return value
+    if factor is not None:
+        found.scale *= factor[1]
+        return factor[0]
+    if node.op_type in _VIEWED or (node.op_type == "Cast" and _is_float(node.inputs[0])):
+        return given(node)
+    if node.op_type in ("Add", "Sub"):
+        a, b = given(node), given(node, 1)
+        if facts.is_activation(a) and facts.is_activation(b):
+            if not capped and a is not b and _shifts(facts, a, b):
+                return a
+            if node.op_type == "Add" and a is not b:
+                return _Sum(node, (a, b))
+        elif facts.is_activation(a) or (node.op_type == "Add" and facts.is_activation(b)):
             value, mask = (a, b) if facts.is_activation(a) else (b, a)
-            masks.append(Mask(mask, factor=1.0 if softcap else scale))
-            before_cap = before_cap or bool(softcap)
-        elif node.op_type == "Where":
-            found = _where(facts, node)
-            if found is None:
-                return Stopped(node, "a Where on the scores writes no constant mask")
-            value, mask_found = found
-            masks.append(mask_found)
-            before_cap = before_cap or bool(softcap)
-        elif node.op_type == "MatMul" and all(map(facts.is_activation, node.inputs)):
-            return Scores(node, scale, softcap, masks, before_cap)
-        else:
-            return Stopped(node, f"{node.op_type} stands between the Softmax and q @ k")
+            sign = -1.0 if node.op_type == "Sub" else 1.0
+            return _masked(found, node, Mask(mask, value, factor=sign * _factor(found)))
+        return Stopped(node, "two tensors are added where scores and a mask were expected")
+    if node.op_type == "Where":
+        mask_found = _where(facts, node)
+        if mask_found is None or found.scale <= 0:
+            return Stopped(node, "a Where on the scores writes no constant mask")
+        return _masked(found, node, mask_found)
+    return Stopped(node, f"{node.op_type} stands between the Softmax and q @ k")
 
 
-def walk_down(softmax: ir.Node) -> ir.Node | Stopped:
+def _masked(found: Scores, node: ir.Node, mask: Mask) -> ir.Value:
+    found.masks.append(mask)
+    found.masks_before_cap = found.masks_before_cap or bool(found.softcap)
+    return mask.at
+
+
+def _factor(found: Scores) -> float:
+    return 1.0 if found.softcap else found.scale
+
+
+def _shifts(facts: Facts, scores: ir.Value, shift: ir.Value) -> bool:
+    """Whether every score of a row is shifted alike, which a Softmax does not notice."""
+    size, shape = facts.shapes.of(shift), facts.shapes.of(scores)
+    return bool(size and shape and size[-1] == 1 and shape[-1] != 1 and len(size) <= len(shape))
+
+
+def _through_sum(facts: Facts, added: _Sum, found: Scores) -> Scores | Stopped:
+    """The one operand that leads to a contraction; the other is a bias, whatever computes it."""
+    stopped = Stopped(added.node, "two tensors are added where scores and a mask were expected")
+    if found.softcap:
+        return stopped
+    for scores, bias in (added.operands, added.operands[::-1]):
+        above = walk_up(facts, scores)
+        if isinstance(above, Stopped) or (above.softcap and found.scale != 1.0):
+            continue
+        if any(node is above.contraction for node in ancestors([bias], frozenset())):
+            continue
+        outer = [replace(mask, factor=mask.factor * found.scale) for mask in above.masks]
+        found.masks += [Mask(bias, scores, factor=found.scale), *outer]
+        found.steps += [(added.node, scores), *above.steps]
+        found.contraction, found.softcap = above.contraction, above.softcap
+        found.scale *= above.scale
+        found.masks_before_cap = above.masks_before_cap
+        return found
+    return stopped
+
+
+_VIEWED = VIEW_OPS - {"Expand", "Tile", "Gather"}
+
+
+@dataclass
+class Down:
+    """What the walk down from a Softmax found.
+
+    Attributes:
+        product: the node that multiplies probabilities and values.
+        steps: the nodes between, nearest to the Softmax first.
+    """
+
+    product: ir.Node
+    steps: list[ir.Node] = field(default_factory=list)
+
+
+def walk_down(softmax: ir.Node) -> Down | Stopped:
     """From a Softmax's output to the MatMul with the values, through casts and the NaN guard."""
     value = softmax.outputs[0]
+    steps: list[ir.Node] = []
     while True:
         users = {use.node for use in value.uses()}
-        guarded = _nan_guard(value, users)
-        if guarded is not None:
-            value = guarded
-            continue
-        if len(users) != 1 or value.is_graph_output():
+        guard = _nan_guard(value, users)
+        if guard is None and (len(users) != 1 or value.is_graph_output()):
             return Stopped(softmax, "the probabilities are read by more than the values' product")
-        (node,) = users
+        node = guard or users.pop()
         if node.op_type == "MatMul" and node.inputs[0] is value:
-            return node
-        if node.op_type in ("Cast", "Identity", "Dropout"):
-            value = node.outputs[0]
-            continue
-        return Stopped(node, f"{node.op_type} stands between the Softmax and p @ v")
+            return Down(node, steps)
+        if guard is None and node.op_type not in _VIEWED | {"Cast", "Dropout"}:
+            return Stopped(node, f"{node.op_type} stands between the Softmax and p @ v")
+        steps.append(node)
+        value = node.outputs[0]
 
 
 def attends(facts: Facts, softmax: ir.Node) -> bool:
@@ -169,26 +246,35 @@ def last_axis(facts: Facts, softmax: ir.Node) -> bool:
     return bool(axis == -1 or (rank is not None and axis == rank - 1))
 
 
-def constant_choice(value: ir.Value) -> Mask | None:
+@dataclass(frozen=True)
+class Choice:
+    """Where(value, 0, fill), or Where(value, fill, 0) if inverted."""
+
+    value: ir.Value
+    fill: float
+    inverted: bool
+
+
+def constant_choice(value: ir.Value) -> Choice | None:
     """An additive mask that is Where(keep, 0, -inf) said as the bool it comes from."""
     node = producer(value, "Where")
     if node is None or node.inputs[0] is None:
         return None
-    kept, gone = scalar(node.inputs[1]), scalar(node.inputs[2])
+    kept, gone = uniform(node.inputs[1]), uniform(node.inputs[2])
     for inverted, zero, fill in ((False, kept, gone), (True, gone, kept)):
         if zero == 0.0 and fill is not None and fill <= MASKED:
-            return Mask(node.inputs[0], fill, inverted)
+            return Choice(node.inputs[0], fill, inverted)
     return None
 
 
-def _where(facts: Facts, node: ir.Node) -> tuple[ir.Value, Mask] | None:
+def _where(facts: Facts, node: ir.Node) -> Mask | None:
     condition, a, b = node.inputs
     if condition is None or a is None or b is None or facts.is_activation(condition):
         return None
     for scores, other, inverted in ((a, b, False), (b, a, True)):
-        fill = scalar(other)
+        fill = uniform(other)
         if facts.is_activation(scores) and fill is not None and fill <= MASKED:
-            return scores, Mask(condition, fill, inverted)
+            return Mask(condition, scores, fill, inverted)
     return None
 
 
@@ -205,7 +291,7 @@ def _cap(node: ir.Node) -> tuple[ir.Value, float, float] | None:
     return scaled[0], factor[1], scaled[1] * factor[1]
 
 
-def _nan_guard(value: ir.Value, users: set[ir.Node]) -> ir.Value | None:
+def _nan_guard(value: ir.Value, users: set[ir.Node]) -> ir.Node | None:
     """Where(IsNaN(p), 0, p), which zeroes the rows that are masked everywhere."""
     if {user.op_type for user in users} != {"IsNaN", "Where"} or len(users) != 2:
         return None
@@ -215,7 +301,7 @@ def _nan_guard(value: ir.Value, users: set[ir.Node]) -> ir.Value | None:
         return None
     if len(list(test.outputs[0].uses())) != 1 or scalar(where.inputs[1]) != 0.0:
         return None
-    return where.outputs[0]
+    return where
 
 
 def _is_float(value: ir.Value | None) -> bool:

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import attribute, names
+from onnxgen.analysis import contrib_shapes
+from onnxgen.analysis.graph import CONTRIB, attribute, names, scalar
 from onnxgen.analysis.symbols import (
     Dim,
     broadcast,
@@ -49,7 +50,8 @@ LIKE_FIRST = names(
 
 
 def output_shapes(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None] | None:
-    rule = _SHAPE_RULES.get(node.op_type)
+    contrib = contrib_shapes.RULES.get(node.op_type) if node.domain == CONTRIB else None
+    rule = contrib or _SHAPE_RULES.get(node.op_type)
     if rule is not None:
         return rule(shapes, node)
     if node.op_type in LIKE_FIRST:
@@ -329,10 +331,17 @@ def _reduce(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
 
 
 def _range(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    numbers = [scalar(value) for value in node.inputs]
+    known = [number for number in numbers if number is not None]
+    if len(known) == 3 and known[2]:
+        start, limit, step = known
+        return [(max(0, int(np.ceil((limit - start) / step))),)]
     ends = [shapes.content(value) for value in node.inputs]
     if any(end is None or end.size != 1 for end in ends):
         return [(shapes.unknown("dim"),)]
     start, limit, step = (end.flat[0] for end in ends if end is not None)
+    if not isinstance(step, (int, np.integer)) or step < 1:
+        return [(shapes.unknown("dim"),)]
     length = limit - start if step == 1 else floor_divide(limit - start + step - 1, step)
     return [(length if never_negative(length) else maximum(0, length),)]
 
@@ -396,20 +405,6 @@ def _attention(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [result, key, value]
 
 
-def _group_query(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
-    q = shapes.of(node.inputs[0])
-    past = shapes.of(node.inputs[3]) if len(node.inputs) > 3 else None
-    if q is None or past is None:
-        return [None, None, None]
-    cache = (*past[:2], past[2] + q[1], past[3])
-    return [(*q[:2], past[3] * attribute(node, "num_heads")), cache, cache]
-
-
-def _skip_norm(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
-    shape = shapes.of(node.inputs[0])
-    return [shape, None, None, shape]
-
-
 _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "Reshape": _reshape,
     "Flatten": _flatten,
@@ -426,7 +421,9 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "GatherElements": lambda shapes, node: [shapes.of(node.inputs[1])],
     "MatMul": _matmul,
     "Gemm": _gemm,
+    "FusedGemm": _gemm,
     "Conv": _conv,
+    "FusedConv": _conv,
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
     "Einsum": _einsum,
@@ -434,9 +431,6 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "Size": lambda shapes, node: [()],
     "TopK": _top_k,
     "Attention": _attention,
-    "GroupQueryAttention": _group_query,
-    "SkipSimplifiedLayerNormalization": _skip_norm,
-    "SkipLayerNormalization": _skip_norm,
     **dict.fromkeys(
         names(
             """

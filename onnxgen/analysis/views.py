@@ -77,6 +77,11 @@ class Views:
             self._known[each] = self._compose(each)
         return self._known[value]
 
+    def through(self, node: ir.Node, axes: tuple[Axis, ...]) -> tuple[Axis, ...] | None:
+        """The axes of a view node's output, given those of what it views; None if not known."""
+        found = self._apply(node, axes, node.outputs[0])
+        return None if found is None else tuple(map(canonical, found))
+
     def forget(self) -> None:
         """Answers are remembered until the graph changes."""
         self._known.clear()

@@ -25,6 +25,7 @@ _NAMES = {
     "rotary": "rotary embedding",
     "projection": "projections of queries, keys and values",
     "norm": "norms with their residual",
+    "cache": "cache write",
 }
 _STYLES = {"proven": "green", "differs": "red", "unproven": "yellow", "unverifiable": "red"}
 

@@ -34,8 +34,8 @@ class Site:
     """One place in the model that a rule looked at.
 
     Attributes:
-        kind: "attention", "rms_norm", "layer_norm", "rotary"; lowered: "attention", "projection"
-            or "norm".
+        kind: "attention", "rms_norm", "layer_norm", "rotary" or "cache"; lowered: "attention",
+            "projection" or "norm".
         rule: the code of the rule that fused it, or came nearest.
         node: name of the fused node, or of the anchor node that was kept.
         scope: the module path that the exporter left, "" where it left none.

@@ -26,7 +26,7 @@ def input_mask(facts: Facts, past: ir.Value) -> ir.Value | None:
     None where there is none, or where the cache is cropped: it then holds fewer places.
     """
     inputs = {value.name: value for value in facts.graph.inputs}
-    masks = [each for each in facts.roles.named("mask") if len(each.shape) == 2]
+    masks = [each for each in facts.roles.named("mask") if each.axes == ("B", "T")]
     pair = facts.roles.pair_of(past.name or "")
     if len(masks) != 1 or masks[0].additive or pair is None or pair.cap is not None:
         return None

@@ -1,0 +1,240 @@
+"""ATT001: scores viewed on their way, biases at any rank, and other spellings of one attention.
+
+The blocks are those of test_attention: six query heads, three key/value heads, head size 20.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from onnxgen.analysis.masks import MaskFamily, read_mask
+from onnxgen.analysis.sampling import Sampler
+from tests.graphs import assert_kept, assert_raised, normalized, parse, runtime
+from tests.test_attention import (
+    SIGNATURE,
+    assert_fused,
+    block,
+)
+
+SIZES = (
+    "b0 = Shape<start = 0, end = 1>(x)  s0 = Shape<start = 1, end = 2>(x)"
+    "  t0 = Shape<start = 2, end = 3>(kr)"
+)
+# [B*H, S, T] from q and k with batch and heads merged.
+MERGED = (
+    f"{SIZES}  f1 = Concat<axis = 0>([-1], s0, [20])  f2 = Concat<axis = 0>([-1], t0, [20])"
+    "  qm = Reshape(q, f1)  km = Reshape(kr, f2)  vm = Reshape(vr, f2)"
+    "  kt = Transpose<perm = [0, 2, 1]>(km)  s3 = MatMul(qm, kt)  s3s = Mul(s3, 0.2236068)"
+    "  to4 = Concat<axis = 0>(b0, [6], s0, t0)  to3 = Concat<axis = 0>([-1], s0, t0)"
+)
+MERGED_VALUES = (
+    "p3 = Reshape(p, to3)  o3 = MatMul(p3, vm)  fo = Concat<axis = 0>(b0, [6], s0, [20])"
+    "  o = Reshape(o3, fo)  ot = Transpose<perm = [0, 2, 1, 3]>(o)  om = Reshape(ot, [0, 0, 120])"
+    "  y = MatMul(om, wo)"
+)
+SLOPES = "[0.5, 0.35, 0.25, 0.18, 0.125, 0.09]"
+# ALiBi as bloom writes it: [B*H, 1, T], the positions of the keys times a slope for each head.
+ALIBI = (
+    "cs = CumSum(attention_mask, 1)  c1 = Sub(cs, 1)  c2 = Mul(c1, attention_mask)"
+    "  cf = Cast<to = 1>(c2)  cu = Unsqueeze(cf, [1])"
+    f"  sp = Reshape({SLOPES}, [6, 1])  ab = Mul(sp, cu)"
+    "  tm = Shape<start = 1, end = 2>(attention_mask)  fa = Concat<axis = 0>([-1, 1], tm)"
+    "  al = Reshape(ab, fa)"
+)
+
+VIEWED = {
+    # bloom: baddbmm in three axes, the causal mask and the Softmax in four
+    "alibi-in-three-axes": (
+        f"{ALIBI}  s3a = Add(s3s, al)  s4 = Reshape(s3a, to4)  s2 = Where(keep, s4, -inf)",
+        True,
+    ),
+    "mask-in-three-axes": (
+        "kx = Expand(keep, to4)  kz = Reshape(kx, to3)  s3w = Where(kz, s3s, -inf)"
+        "  s2 = Reshape(s3w, to4)",
+        True,
+    ),
+    # fairseq: viewed to four axes for the mask, and back for the Softmax
+    "there-and-back": (
+        "s4 = Reshape(s3s, to4)  s4w = Where(keep, s4, -inf)  s2 = Reshape(s4w, to3)",
+        False,
+    ),
+    # everything in a matrix of rows
+    "in-two-axes": (
+        "f5 = Concat<axis = 0>([-1], t0)  s4 = Reshape(s3s, to4)  s4w = Where(keep, s4, -inf)"
+        "  s2 = Reshape(s4w, f5)",
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", VIEWED)
+def test_scores_that_are_viewed(name: str) -> None:
+    masked, viewed_back = VIEWED[name]
+    values = (
+        MERGED_VALUES
+        if viewed_back
+        else MERGED_VALUES.replace("Reshape(p, to3)", "Cast<to = 1>(p)")
+    )
+    assert_fused(block(scaled=MERGED, masked=masked, values=values))
+
+
+def test_grouped_scores_viewed_as_all_heads() -> None:
+    """q [B, K, G, S, D] on k [B, K, 1, T, D], masked and summed up as [B, H, S, T]."""
+    scaled = (
+        f"{SIZES.replace('(kr)', '(kc)')}  f1 = Concat<axis = 0>(b0, [3, 2], s0, [20])"
+        "  q5 = Reshape(q, f1)  k5 = Unsqueeze(kc, [2])  v5 = Unsqueeze(vc, [2])"
+        "  kt = Transpose<perm = [0, 1, 2, 4, 3]>(k5)  s5 = MatMul(q5, kt)"
+        "  s5s = Mul(s5, 0.2236068)  to4 = Concat<axis = 0>(b0, [6], s0, t0)"
+        "  to5 = Concat<axis = 0>(b0, [3, 2], s0, t0)  s1 = Reshape(s5s, to4)"
+    )
+    values = (
+        "p5 = Reshape(p, to5)  o5 = MatMul(p5, v5)  f2 = Concat<axis = 0>(b0, [6], s0, [20])"
+        "  o = Reshape(o5, f2)  ot = Transpose<perm = [0, 2, 1, 3]>(o)"
+        "  om = Reshape(ot, [0, 0, 120])  y = MatMul(om, wo)"
+    )
+    result = assert_fused(block(repeated="", scaled=scaled, values=values))
+    assert result.sites[0].details["kv_heads"] == "3"
+
+
+def test_scores_grouped_above_and_repeated_below() -> None:
+    """The keys are shared by an axis of groups, the values are repeated."""
+    scaled = (
+        f"{SIZES}  f1 = Concat<axis = 0>(b0, [3, 2], s0, [20])  q5 = Reshape(q, f1)"
+        "  k5 = Unsqueeze(kc, [2])  kt = Transpose<perm = [0, 1, 2, 4, 3]>(k5)"
+        "  s5 = MatMul(q5, kt)  s5s = Mul(s5, 0.2236068)"
+        "  to4 = Concat<axis = 0>(b0, [6], s0, t0)  s1 = Reshape(s5s, to4)"
+    )
+    assert_fused(block(scaled=scaled))
+
+
+def test_heads_that_change_places_on_the_way() -> None:
+    """Scores of [B, K, G, S, T] read as if G were outside: other values for each query."""
+    scaled = (
+        f"{SIZES}  f1 = Concat<axis = 0>(b0, [3, 2], s0, [20])  q5 = Reshape(q, f1)"
+        "  k5 = Unsqueeze(kc, [2])  kt = Transpose<perm = [0, 1, 2, 4, 3]>(k5)"
+        "  s5 = MatMul(q5, kt)  s5s = Mul(s5, 0.2236068)"
+        "  s5t = Transpose<perm = [0, 2, 1, 3, 4]>(s5s)"
+        "  to4 = Concat<axis = 0>(b0, [6], s0, t0)  s1 = Reshape(s5t, to4)"
+    )
+    assert_kept(block(scaled=scaled), "ATT001", "layout")
+
+
+def test_scores_that_a_mask_repeats_for_a_batch() -> None:
+    signature = SIGNATURE.replace("int64[b,s] ids", "int64[1,s] ids").replace("b,3,p", "1,3,p")
+    signature = signature.replace("b,3,t", "1,3,t")
+    decline = assert_kept(block(signature=signature), "ATT001", "layout")
+    assert "batches" in decline.reason
+
+
+# --- shifts and biases --------------------------------------------------------------------------
+
+BIASES = {
+    "subtracted": "z = Where(keep, 0.0, 10000.0)  s2 = Sub(s1, z)",
+    "shifted-by-the-largest": (
+        "s1m = Where(keep, s1, -1e30)  mx = ReduceMax<keepdims = 1>(s1m, [-1])  s2 = Sub(s1m, mx)"
+    ),
+    "shifted-by-each-query": "qb = MatMul(q, wb)  s1a = Add(s1, qb)  s2 = Where(keep, s1a, -inf)",
+    "computed-from-the-queries": (
+        "qb = MatMul(q, wt)  s1a = Add(s1, qb)  s2 = Where(keep, s1a, -inf)"
+    ),
+    "computed-and-scaled": (
+        "qb = MatMul(q, wt)  s0a = Add(qb, s0)  s1a = Mul(s0a, 0.2236068)"
+        "  s2 = Where(keep, s1a, -inf)"
+    ),
+    "a-spread-fill": "tk = Shape(s1)  fl = Expand(-inf, tk)  s2 = Where(keep, s1, fl)",
+    "a-filled-tensor": (
+        "tk = Shape(keep)  zf = ConstantOfShape(tk)  fl = Expand(-inf, tk)"
+        "  z = Where(keep, zf, fl)  s2 = Add(s1, z)"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BIASES)
+def test_biases(name: str) -> None:
+    weights = {"qb = MatMul(q, wb)": "float[20,1] wb, ", "qb = MatMul(q, wt)": "float[20,1] wt, "}
+    extra = next((text for start, text in weights.items() if start in BIASES[name]), "")
+    body = BIASES[name]
+    if "wt)" in body:  # a bias for each key: from the keys' own projection
+        body = body.replace(
+            "qb = MatMul(q, wt)", "kb = MatMul(kr, wt)  qb = Transpose<perm = [0, 1, 3, 2]>(kb)"
+        )
+    signature = SIGNATURE.replace("<float[37,50]", f"<{extra}float[37,50]")
+    assert_fused(block(signature=signature, masked=body), cache="wt)" not in body)
+
+
+# --- ALiBi --------------------------------------------------------------------------------------
+
+
+def family(mask: str, *, opset: int = 20) -> MaskFamily:
+    """What the value `m` of a graph over ids, attention_mask and a cache means."""
+    text = f"{SIGNATURE} {{ {block_of(mask)} }}"
+    model, roles = normalized(parse(text, opset=opset))
+    sampler = Sampler(model.graph, roles, runtime())
+    (value,) = [out for node in model.graph for out in node.outputs if out.name == "m"]
+    return read_mask(value, sampler)
+
+
+def block_of(mask: str) -> str:
+    whole = block(masked=f"{mask}  s2 = Add(s1, m)")
+    return whole[whole.index("{") + 1 : whole.rindex("}")]
+
+
+SLOPED = f"sp = Reshape({SLOPES}, [1, 6, 1, 1])  cf = Cast<to = 1>(cols)"
+
+
+def test_alibi_is_named() -> None:
+    found = family(
+        f"{SLOPED}  al = Mul(sp, cf)  z = Where(keep, 0.0, -3.4028235e38)  m = Add(al, z)"
+    )
+    assert str(found) == "causal, key padding, alibi"
+    assert found.slopes == pytest.approx((0.5, 0.35, 0.25, 0.18, 0.125, 0.09), rel=1e-4)
+
+
+def test_alibi_from_distances() -> None:
+    found = family(
+        f"{SLOPED}  di = Sub(cols, ru)  df = Cast<to = 1>(di)  al = Mul(sp, df)"
+        "  m = Where(keep, al, -inf)"
+    )
+    assert str(found) == "causal, key padding, alibi"
+
+
+@pytest.mark.parametrize(
+    "bias",
+    [
+        "di = Sub(cols, ru)  df = Cast<to = 1>(di)  sq = Mul(df, df)  al = Mul(sp, sq)",
+        "ra = Cast<to = 1>(ru)  rc = Mul(ra, cf)  al = Mul(sp, rc)",
+    ],
+)
+def test_biases_that_are_no_alibi(bias: str) -> None:
+    """No line, or another slope for each row."""
+    assert family(f"{SLOPED}  {bias}  m = Where(keep, al, -inf)").kind == "general"
+
+
+def test_a_mask_that_differs_from_head_to_head() -> None:
+    found = family(
+        f"{SLOPED}  lo = Greater(cf, 3.0)  li = And(lo, keep)  s6 = Greater(sp, 0.2)"
+        "  ok = Or(li, s6)  m = Where(ok, 0.0, -inf)"
+    )
+    assert found.kind == "general"
+    assert np.isfinite(len(found.slopes))
+
+
+# --- shared caches ------------------------------------------------------------------------------
+
+
+def test_two_layers_on_one_cache() -> None:
+    """Gemma 3n: a later layer attends to the keys and values of an earlier one."""
+    again = VALUES.replace("y = ", "h = ") + (
+        "  q2p = MatMul(h, wq)  q23 = Reshape(q2p, [0, 0, 6, 20])"
+        "  q2 = Transpose<perm = [0, 2, 1, 3]>(q23)  a0 = MatMul(q2, kt)  a1 = Mul(a0, 0.2236068)"
+        "  a2 = Where(keep, a1, -inf)  a3 = Softmax<axis = -1>(a2)  a4 = MatMul(a3, vr)"
+        "  a5 = Transpose<perm = [0, 2, 1, 3]>(a4)  a6 = Reshape(a5, [0, 0, 120])"
+        "  y = MatMul(a6, wo)"
+    )
+    result = assert_raised(block(values=again), None, "ATT001", "ATT001")
+    first, second = [node for node in result.after.graph.node if node.op_type == "Attention"]
+    assert list(first.input[4:]) == ["past_k", "past_v"]
+    assert list(second.input[1:3]) == list(first.output[1:3])
+    assert len(second.output) == 1
+    assert [site.details["cache"] for site in result.sites] == ["concatenated", "none"]
