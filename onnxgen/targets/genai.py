@@ -16,7 +16,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import producer
+from onnxgen.analysis.graph import names, producer
 from onnxgen.analysis.role_values import InputRole, OutputRole, Roles
 from onnxgen.analysis.shapes import Shapes
 from onnxgen.errors import RefusedError
@@ -29,9 +29,11 @@ DEFAULT_LENGTH = 32768
 PASTS = {"Attention": (4, 5), "GroupQueryAttention": (3, 4), "MultiHeadAttention": (6, 7)}
 # Model types that the runtime treats as it does "decoder". Others it knows, such as gpt2 and phi3,
 # have habits of their own that are not the model's.
-PLAIN_TYPES = frozenset(
-    "chatglm ernie4_5 gemma gemma2 gemma3_text granite internlm2 llama mistral nemotron olmo phi "
-    "qwen2 qwen3 smollm3".split()
+PLAIN_TYPES = names(
+    """
+    chatglm ernie4_5 gemma gemma2 gemma3_text granite internlm2 llama mistral nemotron olmo phi
+    qwen2 qwen3 smollm3
+    """
 )
 SEARCH: Json = {
     "diversity_penalty": 0.0,

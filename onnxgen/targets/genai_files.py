@@ -30,7 +30,13 @@ TOKENIZER = (
 
 
 def genai_files(
-    model: ir.Model, roles: Roles, source: Path, output: Path, *, max_length: int | None, force: bool
+    model: ir.Model,
+    roles: Roles,
+    source: Path,
+    output: Path,
+    *,
+    max_length: int | None,
+    force: bool,
 ) -> dict[str, bytes]:
     """The files to write beside `output`, by name: the tokenizer's, and the config as the last.
 
@@ -60,8 +66,8 @@ def genai_files(
                 "or replace it with --force"
             )
         files[name] = content
-    there = _object(output.with_name(CONFIG)) if not force else {}
-    if there and _filename(there) != output.name:
+    old = {} if force else _object(output.with_name(CONFIG))
+    if old and _filename(old) != output.name:
         raise UsageError(
             f"{output.with_name(CONFIG)} is another model's: choose another folder, "
             "or replace it with --force"

@@ -80,7 +80,5 @@ def _counted(template: str, inputs: Collection[str]) -> set[str]:
     return {
         name
         for name in inputs
-        if len(name) > len(before) + len(after)
-        and name.startswith(before)
-        and name.endswith(after)
+        if len(name) > len(before) + len(after) and name.startswith(before) and name.endswith(after)
     }

@@ -958,7 +958,9 @@ def main() -> None:
     parser.add_argument("--form", default="dynamo20")
     parser.add_argument("-o", dest="file", type=Path, help="the file to write for --model")
     parser.add_argument("--full", action="store_true", help="a plain .onnx, weights kept in")
-    parser.add_argument("--checkpoint", type=Path, help="folder for --model as transformers saves it")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder for --model as transformers saves it"
+    )
     for dim in dataclasses.fields(Dims):
         flag = "--" + dim.name.replace("_", "-")
         parser.add_argument(flag, type=int, default=None, dest=f"dim_{dim.name}")
@@ -975,8 +977,12 @@ def main() -> None:
             save_checkpoint(model, dims, options.checkpoint)
             return
         if options.full:
-            proto, module, _, exported = export_full(model, options.form, dims)
-            info = {"kind": model.kind, "dims": feed_dims(dims), "inputs": described(exported.inputs)}
+            proto, _, _, exported = export_full(model, options.form, dims)
+            info = {
+                "kind": model.kind,
+                "dims": feed_dims(dims),
+                "inputs": described(exported.inputs),
+            }
             proto.metadata_props.add(key=CORPUS, value=json.dumps(info))
             onnx.save(proto, options.file)
         else:
