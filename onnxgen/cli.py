@@ -125,6 +125,11 @@ _json = click.option(
 )
 @click.option("--opset", type=click.IntRange(min=1), metavar="N", help="Write this opset.")
 @click.option("--inline", is_flag=True, help="Expand functions of our own to standard ops.")
+@click.option(
+    "--genai-config",
+    is_flag=True,
+    help="Write what onnxruntime-genai needs beside OUT: genai_config.json, the tokenizer's files.",
+)
 @click.option("--force", is_flag=True, help="Allow OUT to replace MODEL.")
 @_role
 @_report
@@ -139,6 +144,7 @@ def fuse(
     disable: tuple[str, ...],
     opset: int | None,
     inline: bool,
+    genai_config: bool,
     force: bool,
     roles: tuple[str, ...],
     report_file: Path | None,
@@ -168,6 +174,7 @@ def fuse(
         inline=inline,
         roles=parse_roles(roles),
         force=force,
+        genai_config=genai_config,
     )
 
     def show(report: Report | None, code: int, error: str | None) -> None:

@@ -7,6 +7,7 @@ verify:  the comparison alone, of any two models with the same inputs and output
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ import onnx_ir as ir
 
 from onnxgen import __version__
 from onnxgen.analysis.masks import MaskFamily, mask_families
-from onnxgen.analysis.roles import find_roles, write_roles
+from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
 from onnxgen.model_io import read_model, staged
@@ -30,7 +31,8 @@ from onnxgen.report.values import Proof, Report
 from onnxgen.runtime import Runtime
 from onnxgen.targets import onnx as onnx_target
 from onnxgen.targets import ort as ort_target
-from onnxgen.targets.contract import Padding, write_contract
+from onnxgen.targets.contract import Padding, read_contract, write_contract
+from onnxgen.targets.genai_files import CONFIG, genai_files
 from onnxgen.targets.ort.config import context_length
 from onnxgen.verify.compare import TOLERANCES, verify_models
 from onnxgen.verify.rewrites import RewriteChecker
@@ -54,6 +56,7 @@ class FuseOptions:
         inline: expand the functions of the `onnxgen` domain.
         roles: what inputs are for, by name, where structure does not tell.
         force: let the output replace the input.
+        genai_config: write genai_config.json and the tokenizer's files beside the output too.
     """
 
     output: Path | None = None
@@ -66,6 +69,7 @@ class FuseOptions:
     inline: bool = False
     roles: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
+    genai_config: bool = False
 
 
 def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
@@ -121,8 +125,9 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         onnx_target.finish(model, __version__, options.target)
         _describe(report, model)
 
+        beside = _files_beside(report, model, roles, path, output, options)
         clock.start("write", f"writing {output.name}")
-        with staged(model, output, source=path, force=options.force) as stage:
+        with staged(model, output, source=path, force=options.force, beside=beside) as stage:
             clock.start("verify", "verifying")
             report.proof = (
                 _prove(path, stage.path, options, runtime, checker, progress)
@@ -132,7 +137,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             clock.stop()
             _raise_unless_good(report, path)
             stage.commit()
-            report.output = str(output)
+            report.output, report.beside = str(output), list(beside)
     return report
 
 
@@ -158,6 +163,21 @@ def _settings(path: Path, options: FuseOptions) -> ort_target.Settings:
     """What was asked for, with the length that config.json beside the model states."""
     length = options.max_length or context_length(path.with_name("config.json"))
     return ort_target.Settings(options.padding, length)
+
+
+def _files_beside(
+    report: Report, model: ir.Model, roles: Roles, path: Path, output: Path, options: FuseOptions
+) -> dict[str, bytes]:
+    """What is written beside the model, by name, where it was asked for."""
+    if not options.genai_config:
+        return {}
+    length = read_contract(model).max_length
+    files = genai_files(model, roles, path, output, max_length=length, force=options.force)
+    if "eos_token_id" not in json.loads(files[CONFIG])["model"]:
+        report.warnings.append(
+            f"{CONFIG} says nothing of special tokens: there is no config.json beside {path.name}"
+        )
+    return files
 
 
 def _prove(

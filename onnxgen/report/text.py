@@ -55,6 +55,8 @@ def render_report(report: Report) -> RenderableType:
     parts.append(render_proof(report.proof))
     parts += [_labelled("Warning", warning, "yellow") for warning in report.warnings]
     parts.append(_footer(report))
+    if report.beside:
+        parts.append(Text(f"Beside it: {', '.join(report.beside)}"))
     return Group(*parts)
 
 

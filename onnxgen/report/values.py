@@ -122,6 +122,7 @@ class Report:
 
     Attributes:
         input, output: paths as given; output is "" when nothing was written.
+        beside: names of the files that were written beside the output.
         target: "onnx" or "ort".
         contract: what the written model assumes, as text; "" where it assumes nothing.
         opset_before, opset_after: versions of the default domain.
@@ -146,6 +147,7 @@ class Report:
     sites: list[Site] = field(default_factory=list)
     lowered: list[Site] = field(default_factory=list)
     contract: str = ""
+    beside: list[str] = field(default_factory=list)
     proof: Proof | None = None
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -3,6 +3,7 @@
     python tests/corpus/export.py --list
     python tests/corpus/export.py --only 'llama/*'
     python tests/corpus/export.py --model qwen3 --form dynamo20 --layers 32 --full -o /tmp/big.onnx
+    python tests/corpus/export.py --model qwen3 --layers 32 --checkpoint /tmp/qwen3
 
 A new model is one line in `MODELS`. What cannot be exported is recorded in `failures.json`, and
 `README.md` is written from it and from the stored files (`--readme` does only that).
@@ -644,7 +645,9 @@ def by_transformers(
     else:
         sample = values
     target: Any = module.model.encoder if model.kind == "audio" else module
-    exported = OnnxExporter().export(target, sample, config=OnnxConfig(dynamic=True))
+    fusions = "cpu" if "ortfused" in mods else None
+    config = OnnxConfig(dynamic=True, ort_fusions=fusions)
+    exported = OnnxExporter().export(target, sample, config=config)
     import onnx_ir
 
     proto = onnx_ir.to_proto(exported.program)
@@ -945,6 +948,17 @@ def short(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
+def save_checkpoint(model: Model, dims: Dims, folder: Path) -> None:
+    """Save a model as tools that start from weights read it: config, weights, some tokenizer."""
+    import tokenizers
+
+    words = {f"w{i}": i for i in range(dims.vocab)}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    with quiet():
+        build(model, dims, ())[0].save_pretrained(folder)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(folder)
+
+
 # --- one cell ---------------------------------------------------------------------------------------
 
 
@@ -1041,6 +1055,9 @@ def main() -> None:
     parser.add_argument("--form", default="dynamo20")
     parser.add_argument("-o", dest="file", type=Path, help="the file to write for --model")
     parser.add_argument("--full", action="store_true", help="a plain .onnx, weights kept in")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder for --model as transformers saves it"
+    )
     for dim in dataclasses.fields(Dims):
         flag = "--" + dim.name.replace("_", "-")
         parser.add_argument(flag, type=int, default=None, dest=f"dim_{dim.name}")
@@ -1053,8 +1070,17 @@ def main() -> None:
     if options.model:
         model = next(m for m in MODELS if m.name == options.model)
         dims = dataclasses.replace(model.dims, **changed)
+        if options.checkpoint:
+            save_checkpoint(model, dims, options.checkpoint)
+            return
         if options.full:
-            proto = export_full(model, options.form, dims)[0]
+            proto, _, _, exported = export_full(model, options.form, dims)
+            info = {
+                "kind": model.kind,
+                "dims": feed_dims(dims),
+                "inputs": described(exported.inputs),
+            }
+            proto.metadata_props.add(key=CORPUS, value=json.dumps(info))
             onnx.save(proto, options.file)
         else:
             options.file.write_bytes(compress(export(model, options.form, dims)[0]))
