@@ -239,8 +239,11 @@ def test_places_that_do_not_follow_one_another(places: str) -> None:
 def test_places_that_an_input_gives_may_be_any() -> None:
     signature = SIGNATURE.replace("int64 at", "int64[s] at")
     places = "places = Identity(at)"
-    assert_kept(write(FRONT, places=places, signature=signature), "CAC001", "positions")
-    assert_kept(write(COLUMNS, places=places, signature=signature), "CAC001", "positions")
+    for written in (FRONT, COLUMNS):
+        decline = assert_kept(
+            write(written, places=places, signature=signature), "CAC001", "positions"
+        )
+        assert decline.reason == "'at' says where each new row goes, and may say any place"
 
 
 def test_places_that_a_mask_gives_may_be_any() -> None:
