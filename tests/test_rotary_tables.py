@@ -82,6 +82,15 @@ def test_float_inside_half() -> None:
     assert "Cast" in str(node.input[0]) or result.count("Cast") == 3
 
 
+def test_rounding_on_the_way_is_not_lost() -> None:
+    """Each half is narrowed and widened again: what that rounds is no part of the operator."""
+    assert_untouched(
+        f"{SIGNATURE} {{ {HEADS}  {COS_SIN}  r1, i1 = Split<axis = -1, num_outputs = 2>(x)"
+        "  r2 = Cast<to = 10>(r1)  i2 = Cast<to = 10>(i1)  re = Cast<to = 1>(r2)"
+        f"  im = Cast<to = 1>(i2)  {TURN}  y = Concat<axis = -1>(u, v) }}"
+    )
+
+
 FED = (
     "(int64[b,s] input_ids, float[b,s,{width}] cos, float[b,s,{width}] sin)"
     " => (float[b,s,6,20] y) <float[31,84] words, float[84,120] w>"
