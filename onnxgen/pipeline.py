@@ -105,6 +105,8 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         clock.start("raise", "raising")
         checker = RewriteChecker(runtime, roles) if options.verify else None
         disabled = frozenset(options.disable)
+        if options.target == "ort":
+            disabled |= ort_target.KEPT
         sampler = Sampler(model.graph, roles, runtime)
         report.sites = raise_model(model, roles, sampler=sampler, check=checker, disabled=disabled)
         families = mask_families(model.graph, sampler)

@@ -191,6 +191,14 @@ def test_what_continues_no_cache_stays_attention(tmp_path: Path) -> None:
     assert report.contract == "padding any"
 
 
+def test_what_is_the_targets_own_stays(tmp_path: Path) -> None:
+    path, output, report = make(tmp_path, "llama/builder")
+    assert ops(output)["GroupQueryAttention"] == ops(path)["GroupQueryAttention"] == 2
+    assert sum(ops(output).values()) <= sum(ops(path).values())
+    assert report.proof is not None
+    assert report.proof.status == "proven"
+
+
 def test_split_projections_are_packed_again(tmp_path: Path) -> None:
     _, output, _ = make(tmp_path, "phi3/dynamo20", padding="none")
     packed = [n for n in onnx.load(output).graph.node if n.op_type == "GroupQueryAttention"]
