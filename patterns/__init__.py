@@ -14,6 +14,7 @@ from onnxgen.patterns.rotary import Rotary
 from onnxgen.patterns.rotary_op import OneRowRotary
 from onnxgen.patterns.rule import Rule
 from onnxgen.patterns.static_cache import StaticCacheWrite
+from onnxgen.patterns.unattended import UnattendedRows
 
 # In the order in which they are applied.
 RULES: tuple[Rule, ...] = (
@@ -30,4 +31,5 @@ RULES: tuple[Rule, ...] = (
     OneRowRotary(),
     SoftmaxAttention(),
     ExportedAttention(),
+    UnattendedRows(),
 )

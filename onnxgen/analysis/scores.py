@@ -8,6 +8,7 @@ them. What else stands in between stops the walk, with the node named.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
@@ -259,12 +260,24 @@ def constant_choice(value: ir.Value) -> Choice | None:
     """An additive mask that is Where(keep, 0, -inf) said as the bool it comes from."""
     node = producer(value, "Where")
     if node is None or node.inputs[0] is None:
-        return None
+        return _scaled_choice(value)
     kept, gone = uniform(node.inputs[1]), uniform(node.inputs[2])
     for inverted, zero, fill in ((False, kept, gone), (True, gone, kept)):
         if zero == 0.0 and fill is not None and fill <= MASKED:
             return Choice(node.inputs[0], fill, inverted)
     return None
+
+
+def _scaled_choice(value: ir.Value) -> Choice | None:
+    """Cast(gone) * fill, where fill is finite: 0 * -inf would be NaN."""
+    factor = scalar_factor(node) if (node := producer(value, "Mul")) is not None else None
+    cast = None if factor is None else producer(factor[0], "Cast")
+    gone = None if cast is None else cast.inputs[0]
+    if factor is None or gone is None or gone.dtype != ir.DataType.BOOL:
+        return None
+    return (
+        Choice(gone, factor[1], True) if math.isfinite(factor[1]) and factor[1] <= MASKED else None
+    )
 
 
 def _where(facts: Facts, node: ir.Node) -> Mask | None:

@@ -26,6 +26,7 @@ _NAMES = {
     "projection": "projections of queries, keys and values",
     "norm": "norms with their residual",
     "cache": "cache write",
+    "unattended": "rows that see nothing",
 }
 _STYLES = {"proven": "green", "differs": "red", "unproven": "yellow", "unverifiable": "red"}
 
