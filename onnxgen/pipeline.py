@@ -1,6 +1,7 @@
 """What each command runs, in order.
 
-fuse:    read -> roles -> normalize -> raise (each rewrite checked) -> tidy
+fuse:    read -> for each branch of a merged model, if it is one:
+             roles -> normalize -> raise (each rewrite checked) -> tidy
          -> stage beside the output -> verify -> move into place
 verify:  the comparison alone, of any two models with the same inputs and outputs
 """
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,15 +18,16 @@ import onnx_ir as ir
 
 from onnxgen import __version__
 from onnxgen.analysis.masks import MaskFamily, mask_families
-from onnxgen.analysis.roles import find_roles
+from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
 from onnxgen.model_io import read_model, staged
+from onnxgen.passes.branches import Part, join_branches, split_branches
 from onnxgen.passes.normalize import normalize
 from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
 from onnxgen.patterns import RULES
-from onnxgen.report.values import Proof, Report
+from onnxgen.report.values import Proof, Report, Site
 from onnxgen.runtime import Runtime
 from onnxgen.targets import onnx as onnx_target
 from onnxgen.verify.compare import TOLERANCES, verify_models
@@ -83,19 +85,20 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     report.ops_before = _count(model)
     report.opset_before = model.graph.opset_imports.get("", 0)
     opset = onnx_target.opset_for(report.opset_before, options.opset)
-    roles = find_roles(model, options.roles)
 
     with Runtime() as runtime:
-        clock.start("normalize", "normalizing")
-        report.warnings += normalize(model, opset, runtime, roles)
+        checkers: list[RewriteChecker] = []
+        parts = split_branches(model)
+        for part in parts:
+            roles = find_roles(part.model, options.roles)
+            clock.start("normalize", "normalizing")
+            report.warnings += normalize(part.model, opset, runtime, roles)
 
-        clock.start("raise", "raising")
-        checker = RewriteChecker(runtime, roles) if options.verify else None
-        disabled = frozenset(options.disable)
-        sampler = Sampler(model.graph, roles, runtime)
-        report.sites = raise_model(model, roles, sampler=sampler, check=checker, disabled=disabled)
-        _name_masks(report, mask_families(model.graph, sampler))
-        tidy(model)
+            clock.start("raise", "raising")
+            checkers += [RewriteChecker(runtime, roles)] if options.verify else []
+            report.sites += _raise(part, roles, runtime, checkers, options)
+            tidy(part.model)
+        model = join_branches(parts)
         onnx_target.finish(model, __version__)
         _describe(report, model)
 
@@ -103,7 +106,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         with staged(model, output, source=path, force=options.force) as stage:
             clock.start("verify", "verifying")
             report.proof = (
-                _prove(path, stage.path, options, runtime, checker, progress)
+                _prove(path, stage.path, options, runtime, checkers, progress)
                 if options.verify
                 else Proof("unproven", TOLERANCES[ir.DataType.FLOAT], reason="told not to run")
             )
@@ -130,21 +133,45 @@ def _check_options(options: FuseOptions) -> None:
         raise UsageError(f"--target {options.target}: no such target; targets: onnx")
 
 
+def _raise(
+    part: Part,
+    roles: Roles,
+    runtime: Runtime,
+    checkers: Sequence[RewriteChecker],
+    options: FuseOptions,
+) -> list[Site]:
+    """Raise a model, or one branch of it, and say what its masks mean and which branch it is."""
+    sampler = Sampler(part.model.graph, roles, runtime)
+    sites = raise_model(
+        part.model,
+        roles,
+        sampler=sampler,
+        check=checkers[-1] if checkers else None,
+        disabled=frozenset(options.disable),
+    )
+    _name_masks(sites, mask_families(part.model.graph, sampler))
+    for site in sites:
+        if part.branch:
+            site.details["branch"] = f"{part.switch}, {part.branch.removesuffix('_branch')}"
+    return sites
+
+
 def _prove(
     original: Path,
     rewritten: Path,
     options: FuseOptions,
     runtime: Runtime,
-    checker: RewriteChecker | None,
+    checkers: Sequence[RewriteChecker],
     progress: Progress,
 ) -> Proof:
     """The comparison of the whole models, with the figures of the rewrites' own checks."""
     proof = verify_models(
         original, rewritten, roles=options.roles, runtime=runtime, progress=progress
     )
-    if checker is not None:
-        proof.rewrites, proof.structures = checker.rewrites, checker.structures
-        proof.rewrite_difference = checker.difference
+    if checkers:
+        proof.rewrites = sum(checker.rewrites for checker in checkers)
+        proof.structures = sum(checker.structures for checker in checkers)
+        proof.rewrite_difference = max(checker.difference for checker in checkers)
     return proof
 
 
@@ -163,9 +190,9 @@ def _raise_unless_good(report: Report, path: Path) -> None:
     raise error
 
 
-def _name_masks(report: Report, families: Mapping[str, MaskFamily]) -> None:
+def _name_masks(sites: Sequence[Site], families: Mapping[str, MaskFamily]) -> None:
     """State each attention's mask as what it means, where it was recognised."""
-    for site in report.sites:
+    for site in sites:
         family = families.get(site.node) if site.status == "fused" else None
         if family is not None:
             site.details["mask"] = str(family)
