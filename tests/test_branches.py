@@ -120,7 +120,7 @@ CHOICE = (
     "then_branch = a () => (float[s] ya, float[s] wa)"
     " { ya = Add(h, k)  wa = Identity(z) },"
     " else_branch = b () => (float[s] yb, float[s] wb)"
-    " { yb = Sub(h, k)  wb = Identity(yb) }> }"
+    " { yb = Sub(h, m)  wb = Identity(yb) }> }"
 )
 
 
@@ -129,9 +129,9 @@ def choosing() -> onnx.ModelProto:
     model = onnx.parser.parse_model(text.replace("Mul(x, 2.0)", "Add(x, x)"))
     assert isinstance(model, onnx.ModelProto)
     (choice,) = [node for node in model.graph.node if node.op_type == "If"]
-    for number, attribute in enumerate(choice.attribute):  # one name, two constants
-        array = np.array([3.0 + number], np.float32)
-        attribute.g.initializer.append(onnx.numpy_helper.from_array(array, "k"))
+    for name, attribute in zip("km", choice.attribute, strict=True):
+        array = np.array([3.0 if name == "k" else 5.0], np.float32)
+        attribute.g.initializer.append(onnx.numpy_helper.from_array(array, name))
     return model
 
 
