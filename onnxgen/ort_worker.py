@@ -42,6 +42,9 @@ def _load(request: dict[str, Any]) -> Any:
     options.enable_mem_pattern = False  # shapes change from run to run
     if not request["optimize"]:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if request["folder"]:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, request["folder"])
     return ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
 
 
