@@ -53,11 +53,14 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def load(self, model: bytes | Path, *, optimize: bool = False) -> int:
+    def load(
+        self, model: bytes | Path, *, optimize: bool = False, folder: Path | None = None
+    ) -> int:
         """Load a model (bytes, or a path where it has external data) and return its handle.
 
         Args:
             optimize: run the runtime's own graph optimisations, as a user's session would.
+            folder: where the external data of bytes is.
 
         Raises:
             RuntimeFailure: the runtime refuses the model.
@@ -65,6 +68,7 @@ class Runtime:
         self._sessions += 1
         source = model if isinstance(model, bytes) else str(model)
         request = {"model": source, "optimize": optimize, "threads": self.threads}
+        request["folder"] = "" if folder is None else str(folder)
         self._ask("load", self._sessions, request)
         self._alive.add(self._sessions)
         return self._sessions

@@ -82,6 +82,8 @@ def render_proof(proof: Proof | None) -> RenderableType:
             )
         )
     skipped: dict[str, list[Case]] = {}
+    if proof.note:
+        lines.append(Text(f"  {proof.note}"))
     for case in proof.cases:
         if case.skipped:
             skipped.setdefault(case.skipped, []).append(case)

@@ -28,6 +28,7 @@ from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.contract import Contract, read_contract
 from onnxgen.verify.cases import Run, find_edges, plan
 from onnxgen.verify.difference import NotANumberError, output_difference
+from onnxgen.verify.precision import NOTE, in_full_precision, rounds_activations
 
 Array = npt.NDArray[Any]
 Source = Path | bytes
@@ -94,9 +95,11 @@ def verify_models(
     # The original is what its nodes say; the rewritten one runs as it will for a user. Both
     # optimised by the runtime could be one and the same graph in the end, right or wrong.
     sides = (
-        _Side(runtime, original, as_written=True),
-        _Side(runtime, rewritten, as_written=False),
+        _Side(runtime, original, as_written=True, full=rounds_activations(model)),
+        _Side(runtime, rewritten, as_written=False, full=rounds_activations(model)),
     )
+    if sides[0].full:
+        proof.note = NOTE
     try:
         sides[0].load()
     except RuntimeFailure as error:
@@ -161,20 +164,24 @@ def _conclude(proof: Proof, failures: Mapping[str, str]) -> None:
 class _Side:
     """One of the two models; loaded again when a crash took its session along."""
 
-    def __init__(self, runtime: Runtime, source: Source, *, as_written: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, source: Source, *, as_written: bool, full: bool = False
+    ) -> None:
         self.runtime = runtime
         self.source = source
+        self.full = full
         self.session = 0
         self._as_written = as_written
 
     def load(self) -> None:
+        source, folder = in_full_precision(self.source) if self.full else (self.source, None)
         if self._as_written:
             try:
-                self.session = self.runtime.load(self.source, optimize=False)
+                self.session = self.runtime.load(source, optimize=False, folder=folder)
                 return
             except RuntimeFailure:
                 self._as_written = False  # some graphs load only with their constants folded
-        self.session = self.runtime.load(self.source, optimize=True)
+        self.session = self.runtime.load(source, optimize=True, folder=folder)
 
     def unload(self) -> None:
         self.runtime.unload(self.session)

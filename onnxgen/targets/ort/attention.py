@@ -177,7 +177,9 @@ class GroupQuery(Rule):
         if attribute(node, "is_causal", 0):
             raise Declined(self, "causal", "is_causal beside a mask", node)
         family = self._families.get(node.name or "")
-        known = family is not None and family.kind in ("full", "causal", "window")
+        known = (
+            family is not None and family.kind in ("full", "causal", "window") and not family.slopes
+        )
         if family is None or not known or (family.padding and input_mask(facts, past) is None):
             return _Masking(causal=False, bias=mask)
         window = family.size if family.kind == "window" else -1
