@@ -15,7 +15,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxgen import __version__
+from onnxgen import __version__, functions
 from onnxgen.analysis.masks import MaskFamily, mask_families
 from onnxgen.analysis.roles import find_roles
 from onnxgen.analysis.sampling import Sampler
@@ -96,6 +96,8 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         report.sites = raise_model(model, roles, sampler=sampler, check=checker, disabled=disabled)
         _name_masks(report, mask_families(model.graph, sampler))
         tidy(model)
+        if options.inline:
+            functions.expand(model)
         onnx_target.finish(model, __version__)
         _describe(report, model)
 
@@ -185,14 +187,17 @@ def _describe(report: Report, model: ir.Model) -> None:
 
 
 def _count(model: ir.Model) -> dict[str, int]:
-    """How many nodes of each op type there are, subgraphs and the bodies of called functions in."""
+    """How many nodes of each op type there are, subgraphs and bodies of called functions in.
+
+    Functions of ours count as operators.
+    """
     counts: Counter[str] = Counter()
     pending = [(model.graph.all_nodes(), 0)]
     while pending:
         nodes, depth = pending.pop()
         for node in nodes:
             function = model.functions.get(node.op_identifier())
-            if function is None or depth > 32:
+            if function is None or functions.is_ours(function) or depth > 32:
                 counts[node.op_type] += 1
             else:
                 pending.append((function.all_nodes(), depth + 1))

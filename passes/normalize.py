@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import version_converter
 
+from onnxgen import functions
 from onnxgen.analysis.dtypes import output_dtypes
 from onnxgen.analysis.roles import Roles
 from onnxgen.errors import RefusedError
@@ -46,8 +47,9 @@ def normalize(
     """
     warnings: list[str] = []
     if model.functions:
-        common.InlinePass()(model)
-        model.functions.clear()  # nothing calls them any more
+        # Ours stay: their calls are what raising would make of their bodies.
+        common.InlinePass(criteria=lambda function: not functions.is_ours(function))(model)
+        model.functions.clear()  # nothing calls the others any more; raising declares ours again
     common.TopologicalSortPass()(model)
     common.NameFixPass()(model)
     raise_opset(model, opset)

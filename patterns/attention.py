@@ -8,12 +8,17 @@ Replaces
     (`analysis.views`): transposes, detours through flattened tensors, repeated key/value heads.
     Factors on q, on k, on both or on the scores become one scale. A Concat of past and new keys
     and values along the sequence moves into the node. The mask stays as the model computes it.
+    Scores may be viewed on the way, with masks and biases added to any view of them.
+
+    With a column of sinks joined to the scores, and dropped from the probabilities, the node is
+    onnxgen::SinkAttention (`onnxgen.functions.sink_attention`): the standard has no such operator.
 
 Declines
     scores: something unknown stands between the Softmax and q @ k, or before p @ v.
     layout: an operand cannot be read as batch, heads, rows and columns.
     groups: keys and values do not have the same heads, or these do not divide the queries'.
     mask: the mask cannot be brought to [.., S, T].
+    sinks: what is joined to the scores is not one number a head.
     cap-order: a mask is applied before the cap, where the operator applies it behind.
 
 Numerics
@@ -47,6 +52,7 @@ from onnxgen.patterns.attending import (
     heads_of,
 )
 from onnxgen.patterns.building import Builder
+from onnxgen.patterns.masking import each_head
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
 Layouts: TypeAlias = Mapping[ir.Value, tuple[Axis, ...]]
@@ -60,7 +66,8 @@ class SoftmaxAttention(Rule):
     anchors = frozenset({"Softmax"})
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
-        up, down = walk_up(facts, given(node, 0)), walk_down(node)
+        up = walk_up(facts, given(node, 0))
+        down = walk_down(facts, node, None if isinstance(up, Stopped) else up.sink)
         if (isinstance(up, Stopped) or isinstance(down, Stopped)) and not attends(facts, node):
             return None  # a router's Softmax, or a classifier's: nothing is attended to
         for stopped in (up, down):
@@ -72,7 +79,8 @@ class SoftmaxAttention(Rule):
             raise Declined(self, "scores", "the Softmax is not over the last axis", node)
         if up.masks_before_cap:
             raise Declined(self, "cap-order", "a mask is applied before the cap", node)
-        steps = [*(step for step, _ in reversed(up.steps)), node, *down.steps]
+        scores = [step.outputs[0] for step, _ in reversed(up.steps)]
+        steps = [*scores, node.outputs[0], *down.steps]
         layout = layouts(facts, up.contraction, steps)
         if isinstance(layout, str):
             raise Declined(self, "layout", layout, up.contraction)
@@ -156,8 +164,14 @@ class SoftmaxAttention(Rule):
         precision = given(node, 0).dtype
         if precision is not None and precision != dtype:
             attributes["softmax_precision"] = int(precision)
+        sinks: ir.Value | None = None
+        if up.sink is not None:
+            column = each_head(facts, builder, up.sink.value, layout[up.sink.at], axes, dtype)
+            if isinstance(column, str):
+                raise Declined(self, "sinks", column, node)
+            sinks = column
         fused, y, replaced = attention(
-            builder, queries[0], keys[0], values[0], mask, caches, attributes
+            builder, queries[0], keys[0], values[0], mask, caches, attributes, sinks
         )
         old = down.product.outputs[0]
         if old.dtype is not None and old.dtype != dtype:
@@ -176,6 +190,8 @@ class SoftmaxAttention(Rule):
             "cache": "concatenated" if caches else "none",
             "mask": "explicit" if mask is not None else "none",
         }
+        if sinks is not None:
+            details["sinks"] = "one a head"
         return Rewrite(fused, ((old, y), *replaced), details, mask)
 
 

@@ -593,11 +593,6 @@ SCORES = {
         "masked": "c1 = Tanh(s1)  c2 = Mul(c1, 30.0)  c3 = Relu(c2)  s2 = Where(keep, c3, -inf)"
     },
     "another axis": {"softmax": "p = Softmax<axis = 2>(s2)"},
-    "sinks": {
-        "softmax": "sk = MatMul(q, sw)  sc = Concat<axis = -1>(s2, sk)  pc = Softmax<axis = -1>(sc)"
-        "  te = Shape<start = -1>(s2)  p = Slice(pc, [0], te, [-1])",
-        "signature": SIGNATURE.replace("<float[37,50]", "<float[20,1] sw, float[37,50]"),
-    },
 }
 
 

@@ -139,10 +139,9 @@ DOWN = {
 @pytest.mark.parametrize("body", DOWN)
 def test_down_to_the_values(body: str) -> None:
     facts, values = facts_of(f"{SIGNATURE} {{ {START}  p = Softmax(qk)  {body} }}")
-    del facts
     softmax = values["p"].producer()
     assert softmax is not None
-    end = walk_down(softmax)
+    end = walk_down(facts, softmax)
     if not DOWN[body]:
         assert isinstance(end, Stopped)
         assert end.reason

@@ -13,8 +13,18 @@ from dataclasses import dataclass, field, replace
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, ancestors, attribute, given, producer, scalar, uniform
-from onnxgen.analysis.shape_rules import ELEMENTWISE
+from onnxgen.analysis.graph import (
+    FLOATS,
+    ancestors,
+    attribute,
+    given,
+    is_read,
+    producer,
+    scalar,
+    uniform,
+)
+from onnxgen.analysis.shape_rules import ELEMENTWISE, slice_bounds
+from onnxgen.analysis.symbols import Dim
 from onnxgen.analysis.views import VIEW_OPS, scalar_factor
 
 # What is added to, or written over, a masked score is at least this low.
@@ -40,6 +50,21 @@ class Mask:
     factor: float = 1.0
 
 
+@dataclass(frozen=True)
+class Sink:
+    """One more score for every row, joined to the others before the Softmax.
+
+    Attributes:
+        value: the sinks, broadcast to [.., S, 1].
+        at: the scores that they are joined to.
+        first: whether they stand before the scores.
+    """
+
+    value: ir.Value
+    at: ir.Value
+    first: bool
+
+
 @dataclass
 class Scores:
     """What the walk up from a Softmax found.
@@ -50,7 +75,8 @@ class Scores:
         softcap: c of c * tanh(scores / c); 0 for none.
         masks: those nearest to the Softmax first.
         masks_before_cap: whether a mask is applied before the cap.
-        steps: the nodes between, nearest to the Softmax first.
+        sink: what is joined to the scores for the Softmax, and dropped behind it.
+        steps: the nodes between, nearest to the Softmax first, with the scores they take.
     """
 
     contraction: ir.Node
@@ -58,6 +84,7 @@ class Scores:
     softcap: float = 0.0
     masks: list[Mask] = field(default_factory=list)
     masks_before_cap: bool = False
+    sink: Sink | None = None
     steps: list[tuple[ir.Node, ir.Value]] = field(default_factory=list)
 
 
@@ -114,7 +141,8 @@ def _step(facts: Facts, node: ir.Node, found: Scores) -> ir.Value | _Sum | Stopp
     if node.op_type in ("Add", "Sub"):
         a, b = given(node), given(node, 1)
         if facts.is_activation(a) and facts.is_activation(b):
-            if not capped and a is not b and _shifts(facts, a, b):
+            shifted = not capped and found.sink is None and a is not b
+            if shifted and _shifts(facts, a, b):
                 return a
             if node.op_type == "Add" and a is not b:
                 return _Sum(node, (a, b))
@@ -128,7 +156,22 @@ def _step(facts: Facts, node: ir.Node, found: Scores) -> ir.Value | _Sum | Stopp
         if mask_found is None or found.scale <= 0:
             return Stopped(node, "a Where on the scores writes no constant mask")
         return _masked(found, node, mask_found)
+    if node.op_type == "Concat":
+        return _sink(facts, node, found)
     return Stopped(node, f"{node.op_type} stands between the Softmax and q @ k")
+
+
+def _sink(facts: Facts, node: ir.Node, found: Scores) -> ir.Value | Stopped:
+    """The scores that a column is joined to; the column is noted."""
+    rank = facts.shapes.rank(node.outputs[0])
+    plain = found.sink is None and not found.masks and found.scale == 1.0 and not found.softcap
+    if plain and rank and len(node.inputs) == 2 and attribute(node, "axis") % rank == rank - 1:
+        for scores, column in (node.inputs, node.inputs[::-1]):
+            size, other = facts.shapes.of(column), facts.shapes.of(scores)
+            if scores and column and size and other and size[-1] == 1 and other[-1] != 1:
+                found.sink = Sink(column, scores, first=column is node.inputs[0])
+                return scores
+    return Stopped(node, "something is joined to the scores that is no column of sinks")
 
 
 def _masked(found: Scores, node: ir.Node, mask: Mask) -> ir.Value:
@@ -154,7 +197,7 @@ def _through_sum(facts: Facts, added: _Sum, found: Scores) -> Scores | Stopped:
         return stopped
     for scores, bias in (added.operands, added.operands[::-1]):
         above = walk_up(facts, scores)
-        if isinstance(above, Stopped) or (above.softcap and found.scale != 1.0):
+        if isinstance(above, Stopped) or above.sink or (above.softcap and found.scale != 1.0):
             continue
         if any(node is above.contraction for node in ancestors([bias], frozenset())):
             continue
@@ -177,29 +220,42 @@ class Down:
 
     Attributes:
         product: the node that multiplies probabilities and values.
-        steps: the nodes between, nearest to the Softmax first.
+        steps: what the probabilities become on the way, nearest to the Softmax first.
     """
 
     product: ir.Node
-    steps: list[ir.Node] = field(default_factory=list)
+    steps: list[ir.Value] = field(default_factory=list)
 
 
-def walk_down(softmax: ir.Node) -> Down | Stopped:
-    """From a Softmax's output to the MatMul with the values, through casts and the NaN guard."""
+def walk_down(facts: Facts, softmax: ir.Node, sink: Sink | None = None) -> Down | Stopped:
+    """From a Softmax's output to the MatMul with the values, through casts and the NaN guard.
+
+    Args:
+        sink: what was joined to the scores, which is dropped on the way.
+    """
     value = softmax.outputs[0]
-    steps: list[ir.Node] = []
+    steps: list[ir.Value] = []
     while True:
         users = {use.node for use in value.uses()}
         guard = _nan_guard(value, users)
         if guard is None and (len(users) != 1 or value.is_graph_output()):
             return Stopped(softmax, "the probabilities are read by more than the values' product")
         node = guard or users.pop()
+        if sink is not None and node.op_type in ("Slice", "Split"):
+            kept = _without(facts, node, sink)
+            if kept is None:
+                return Stopped(node, "not the sinks alone are dropped from the probabilities")
+            steps.append(kept)
+            value, sink = kept, None
+            continue
         if node.op_type == "MatMul" and node.inputs[0] is value:
+            if sink is not None:
+                return Stopped(node, "the sinks have values")
             return Down(node, steps)
         if guard is None and node.op_type not in _VIEWED | {"Cast", "Dropout"}:
             return Stopped(node, f"{node.op_type} stands between the Softmax and p @ v")
-        steps.append(node)
         value = node.outputs[0]
+        steps.append(value)
 
 
 def attends(facts: Facts, softmax: ir.Node) -> bool:
@@ -302,6 +358,29 @@ def _nan_guard(value: ir.Value, users: set[ir.Node]) -> ir.Node | None:
     if len(list(test.outputs[0].uses())) != 1 or scalar(where.inputs[1]) != 0.0:
         return None
     return where
+
+
+def _without(facts: Facts, node: ir.Node, sink: Sink) -> ir.Value | None:
+    """The probabilities without those of the sinks, where that is all a node takes away."""
+    shapes = facts.shapes
+    scores = shapes.of(sink.at)
+    rank = shapes.rank(node.inputs[0])
+    if not scores or not rank:
+        return None
+    start: Dim = 1 if sink.first else 0
+    if node.op_type == "Slice":
+        bounds = slice_bounds(shapes, node)
+        wanted = [(rank - 1, start, 1)]
+        if bounds is None or [(axis, first, step) for axis, first, _, step in bounds] != wanted:
+            return None
+        return node.outputs[0] if shapes.same(bounds[0][2], scores[-1]) else None
+    if node.op_type == "Split" and attribute(node, "axis", 0) % rank == rank - 1:
+        used = [output for output in node.outputs if is_read(output)]
+        index = 1 if sink.first else 0
+        if len(node.outputs) == 2 and used == [node.outputs[index]]:
+            size = shapes.of(used[0])
+            return used[0] if size and shapes.same(size[-1], scores[-1]) else None
+    return None
 
 
 def _is_float(value: ir.Value | None) -> bool:

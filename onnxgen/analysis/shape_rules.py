@@ -420,6 +420,7 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "Size": lambda shapes, node: [()],
     "TopK": _top_k,
     "Attention": _attention,
+    "SinkAttention": _attention,
     **dict.fromkeys(
         names(
             """
