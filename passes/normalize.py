@@ -1,7 +1,7 @@
 """Normalize: one spelling where a difference means nothing.
 
     functions inlined -> opset raised -> constants lifted, folded -> nodes that change nothing out
-    -> shape arithmetic from the inputs' sizes -> duplicates merged
+    -> Einsum as MatMul -> shape arithmetic from the inputs' sizes -> duplicates merged
 
 What is left of exporters' differences is seen through by the analyses, not rewritten here: this
 pass changes no arithmetic.
@@ -18,6 +18,7 @@ from onnxgen import functions
 from onnxgen.analysis.dtypes import output_dtypes
 from onnxgen.analysis.roles import Roles
 from onnxgen.errors import RefusedError
+from onnxgen.passes.einsum import lower_einsums
 from onnxgen.passes.fold import fold_constants
 from onnxgen.passes.shape_arithmetic import canonical_shape_arithmetic
 from onnxgen.passes.simplify import simplify
@@ -59,6 +60,7 @@ def normalize(
     set_dtypes(model)
     fold_constants(model, runtime)
     simplify(model)
+    lower_einsums(model, roles)
     canonical_shape_arithmetic(model, roles)
     drop_dead(model)
     merge_duplicates(model)
