@@ -15,13 +15,12 @@ summed over by itself, nothing summed over, sizes that are broadcast.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import sizes_in_use
 from onnxgen.analysis.graph import attribute
 from onnxgen.analysis.roles import Roles
+from onnxgen.analysis.shape_rules import einsum_terms
 from onnxgen.analysis.shapes import Shapes
 from onnxgen.analysis.symbols import Dim, product
 from onnxgen.patterns.building import Builder
@@ -52,26 +51,6 @@ def lower_einsums(model: ir.Model, roles: Roles | None) -> None:
         graph.remove(node, safe=True)
 
 
-def terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
-    """The letters of the operands and of the result, an ellipsis spelled out; None where implicit."""
-    left, arrow, result = equation.replace(" ", "").partition("->")
-    operands = left.split(",")
-    if not arrow or len(operands) != len(ranks):
-        return None
-    hidden = [
-        rank - len(each.replace("...", "")) for each, rank in zip(operands, ranks, strict=True)
-    ]
-    most = max(hidden)
-    if min(hidden) < 0 or any(n and "..." not in o for n, o in zip(hidden, operands, strict=True)):
-        return None
-    spare = [str(axis) for axis in range(most)]  # no letters: none of the equation's
-    spelled = [
-        each.replace("...", "".join(spare[most - count :]))
-        for each, count in zip(operands, hidden, strict=True)
-    ]
-    return spelled, result.replace("...", "".join(spare))
-
-
 def _product(builder: Builder, node: ir.Node) -> ir.Value | None:
     """The value that a node computes, by a MatMul; None where it is none."""
     shapes = builder.shapes
@@ -79,7 +58,7 @@ def _product(builder: Builder, node: ir.Node) -> ir.Value | None:
     sizes = [shapes.of(value) for value in values]
     if len(values) != 2 or sizes[0] is None or sizes[1] is None:
         return None
-    spelled = terms(attribute(node, "equation"), [len(sizes[0]), len(sizes[1])])
+    spelled = einsum_terms(attribute(node, "equation"), [len(sizes[0]), len(sizes[1])])
     if spelled is None:
         return None
     (a, b), result = spelled
@@ -99,6 +78,9 @@ def _product(builder: Builder, node: ir.Node) -> ir.Value | None:
         a, b, values = b, a, values[::-1]
     batch = [letter for letter in result if letter in a and letter in b]
     rows = [letter for letter in result if letter in a and letter not in b]
+    own = [letter for letter in a if letter in rows]
+    if list(a) == [*batch, *own, *summed]:
+        rows = own  # probabilities: the result is turned, not they
     columns = [letter for letter in result if letter in b and letter not in a]
     left = _transposed(builder, values[0], a, [*batch, *rows, *summed])
     right = _transposed(builder, values[1], b, [*batch, *summed, *columns])

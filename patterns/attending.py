@@ -56,7 +56,12 @@ class Heads:
 
 
 def heads_of(
-    facts: Facts, value: ir.Value, axes: Sequence[Axis], *, queries: Heads | None
+    facts: Facts,
+    value: ir.Value,
+    axes: Sequence[Axis],
+    *,
+    queries: Heads | None,
+    shared: bool = True,
 ) -> Heads | str:
     """Read an operand's leading axes as batch and heads; the reason as text where that fails.
 
@@ -64,6 +69,7 @@ def heads_of(
         axes: those of the scores that are its product, or that it is multiplied by, as digits of
             the queries' axes: an operand of size 1 is repeated along them.
         queries: the queries' own heads; None for the queries themselves.
+        shared: take repeated heads as they were before they were repeated.
     """
     view = facts.views.of(value)
     if view is None or len(view.axes) < 2:
@@ -74,6 +80,8 @@ def heads_of(
         for index, (axis, wanted) in enumerate(zip(leading, like, strict=True)):
             size = product(digit.size for digit in wanted)
             if not axis and size != 1:
+                if not shared:
+                    return "its heads are repeated by the product alone"
                 leading[index] = (Digit(None, 1, size),)
     batch: Axis = leading[0] if leading else ()
     rest: Axis = ()
@@ -89,9 +97,10 @@ def heads_of(
         batch, rest = batch[:count], batch[count:]
     heads = [*rest, *(digit for axis in leading[1:] for digit in axis)]
     groups: Dim = 1
-    while heads and heads[-1].repeats:
+    while shared and heads and heads[-1].repeats:
         groups = groups * heads.pop().size
-    if any(digit.repeats for digit in (*batch, *heads, *view.axes[-1], *view.axes[-2])):
+    inside = heads if shared else ()
+    if any(digit.repeats for digit in (*batch, *inside, *view.axes[-1], *view.axes[-2])):
         return "its repeated heads are not neighbours, or more than heads are repeated"
     return Heads(value, batch, tuple(heads), groups, view.axes[-2], view.axes[-1])
 

@@ -6,7 +6,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnxgen.passes.einsum import terms
+from onnxgen.analysis.shape_rules import einsum_terms
 from tests.graphs import assert_same_numbers, normalized, parse
 
 SIZES = {"b": 2, "s": 5, "t": 7, "h": 6, "k": 3, "g": 2, "d": 4, "e": 9}
@@ -89,7 +89,7 @@ def test_names_and_metadata_stay() -> None:
 
 
 def test_ellipses() -> None:
-    assert terms("...sd,td->...st", [4, 2]) == (["01sd", "td"], "01st")
-    assert terms("...sd,...td->...st", [4, 3]) == (["01sd", "1td"], "01st")
-    assert terms("sd,td->st", [3, 2]) is None
-    assert terms("sd,td", [2, 2]) is None
+    assert einsum_terms("...sd,td->...st", [4, 2]) == (["01sd", "td"], "01st")
+    assert einsum_terms("...sd,...td->...st", [4, 3]) == (["01sd", "1td"], "01st")
+    assert einsum_terms("sd,td->st", [3, 2]) is None
+    assert einsum_terms("sd,td", [2, 2]) is None

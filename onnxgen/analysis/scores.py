@@ -1,8 +1,8 @@
-"""From a Softmax up to the contraction of queries and keys, and down to that of the values.
+"""From a Softmax up to the contraction of queries and keys.
 
-    scores = scale * (q @ k^T),  capped,  + masks;   probabilities = Softmax(scores);   p @ v
+    scores = scale * (q @ k^T),  capped,  + masks
 
-Scales, caps and masks are collected on the way in whatever order and number an exporter wrote
+The way down to the values is told in `analysis.probabilities`. Scales, caps and masks are collected on the way in whatever order and number an exporter wrote
 them. What else stands in between stops the walk, with the node named.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
@@ -18,13 +19,9 @@ from onnxgen.analysis.graph import (
     ancestors,
     attribute,
     given,
-    is_read,
     producer,
-    scalar,
     uniform,
 )
-from onnxgen.analysis.shape_rules import ELEMENTWISE, slice_bounds
-from onnxgen.analysis.symbols import Dim
 from onnxgen.analysis.views import VIEW_OPS, scalar_factor
 
 # What is added to, or written over, a masked score is at least this low.
@@ -75,6 +72,7 @@ class Scores:
         softcap: c of c * tanh(scores / c); 0 for none.
         masks: those nearest to the Softmax first.
         masks_before_cap: whether a mask is applied before the cap.
+        floor: below which no score is let fall; then rows that are masked everywhere are uniform.
         sink: what is joined to the scores for the Softmax, and dropped behind it.
         steps: the nodes between, nearest to the Softmax first, with the scores they take.
     """
@@ -84,6 +82,7 @@ class Scores:
     softcap: float = 0.0
     masks: list[Mask] = field(default_factory=list)
     masks_before_cap: bool = False
+    floor: float = -np.inf
     sink: Sink | None = None
     steps: list[tuple[ir.Node, ir.Value]] = field(default_factory=list)
 
@@ -136,8 +135,16 @@ def _step(facts: Facts, node: ir.Node, found: Scores) -> ir.Value | _Sum | Stopp
     if factor is not None:
         found.scale *= factor[1]
         return factor[0]
-    if node.op_type in _VIEWED or (node.op_type == "Cast" and _is_float(node.inputs[0])):
+    if node.op_type in VIEWED or (node.op_type == "Cast" and _is_float(node.inputs[0])):
         return given(node)
+    floored = _floored(node)
+    if floored is not None:
+        found.floor = floored[1]
+        return floored[0]
+    if node.op_type == "Mul":
+        for scores, mask in (node.inputs, node.inputs[::-1]):
+            if scores and mask and any(_hides(each, mask) for each in found.masks):
+                return scores  # what it makes 0 is masked anyway
     if node.op_type in ("Add", "Sub"):
         a, b = given(node), given(node, 1)
         if facts.is_activation(a) and facts.is_activation(b):
@@ -175,6 +182,8 @@ def _sink(facts: Facts, node: ir.Node, found: Scores) -> ir.Value | Stopped:
 
 
 def _masked(found: Scores, node: ir.Node, mask: Mask) -> ir.Value:
+    if mask.fill is not None:
+        mask = replace(mask, fill=max(mask.fill, found.floor))
     found.masks.append(mask)
     found.masks_before_cap = found.masks_before_cap or bool(found.softcap)
     return mask.at
@@ -211,95 +220,7 @@ def _through_sum(facts: Facts, added: _Sum, found: Scores) -> Scores | Stopped:
     return stopped
 
 
-_VIEWED = VIEW_OPS - {"Expand", "Tile", "Gather"}
-
-
-@dataclass
-class Down:
-    """What the walk down from a Softmax found.
-
-    Attributes:
-        product: the node that multiplies probabilities and values.
-        steps: what the probabilities become on the way, nearest to the Softmax first.
-    """
-
-    product: ir.Node
-    steps: list[ir.Value] = field(default_factory=list)
-
-
-def walk_down(facts: Facts, softmax: ir.Node, sink: Sink | None = None) -> Down | Stopped:
-    """From a Softmax's output to the MatMul with the values, through casts and the NaN guard.
-
-    Args:
-        sink: what was joined to the scores, which is dropped on the way.
-    """
-    value = softmax.outputs[0]
-    steps: list[ir.Value] = []
-    while True:
-        users = {use.node for use in value.uses()}
-        guard = _nan_guard(value, users)
-        if guard is None and (len(users) != 1 or value.is_graph_output()):
-            return Stopped(softmax, "the probabilities are read by more than the values' product")
-        node = guard or users.pop()
-        if sink is not None and node.op_type in ("Slice", "Split"):
-            kept = _without(facts, node, sink)
-            if kept is None:
-                return Stopped(node, "not the sinks alone are dropped from the probabilities")
-            steps.append(kept)
-            value, sink = kept, None
-            continue
-        if node.op_type == "MatMul" and node.inputs[0] is value:
-            if sink is not None:
-                return Stopped(node, "the sinks have values")
-            return Down(node, steps)
-        if guard is None and node.op_type not in _VIEWED | {"Cast", "Dropout"}:
-            return Stopped(node, f"{node.op_type} stands between the Softmax and p @ v")
-        value = node.outputs[0]
-        steps.append(value)
-
-
-def attends(facts: Facts, softmax: ir.Node) -> bool:
-    """Whether a Softmax stands between two products of activations, whatever else is in between.
-
-    Elementwise operators, views, and parts and joins lead on; a weight matrix, a norm, a Gather or
-    a TopK end the way: a router's probabilities choose experts, they attend to nothing.
-    """
-
-    def reaches(upwards: bool) -> bool:
-        pending, seen = [softmax], {softmax}
-        while pending:
-            node = pending.pop()
-            if upwards:
-                near = [
-                    value.producer()
-                    for value in node.inputs
-                    if value is not None and facts.is_activation(value)
-                ]
-            else:
-                near = [use.node for output in node.outputs for use in output.uses()]
-            for each in near:
-                if each is None or each in seen or len(seen) > MAX_NEAR:
-                    continue
-                seen.add(each)
-                if each.op_type in ("MatMul", "Einsum") and all(
-                    map(facts.is_activation, each.inputs)
-                ):
-                    return True
-                if each.op_type in _LEADS_ON:
-                    pending.append(each)
-        return False
-
-    return reaches(upwards=True) and reaches(upwards=False)
-
-
-MAX_NEAR = 60
-_LEADS_ON = (ELEMENTWISE | VIEW_OPS | {"Slice", "Concat", "Split", "Pad", "ReduceMax"}) - {"Gather"}
-
-
-def last_axis(facts: Facts, softmax: ir.Node) -> bool:
-    """Whether a Softmax runs over its last axis."""
-    axis, rank = attribute(softmax, "axis", -1), facts.shapes.rank(softmax.inputs[0])
-    return bool(axis == -1 or (rank is not None and axis == rank - 1))
+VIEWED = VIEW_OPS - {"Expand", "Tile", "Gather"}
 
 
 @dataclass(frozen=True)
@@ -347,40 +268,33 @@ def _cap(node: ir.Node) -> tuple[ir.Value, float, float] | None:
     return scaled[0], factor[1], scaled[1] * factor[1]
 
 
-def _nan_guard(value: ir.Value, users: set[ir.Node]) -> ir.Node | None:
-    """Where(IsNaN(p), 0, p), which zeroes the rows that are masked everywhere."""
-    if {user.op_type for user in users} != {"IsNaN", "Where"} or len(users) != 2:
-        return None
-    where = next(user for user in users if user.op_type == "Where")
-    test = producer(where.inputs[0], "IsNaN")
-    if test is None or test.inputs[0] is not value or where.inputs[2] is not value:
-        return None
-    if len(list(test.outputs[0].uses())) != 1 or scalar(where.inputs[1]) != 0.0:
-        return None
-    return where
-
-
-def _without(facts: Facts, node: ir.Node, sink: Sink) -> ir.Value | None:
-    """The probabilities without those of the sinks, where that is all a node takes away."""
-    shapes = facts.shapes
-    scores = shapes.of(sink.at)
-    rank = shapes.rank(node.inputs[0])
-    if not scores or not rank:
-        return None
-    start: Dim = 1 if sink.first else 0
-    if node.op_type == "Slice":
-        bounds = slice_bounds(shapes, node)
-        wanted = [(rank - 1, start, 1)]
-        if bounds is None or [(axis, first, step) for axis, first, _, step in bounds] != wanted:
-            return None
-        return node.outputs[0] if shapes.same(bounds[0][2], scores[-1]) else None
-    if node.op_type == "Split" and attribute(node, "axis", 0) % rank == rank - 1:
-        used = [output for output in node.outputs if is_read(output)]
-        index = 1 if sink.first else 0
-        if len(node.outputs) == 2 and used == [node.outputs[index]]:
-            size = shapes.of(used[0])
-            return used[0] if size and shapes.same(size[-1], scores[-1]) else None
+def _floored(node: ir.Node) -> tuple[ir.Value, float] | None:
+    """(x, c) where the node is max(x, c), for a c that no score of a key that is seen reaches."""
+    if node.op_type == "Max" and len(node.inputs) == 2:
+        for x, low in (node.inputs, node.inputs[::-1]):
+            floor = uniform(low)
+            if x is not None and floor is not None and floor <= MASKED:
+                return x, floor
+    if node.op_type == "Clip" and len(node.inputs) == 2:
+        floor = uniform(node.inputs[1])
+        if floor is not None and floor <= MASKED:
+            return given(node), floor
     return None
+
+
+def _hides(mask: Mask, kept: ir.Value) -> bool:
+    """Whether an additive mask is (1 - kept) * c for a bool `kept` and a number as low as a mask's."""
+    value, factor = mask.value, mask.factor
+    while (node := producer(value)) is not None and (scaled := scalar_factor(node)) is not None:
+        value, factor = scaled[0], factor * scaled[1]
+    node, flag = producer(value, "Sub"), producer(kept, "Cast")
+    if node is None or flag is None or given(flag).dtype != ir.DataType.BOOL:
+        return False
+    return (
+        mask.fill is None
+        and factor <= MASKED
+        and (uniform(node.inputs[0]) == 1.0 and node.inputs[1] is kept)
+    )
 
 
 def _is_float(value: ir.Value | None) -> bool:
