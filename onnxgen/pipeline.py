@@ -17,7 +17,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxgen import __version__
+from onnxgen import __version__, functions
 from onnxgen.analysis.masks import MaskFamily, mask_families
 from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
@@ -118,6 +118,8 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
                 settings = _settings(path, options)
                 contract = contract.both(_lower(report, work, settings, families))
         model = join_branches(parts)
+        if options.inline:
+            functions.expand(model)
         write_contract(model, contract)
         report.contract = str(contract) if options.target == "ort" else ""
         write_roles(model, roles)
@@ -293,14 +295,17 @@ def _describe(report: Report, model: ir.Model) -> None:
 
 
 def _count(model: ir.Model) -> dict[str, int]:
-    """How many nodes of each op type there are, subgraphs and the bodies of called functions in."""
+    """How many nodes of each op type there are, subgraphs and bodies of called functions in.
+
+    Functions of ours count as operators.
+    """
     counts: Counter[str] = Counter()
     pending = [(model.graph.all_nodes(), 0)]
     while pending:
         nodes, depth = pending.pop()
         for node in nodes:
             function = model.functions.get(node.op_identifier())
-            if function is None or depth > 32:
+            if function is None or functions.is_ours(function) or depth > 32:
                 counts[node.op_type] += 1
             else:
                 pending.append((function.all_nodes(), depth + 1))

@@ -112,10 +112,10 @@ def staged(
     with _termination_raises():
         try:
             with _writing(output):
-                stage = _write(model, slots, folder / output.name, created)
+                made = stage = _write(model, slots, folder / output.name, created)
             for name, content in (beside or {}).items():
                 with _writing(folder / name):
-                    stage.beside[_scratch(folder / name, content, created)] = folder / name
+                    made.beside[_scratch(folder / name, content, created)] = folder / name
             yield stage
         finally:
             whole = stage is None or not stage.committed

@@ -19,14 +19,13 @@ from onnxgen.analysis.graph import ancestors, is_read
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.rule import Declined, Rewrite, Rule
+from onnxgen.patterns.rule import RULE, Declined, Rewrite, Rule
 from onnxgen.report.values import Decline, Site
 
 # Shows a rewrite's old and new values to the verifier: None where they agree, else the reason.
 Check = Callable[[Facts, Rewrite, Sequence[ir.Node]], str | None]
 
 SCOPES = "pkg.torch.onnx.name_scopes"
-RULE = "onnxgen.rule"
 REPLACED = "onnxgen.replaced"
 
 

@@ -341,7 +341,9 @@ def _structure(part: onnx.ModelProto) -> str:
     for node in part.graph.node:
         inputs = ",".join(map(name, node.input))
         outputs = ",".join(map(name, node.output))
-        digest.update(f"{node.domain}:{node.op_type}({inputs})->{outputs};".encode())
+        digest.update(
+            f"{node.domain}:{node.op_type}:{node.overload}({inputs})->{outputs};".encode()
+        )
         for each in sorted(node.attribute, key=lambda attribute: attribute.name):
             digest.update(each.SerializeToString(deterministic=True))
     digest.update(",".join(name(value.name) for value in part.graph.output).encode())
