@@ -28,6 +28,7 @@ from onnxgen.patterns import RULES
 from onnxgen.report.values import Proof, Report
 from onnxgen.runtime import Runtime
 from onnxgen.targets import onnx as onnx_target
+from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.compare import TOLERANCES, verify_models
 from onnxgen.verify.rewrites import RewriteChecker
 
@@ -85,7 +86,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     opset = onnx_target.opset_for(report.opset_before, options.opset)
     roles = find_roles(model, options.roles)
 
-    with Runtime() as runtime:
+    with Runtime(twins=holds_bfloat16(model)) as runtime:
         clock.start("normalize", "normalizing")
         report.warnings += normalize(model, opset, runtime, roles)
 

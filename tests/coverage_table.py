@@ -15,6 +15,7 @@ comes from the run of `tests/test_pipeline.py` over the whole corpus.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fnmatch
 import sys
 import tempfile
@@ -29,6 +30,7 @@ from onnxgen.errors import OnnxgenError
 from onnxgen.pipeline import FuseOptions, fuse
 from onnxgen.report.as_json import summary
 from onnxgen.report.values import Report
+from tests.graphs import run
 from tests.leftovers import leftovers
 
 HERE = Path(__file__).resolve().parent
@@ -163,10 +165,26 @@ def row_of(entry: testing.CorpusEntry, report: Report, fused: onnx.ModelProto | 
 
 
 def left_over(entry: testing.CorpusEntry, fused: onnx.ModelProto) -> str:
-    """What a written model still holds in parts, such as "2 attention, 4 cache", or "-"."""
+    """What a written model still holds in parts, such as "2 attention, 4 cache", or "-".
+
+    "1 batch": it runs for one sequence only.
+    """
     inputs = entry.info["inputs"].items()
     found = leftovers(fused, [name for name, each in inputs if each["role"] in GROWING])
+    found["batch"] += not runs_in_batches(entry, fused)
+    found = +found
     return ", ".join(f"{found[kind]} {kind}" for kind in sorted(found)) or "-"
+
+
+def runs_in_batches(entry: testing.CorpusEntry, fused: onnx.ModelProto) -> bool:
+    """Whether a model runs for several sequences, at any lengths that its export was tried at."""
+    tried = [*entry.info["runs"], *(map(int, key.split(",")) for key in entry.info["fails"])]
+    for batch, new, past in tried:
+        if batch > 1:
+            with contextlib.suppress(Exception):
+                run(fused, entry.feeds(batch, new, past))
+                return True
+    return False
 
 
 def incomplete(row: Row) -> Iterator[str]:

@@ -91,6 +91,7 @@ class Proof:
         structures: how many distinct rewrites among them were run (equal ones once).
         rewrite_difference: the largest difference seen in those checks.
         reason: one sentence where the status is not "proven".
+        twins: whether float32 twins were run in the place of models that hold bfloat16.
     """
 
     status: Literal["proven", "differs", "unproven", "unverifiable"]
@@ -100,6 +101,7 @@ class Proof:
     structures: int = 0
     rewrite_difference: float = 0.0
     reason: str = ""
+    twins: bool = False
 
     @property
     def worst(self) -> Case | None:
