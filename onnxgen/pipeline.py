@@ -36,6 +36,7 @@ from onnxgen.targets import ort as ort_target
 from onnxgen.targets.contract import Contract, Padding, read_contract, write_contract
 from onnxgen.targets.genai_files import CONFIG, genai_files
 from onnxgen.targets.ort.config import context_length
+from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.compare import TOLERANCES, verify_models
 from onnxgen.verify.rewrites import RewriteChecker
 
@@ -101,7 +102,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     roles = find_roles(model, options.roles)
     contract = Contract()
 
-    with Runtime() as runtime:
+    with Runtime(twins=holds_bfloat16(model)) as runtime:
         checkers: list[RewriteChecker] = []
         parts = split_branches(model)
         for part in parts:
