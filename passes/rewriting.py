@@ -144,7 +144,11 @@ class Rewriter:
         fused.metadata_props[REPLACED] = ", ".join(
             sorted({name for node in removed for name in _replaced_by(node)})
         )
-        fused.name = self.builder.unique(f"{scope or rule.kind}/{fused.op_type}")
+        # What takes the place of one of ours keeps its name: earlier sites speak of it.
+        ours = (n for n in removed if n.op_type == fused.op_type and RULE in n.metadata_props)
+        taken = next(ours, None)
+        name = f"{scope or rule.kind}/{fused.op_type}"
+        fused.name = self.builder.unique(name) if taken is None else taken.name
         return Site(
             rule.kind,
             rule.code,
