@@ -118,8 +118,8 @@ def staged(
                     made.beside[_scratch(folder / name, content, created)] = folder / name
             yield stage
         finally:
-            whole = stage is None or not stage.committed
-            for path in created if whole else stage.beside:
+            left = stage.beside if stage is not None and stage.committed else created
+            for path in left:
                 with contextlib.suppress(OSError):
                     path.unlink()
 
