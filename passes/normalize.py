@@ -61,7 +61,7 @@ def normalize(
     common.IdentityEliminationPass()(model)
     drop_dead(model)
     set_dtypes(model)
-    warnings += expand_contrib(model)
+    warnings += expand_contrib(model, roles)
     fold_constants(model, runtime)
     simplify(model)
     canonical_shape_arithmetic(model, roles)
