@@ -67,7 +67,7 @@ def normalize(
     _own_outputs(model.graph)
     drop_dead(model)
     set_dtypes(model)
-    warnings += expand_contrib(model)
+    warnings += expand_contrib(model, roles)
     fold_constants(model, runtime)
     while take_branches(model):
         common.NameFixPass()(model)
