@@ -17,8 +17,8 @@ from onnxgen.analysis.graph import FLOATS, attribute, given, producer, scalar
 from onnxgen.analysis.shape_rules import ELEMENTWISE
 from onnxgen.analysis.views import VIEW_OPS, scalar_factor
 
-# What is added to, or written over, a masked score is at least this low.
-MASKED = -1e4
+# What is added to, or written over, a masked score is at least this low: -1e4 as bfloat16 has it.
+MASKED = -9984.0
 
 
 @dataclass(frozen=True)
