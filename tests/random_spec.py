@@ -152,6 +152,8 @@ def fitted(spec: Spec) -> Spec:
         changes["layout"] = "heads"
     if spec.packed == "by-head":
         changes["value_size"] = 0
+    if spec.key == "einsum" and spec.dtype == "bfloat16":  # no Einsum takes it
+        changes["key"] = "late"
     if spec.projection == "nbits" and spec.dtype != "float32":
         changes["projection"] = "matmul"
     if spec.rotary == "none":
@@ -169,6 +171,8 @@ def not_claimed(spec: Spec) -> str:
         return "query heads take turns on the key heads: the operator's are neighbours"
     if spec.repeat == "five-axes" and by_head:
         return "a bias that differs inside a group of heads on five axes"
+    if spec.scale == "measured" and spec.dtype == "bfloat16" and spec.size != 4:
+        return "the root of a size, rounded to bfloat16, is not folded"
     if spec.key == "einsum":
         return "products written as Einsum"
     if spec.layout == "merged" and (spec.padding or by_head or spec.mask == "fed"):

@@ -128,6 +128,7 @@ CASES = {
     "(float[b,s,12] x, float[12] v) => (float y) { y = MatMul(x, v) }": "b s",
     "(float[12] v, float[b,12,s] x) => (float y) { y = MatMul(v, x) }": "b s",
     "(float[s,12] x) => (float y) <float[7,12] w> { y = Gemm<transB = 1>(x, w) }": "s 7",
+    "(float[s,1] x, float[1,n] z) => (float y) { y = CastLike(x, z) }": "s 1",
     "(float[b,s,26] x) => (float y) <uint8[7,2,8] w, float[14] scale>"
     "{ y = com.microsoft.MatMulNBits<K = 26, N = 7, bits = 4, block_size = 16>(x, w, scale) }": "b s 7",
     "(float[b,s,12] x) => (float y) { y = ReduceMean<keepdims = 0>(x, [1]) }": "b 12",

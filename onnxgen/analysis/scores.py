@@ -25,8 +25,8 @@ from onnxgen.analysis.graph import (
 )
 from onnxgen.analysis.views import VIEW_OPS, scalar_factor
 
-# What is added to, or written over, a masked score is at least this low.
-MASKED = -1e4
+# What is added to, or written over, a masked score is at least this low: -1e4 as bfloat16 has it.
+MASKED = -9984.0
 
 
 @dataclass(frozen=True)

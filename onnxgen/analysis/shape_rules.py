@@ -41,7 +41,7 @@ ELEMENTWISE = names(
 # The shape of the first input, whatever else comes in.
 LIKE_FIRST = names(
     """
-    CumSum Dropout LayerNormalization RMSNormalization SimplifiedLayerNormalization
+    CastLike CumSum Dropout LayerNormalization RMSNormalization SimplifiedLayerNormalization
     GroupNormalization InstanceNormalization BatchNormalization RotaryEmbedding ScatterND
     ScatterElements TensorScatter Softmax LogSoftmax Trilu Clip DequantizeLinear
     QuantizeLinear
