@@ -239,3 +239,11 @@ def test_options_of_ort_are_refused_elsewhere(tmp_path: Path) -> None:
     path.write_bytes(load_corpus_model("llama/dynamo20").SerializeToString())
     with pytest.raises(UsageError, match="--target ort"):
         pipeline.fuse(path, pipeline.FuseOptions(padding="none"), lambda message: None)
+
+
+def test_sinks_are_an_input(tmp_path: Path) -> None:
+    _, output, _ = make(tmp_path, "gpt_oss/dynamo20-batched", padding="none")
+    model = onnx.load(output)
+    attentions = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
+    assert [len(node.input) for node in attentions] == [12, 12]
+    assert not model.functions
