@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.graph import attribute, constant, is_read, names, producer, scalar
@@ -93,6 +94,11 @@ def _transpose(shapes: Shapes, node: ir.Node) -> ir.Value | None:
     return node.inputs[0] if order is not None and list(order) == sorted(order) else None
 
 
+def _dropout(shapes: Shapes, node: ir.Node) -> ir.Value | None:
+    training = constant(node.inputs[2]) if len(node.inputs) > 2 else np.array(False)
+    return node.inputs[0] if training is not None and not training.any() else None
+
+
 def _slice(shapes: Shapes, node: ir.Node) -> ir.Value | None:
     bounds, source = slice_bounds(shapes, node), shapes.of(node.inputs[0])
     if bounds is None or source is None:
@@ -141,6 +147,6 @@ _RULES: dict[str, Callable[[Shapes, ir.Node], ir.Value | None]] = {
     "Transpose": _transpose,
     "Slice": _slice,
     "Concat": lambda shapes, node: node.inputs[0] if len(node.inputs) == 1 else None,
-    "Dropout": lambda shapes, node: node.inputs[0] if len(node.inputs) < 3 else None,
+    "Dropout": _dropout,
     "Identity": lambda shapes, node: node.inputs[0],
 }

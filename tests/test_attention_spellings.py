@@ -205,10 +205,11 @@ def test_alibi_from_distances() -> None:
     [
         "di = Sub(cols, ru)  df = Cast<to = 1>(di)  sq = Mul(df, df)  al = Mul(sp, sq)",
         "ra = Cast<to = 1>(ru)  rc = Mul(ra, cf)  al = Mul(sp, rc)",
+        "bu = Equal(cols, 5000)  bf = Cast<to = 1>(bu)  bs = Add(bf, cf)  al = Mul(sp, bs)",
     ],
 )
 def test_biases_that_are_no_alibi(bias: str) -> None:
-    """No line, or another slope for each row."""
+    """No line, another slope for each row, a line with one bump."""
     assert family(f"{SLOPED}  {bias}  m = Where(keep, al, -inf)").kind == "general"
 
 
@@ -523,3 +524,34 @@ MASKINGS = {
 @pytest.mark.parametrize("name", MASKINGS)
 def test_maskings(name: str) -> None:
     assert_fused(block(masked=MASKINGS[name]))
+
+
+@pytest.mark.parametrize(
+    "masked",
+    [
+        # lowered by another mask than the one they are multiplied by
+        "kf = Cast<to = 1>(keep)  cz = Cast<to = 1>(causal)  sm = Mul(s1, kf)  iv = Sub(1.0, cz)"
+        "  lo = Mul(iv, -10000.0)  s2 = Add(sm, lo)",
+        # not low enough to hide what is seen at 0
+        "kf = Cast<to = 1>(keep)  sm = Mul(s1, kf)  iv = Sub(1.0, kf)  lo = Mul(iv, -5.0)"
+        "  s2 = Add(sm, lo)",
+        # numbers, not flags
+        "kf = Cast<to = 1>(attention_mask)  kz = Unsqueeze(kf, [1, 2])  sm = Mul(s1, kz)"
+        "  iv = Sub(1.0, kz)  lo = Mul(iv, -10000.0)  s2 = Add(sm, lo)",
+        # a floor that is reached
+        "z = Where(keep, 0.0, -3.4028235e38)  sa = Add(s1, z)  s2 = Max(sa, -2.0)",
+    ],
+)
+def test_maskings_that_are_kept(masked: str) -> None:
+    assert_kept(block(masked=masked), "ATT001", "scores")
+
+
+def test_weights_of_four_bits() -> None:
+    """MatMulNBits makes activations, and its output has a known size."""
+    signature = SIGNATURE.replace("float[50,120] wq", "uint8[120,2,16] wq, float[240] scales")
+    text = block(signature=signature).replace(
+        "qp = MatMul(x, wq)",
+        "qp = com.microsoft.MatMulNBits<K = 50, N = 120, bits = 4, block_size = 32>(x, wq, scales)",
+    )
+    imports = '<ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g '
+    assert_fused(imports + text)

@@ -227,6 +227,7 @@ NOTHING = {
     "whole-slice": "h = Slice(r, [0], [9223372036854775807], [1])",
     "slice-of-a-known-size": "h = Slice(r, [0], [12], [2], [1])",
     "dropout": "h = Dropout(r)",
+    "dropout-told-so": "t = Cast<to = 9>(0)  h = Dropout(r, 0.5, t)",
     "identity": "h = Identity(r)",
     "twice-transposed": "a = Transpose<perm = [2, 0, 1]>(r)  h = Transpose<perm = [1, 2, 0]>(a)",
 }
