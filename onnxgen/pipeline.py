@@ -1,7 +1,8 @@
 """What each command runs, in order.
 
-fuse:    read -> roles -> normalize -> raise -> lower for the target (each rewrite checked)
-         -> tidy -> stage beside the output -> verify -> move into place
+fuse:    read -> for each branch of a merged model, if it is one:
+             roles -> normalize -> raise -> lower for the target (each rewrite checked) -> tidy
+         -> stage beside the output -> verify -> move into place
 verify:  the comparison alone, of any two models with the same inputs and outputs
 """
 
@@ -10,19 +11,20 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxgen import __version__
+from onnxgen import __version__, functions
 from onnxgen.analysis.masks import MaskFamily, mask_families
 from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
 from onnxgen.model_io import read_model, staged
 from onnxgen.passes.lower import lower_model
+from onnxgen.passes.merged import Part, join_branches, split_branches
 from onnxgen.passes.normalize import normalize
 from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
@@ -31,9 +33,10 @@ from onnxgen.report.values import Proof, Report
 from onnxgen.runtime import Runtime
 from onnxgen.targets import onnx as onnx_target
 from onnxgen.targets import ort as ort_target
-from onnxgen.targets.contract import Padding, read_contract, write_contract
+from onnxgen.targets.contract import Contract, Padding, read_contract, write_contract
 from onnxgen.targets.genai_files import CONFIG, genai_files
 from onnxgen.targets.ort.config import context_length
+from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.compare import TOLERANCES, verify_models
 from onnxgen.verify.rewrites import RewriteChecker
 
@@ -97,32 +100,29 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     report.opset_before = model.graph.opset_imports.get("", 0)
     opset = onnx_target.opset_for(report.opset_before, options.opset)
     roles = find_roles(model, options.roles)
+    contract = Contract()
 
-    with Runtime() as runtime:
-        clock.start("normalize", "normalizing")
-        report.warnings += normalize(model, opset, runtime, roles)
+    with Runtime(twins=holds_bfloat16(model)) as runtime:
+        checkers: list[RewriteChecker] = []
+        parts = split_branches(model)
+        for part in parts:
+            own = find_roles(part.model, options.roles) if part.branch else roles
+            clock.start("normalize", "normalizing")
+            report.warnings += normalize(part.model, opset, runtime, own)
 
-        clock.start("raise", "raising")
-        checker = RewriteChecker(runtime, roles) if options.verify else None
-        disabled = frozenset(options.disable)
-        if options.target == "ort":
-            disabled |= ort_target.KEPT
-        sampler = Sampler(model.graph, roles, runtime)
-        report.sites = raise_model(model, roles, sampler=sampler, check=checker, disabled=disabled)
-        families = mask_families(model.graph, sampler)
-        _name_masks(report, families)
-        tidy(model)
-        if options.target == "ort":
-            clock.start("lower", "lowering")
-            lowering = ort_target.Lowering(_settings(path, options), families)
-            if checker is not None:
-                checker.within(lowering.assumed)
-            report.lowered = lower_model(
-                model, lowering.rules, roles, sampler=sampler, check=checker, disabled=disabled
-            )
-            tidy(model)
-            write_contract(model, lowering.contract)
-            report.contract = str(lowering.contract)
+            clock.start("raise", "raising")
+            checkers += [RewriteChecker(runtime, own)] if options.verify else []
+            work = _Work(part, own, Sampler(part.model.graph, own, runtime), checkers, options)
+            families = _raise(report, work)
+            if options.target == "ort":
+                clock.start("lower", "lowering")
+                settings = _settings(path, options)
+                contract = contract.both(_lower(report, work, settings, families))
+        model = join_branches(parts)
+        if options.inline:
+            functions.expand(model)
+        write_contract(model, contract)
+        report.contract = str(contract) if options.target == "ort" else ""
         write_roles(model, roles)
         onnx_target.finish(model, __version__, options.target)
         _describe(report, model)
@@ -132,7 +132,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         with staged(model, output, source=path, force=options.force, beside=beside) as stage:
             clock.start("verify", "verifying")
             report.proof = (
-                _prove(path, stage.path, options, runtime, checker, progress)
+                _prove(path, stage.path, options, runtime, checkers, progress)
                 if options.verify
                 else Proof("unproven", TOLERANCES[ir.DataType.FLOAT], reason="told not to run")
             )
@@ -182,21 +182,88 @@ def _files_beside(
     return files
 
 
+@dataclass(frozen=True)
+class _Work:
+    """A model, or one branch of it, and what its rewriting needs.
+
+    Attributes:
+        checkers: the last one is its own; none where nothing is checked.
+    """
+
+    part: Part
+    roles: Roles
+    sampler: Sampler
+    checkers: Sequence[RewriteChecker]
+    options: FuseOptions
+
+    @property
+    def checker(self) -> RewriteChecker | None:
+        return self.checkers[-1] if self.checkers else None
+
+    @property
+    def disabled(self) -> frozenset[str]:
+        kept = ort_target.KEPT if self.options.target == "ort" else frozenset()
+        return frozenset(self.options.disable) | kept
+
+
+def _raise(report: Report, work: _Work) -> dict[str, MaskFamily]:
+    """Raise, and say what each attention's mask means; returns that by node name."""
+    model = work.part.model
+    sites = raise_model(
+        model, work.roles, sampler=work.sampler, check=work.checker, disabled=work.disabled
+    )
+    families = mask_families(model.graph, work.sampler)
+    for site in sites:
+        family = families.get(site.node) if site.status == "fused" else None
+        if family is not None:
+            site.details["mask"] = str(family)
+        if work.part.branch:
+            taken = work.part.branch.removesuffix("_branch")
+            site.details["branch"] = f"{work.part.switch}, {taken}"
+    report.sites += sites
+    tidy(model)
+    return families
+
+
+def _lower(
+    report: Report,
+    work: _Work,
+    settings: ort_target.Settings,
+    families: Mapping[str, MaskFamily],
+) -> Contract:
+    """Lower for ONNX Runtime; returns what the result assumes."""
+    model = work.part.model
+    lowering = ort_target.Lowering(settings, families)
+    if work.checker is not None:
+        work.checker.within(lowering.assumed)
+    report.lowered += lower_model(
+        model,
+        lowering.rules,
+        work.roles,
+        sampler=work.sampler,
+        check=work.checker,
+        disabled=work.disabled,
+    )
+    tidy(model)
+    return lowering.contract
+
+
 def _prove(
     original: Path,
     rewritten: Path,
     options: FuseOptions,
     runtime: Runtime,
-    checker: RewriteChecker | None,
+    checkers: Sequence[RewriteChecker],
     progress: Progress,
 ) -> Proof:
     """The comparison of the whole models, with the figures of the rewrites' own checks."""
     proof = verify_models(
         original, rewritten, roles=options.roles, runtime=runtime, progress=progress
     )
-    if checker is not None:
-        proof.rewrites, proof.structures = checker.rewrites, checker.structures
-        proof.rewrite_difference = checker.difference
+    if checkers:
+        proof.rewrites = sum(checker.rewrites for checker in checkers)
+        proof.structures = sum(checker.structures for checker in checkers)
+        proof.rewrite_difference = max(checker.difference for checker in checkers)
     return proof
 
 
@@ -215,14 +282,6 @@ def _raise_unless_good(report: Report, path: Path) -> None:
     raise error
 
 
-def _name_masks(report: Report, families: Mapping[str, MaskFamily]) -> None:
-    """State each attention's mask as what it means, where it was recognised."""
-    for site in report.sites:
-        family = families.get(site.node) if site.status == "fused" else None
-        if family is not None:
-            site.details["mask"] = str(family)
-
-
 def _describe(report: Report, model: ir.Model) -> None:
     """Fill in what the report says of the finished model."""
     report.opset_after = model.graph.opset_imports[""]
@@ -237,14 +296,17 @@ def _describe(report: Report, model: ir.Model) -> None:
 
 
 def _count(model: ir.Model) -> dict[str, int]:
-    """How many nodes of each op type there are, subgraphs and the bodies of called functions in."""
+    """How many nodes of each op type there are, subgraphs and bodies of called functions in.
+
+    Functions of ours count as operators.
+    """
     counts: Counter[str] = Counter()
     pending = [(model.graph.all_nodes(), 0)]
     while pending:
         nodes, depth = pending.pop()
         for node in nodes:
             function = model.functions.get(node.op_identifier())
-            if function is None or depth > 32:
+            if function is None or functions.is_ours(function) or depth > 32:
                 counts[node.op_type] += 1
             else:
                 pending.append((function.all_nodes(), depth + 1))

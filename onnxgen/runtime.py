@@ -16,6 +16,7 @@ import re
 import select
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from onnxgen.ort_worker import read_message, write_message
+from onnxgen.twin import float32_twin, widened
 
 
 class RuntimeFailure(Exception):
@@ -38,11 +40,14 @@ class Runtime:
     Args:
         timeout: seconds one load or one run may take.
         threads: threads of one run; 0 lets the runtime choose.
+        twins: run models that hold bfloat16 as their float32 twins; what is fed as bfloat16 is
+            widened, what comes out is float32.
     """
 
-    def __init__(self, *, timeout: float = 600.0, threads: int = 0) -> None:
+    def __init__(self, *, timeout: float = 600.0, threads: int = 0, twins: bool = False) -> None:
         self.timeout = timeout
         self.threads = threads
+        self.twins = twins
         self._process: subprocess.Popen[bytes] | None = None
         self._sessions = 0
         self._alive: set[int] = set()
@@ -53,19 +58,28 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def load(self, model: bytes | Path, *, optimize: bool = False) -> int:
+    def load(
+        self, model: bytes | Path, *, optimize: bool = False, folder: Path | None = None
+    ) -> int:
         """Load a model (bytes, or a path where it has external data) and return its handle.
 
         Args:
             optimize: run the runtime's own graph optimisations, as a user's session would.
+            folder: where the external data of bytes is.
 
         Raises:
             RuntimeFailure: the runtime refuses the model.
         """
         self._sessions += 1
-        source = model if isinstance(model, bytes) else str(model)
-        request = {"model": source, "optimize": optimize, "threads": self.threads}
-        self._ask("load", self._sessions, request)
+        with tempfile.TemporaryDirectory(prefix="onnxgen-") as scratch:
+            source = float32_twin(model, Path(scratch)) if self.twins else model
+            request = {
+                "model": source if isinstance(source, bytes) else str(source),
+                "optimize": optimize,
+                "threads": self.threads,
+                "folder": "" if folder is None else str(folder),
+            }
+            self._ask("load", self._sessions, request)  # it maps the weights: they may go now
         self._alive.add(self._sessions)
         return self._sessions
 
@@ -82,6 +96,8 @@ class Runtime:
         """
         if session not in self._alive:
             raise RuntimeFailure("the session was lost when ONNX Runtime crashed")
+        if self.twins:
+            feeds = {name: widened(array) for name, array in feeds.items()}
         request = {"feeds": dict(feeds), "outputs": list(outputs) if outputs else None}
         answer: dict[str, np.ndarray[Any, Any]] = self._ask("run", session, request)
         return answer

@@ -112,14 +112,14 @@ def staged(
     with _termination_raises():
         try:
             with _writing(output):
-                stage = _write(model, slots, folder / output.name, created)
+                made = stage = _write(model, slots, folder / output.name, created)
             for name, content in (beside or {}).items():
                 with _writing(folder / name):
-                    stage.beside[_scratch(folder / name, content, created)] = folder / name
+                    made.beside[_scratch(folder / name, content, created)] = folder / name
             yield stage
         finally:
-            whole = stage is None or not stage.committed
-            for path in created if whole else stage.beside:
+            left = stage.beside if stage is not None and stage.committed else created
+            for path in left:
                 with contextlib.suppress(OSError):
                     path.unlink()
 

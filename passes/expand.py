@@ -21,14 +21,19 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from onnxgen.analysis.facts import sizes_in_use
 from onnxgen.analysis.graph import CONTRIB, is_read
+from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.shapes import Shapes
 from onnxgen.passes.expand_ops import DEFAULT_DOMAIN, EXPANSIONS, Expansion, KeptError
 from onnxgen.patterns.building import Builder
 
 
-def expand_contrib(model: ir.Model) -> list[str]:
+def expand_contrib(model: ir.Model, roles: Roles | None = None) -> list[str]:
     """Expand such nodes of the main graph, in place.
+
+    Args:
+        roles: what the inputs are for; sizes that are equal in use are.
 
     Returns:
         A sentence for each node that has an expansion and keeps its spelling, with the reason.
@@ -37,7 +42,7 @@ def expand_contrib(model: ir.Model) -> list[str]:
     found = [(node, expansion) for node in graph if (expansion := _expansion(node)) is not None]
     if not found:
         return []
-    builder = Builder(graph, Shapes(graph))
+    builder = Builder(graph, Shapes(graph, sizes_in_use(roles)))
     kept: list[str] = []
     for node, expansion in found:
         try:

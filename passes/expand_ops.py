@@ -150,6 +150,8 @@ def _rotary(builder: Builder, node: ir.Node) -> Sequence[ir.Value | None]:
     attributes = {"interleaved": int(attribute(node, "interleaved", 0))}
     size = shape[-1]
     if len(shape) == 3:
+        if heads and not attribute(node, "rotary_embedding_dim", 0):
+            size = heads * turned
         if not isinstance(size, int):
             raise KeptError("the size of its heads is not known")
         heads = heads or size // turned

@@ -2,6 +2,9 @@
 
 Index arithmetic is solved symbolically first (a Shape whose sizes are known, a Gather of it);
 the rest is cut out and run on ONNX Runtime, all of it in one run, instead of node by node.
+
+What is bfloat16 runs as float32 (`onnxgen.twin`), without the rounding after each node. It is folded
+where that makes no difference: every number on the way is one that bfloat16 has.
 """
 
 from __future__ import annotations
@@ -54,6 +57,9 @@ def fold_constants(model: ir.Model, runtime: Runtime) -> None:
         ):
             constants.update(node.outputs)
             computed.update(node.outputs)
+    inexact = _inexact(computed, solved, model, runtime)
+    constants -= inexact
+    computed -= inexact
     # Only what the rest of the graph reads has to be known.
     wanted = [v for v in computed if v.is_graph_output() or _read_outside(v, constants)]
     wanted.sort(key=lambda value: value.name or "")
@@ -61,7 +67,39 @@ def fold_constants(model: ir.Model, runtime: Runtime) -> None:
         if (value in solved and not _read_outside(value, constants)) or value.is_graph_output():
             continue
         if array.nbytes <= MAX_OUTPUT_BYTES:
+            if value.dtype == ir.DataType.BFLOAT16:
+                array = array.astype(value.dtype.numpy())
             _replace(graph, value, array)
+
+
+def _inexact(
+    computed: set[ir.Value],
+    solved: dict[ir.Value, np.ndarray],
+    model: ir.Model,
+    runtime: Runtime,
+) -> set[ir.Value]:
+    """The computed values that bfloat16 rounds, and what follows from them."""
+    narrow = [v for v in computed if v.dtype == ir.DataType.BFLOAT16]
+    narrow.sort(key=lambda value: value.name or "")
+    found = _run(narrow, solved, model, runtime)
+    inexact: set[ir.Value] = set()
+    for node in model.graph if narrow else ():
+        follows = any(value in inexact for value in node.inputs)
+        inexact.update(
+            output
+            for output in node.outputs
+            if output in computed
+            and (follows or (output in narrow and not _has(ir.DataType.BFLOAT16, found, output)))
+        )
+    return inexact
+
+
+def _has(dtype: ir.DataType, found: dict[ir.Value, np.ndarray], value: ir.Value) -> bool:
+    """Whether a value was computed and a type has each of its numbers."""
+    array = found.get(value)
+    return array is not None and np.array_equal(
+        array.astype(dtype.numpy()).astype(array.dtype), array, equal_nan=True
+    )
 
 
 def _foldable(node: ir.Node) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from onnxgen import functions
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.passes.rewriting import Check, Rewriter
@@ -27,4 +28,5 @@ def lower_model(
     rewriter = Rewriter(model, roles, sampler, check, disabled)
     for rule in rules:
         rewriter.apply(rule)
+    functions.declare(model)  # those that nothing calls any more go
     return rewriter.sites

@@ -2,7 +2,7 @@
 
     functions inlined -> opset raised -> constants lifted -> other spellings of standard operators
     expanded -> constants folded -> Ifs without a choice taken -> nodes that change nothing out
-    -> shape arithmetic from the inputs' sizes -> duplicates merged
+    -> Einsum as MatMul -> shape arithmetic from the inputs' sizes -> duplicates merged
 
 What is left of exporters' differences is seen through by the analyses, not rewritten here: this
 pass changes no arithmetic.
@@ -17,11 +17,13 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import version_converter
 
+from onnxgen import functions
 from onnxgen.analysis.dtypes import output_dtypes
 from onnxgen.analysis.graph import has_subgraph
 from onnxgen.analysis.roles import Roles
 from onnxgen.errors import RefusedError
 from onnxgen.passes.branches import take_branches
+from onnxgen.passes.einsum import lower_einsums
 from onnxgen.passes.expand import expand_contrib
 from onnxgen.passes.fold import fold_constants
 from onnxgen.passes.shape_arithmetic import canonical_shape_arithmetic
@@ -54,8 +56,9 @@ def normalize(
     """
     warnings: list[str] = []
     if model.functions:
-        common.InlinePass()(model)
-        model.functions.clear()  # nothing calls them any more
+        # Ours stay: their calls are what raising would make of their bodies.
+        common.InlinePass(criteria=lambda function: not functions.is_ours(function))(model)
+        model.functions.clear()  # nothing calls the others any more; raising declares ours again
     common.TopologicalSortPass()(model)
     common.NameFixPass()(model)
     raise_opset(model, opset)
@@ -64,7 +67,7 @@ def normalize(
     _own_outputs(model.graph)
     drop_dead(model)
     set_dtypes(model)
-    warnings += expand_contrib(model)
+    warnings += expand_contrib(model, roles)
     fold_constants(model, runtime)
     while take_branches(model):
         common.NameFixPass()(model)
@@ -72,6 +75,7 @@ def normalize(
         set_dtypes(model)
         fold_constants(model, runtime)
     simplify(model)
+    lower_einsums(model, roles)
     canonical_shape_arithmetic(model, roles)
     drop_dead(model)
     merge_duplicates(model)

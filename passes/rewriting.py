@@ -14,19 +14,20 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxgen import functions
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import ancestors, is_read
+from onnxgen.analysis.graph import CONTRIB, ancestors, is_read
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.rule import Declined, Rewrite, Rule
+from onnxgen.patterns.rule import RULE, Declined, Rewrite, Rule
 from onnxgen.report.values import Decline, Site
 
 # Shows a rewrite's old and new values to the verifier: None where they agree, else the reason.
 Check = Callable[[Facts, Rewrite, Sequence[ir.Node]], str | None]
 
+_DOMAINS = ("", "ai.onnx", CONTRIB, functions.DOMAIN)
 SCOPES = "pkg.torch.onnx.name_scopes"
-RULE = "onnxgen.rule"
 REPLACED = "onnxgen.replaced"
 
 
@@ -63,7 +64,7 @@ class Rewriter:
         anchors = [
             node
             for node in self.model.graph
-            if node.op_type in rule.anchors and node.domain in ("", "ai.onnx", "com.microsoft")
+            if node.op_type in rule.anchors and node.domain in _DOMAINS
         ]
         for node in reversed(anchors):
             if node.graph is None:
@@ -153,7 +154,7 @@ class Rewriter:
         return Site(
             rule.kind,
             rule.code,
-            fused.name,
+            fused.name or "",
             scope,
             "fused",
             replaced=len(removed),

@@ -38,11 +38,24 @@ def simplify(model: ir.Model) -> None:
             same = _turned_back(views, output)
         if same is None or any(map(is_read, node.outputs[1:])):
             continue
-        if output.is_graph_output():
-            continue  # its name is the model's interface
-        output.replace_all_uses_with(same)
+        if output.is_graph_output() and not _gives_name(output, same):
+            continue
+        output.replace_all_uses_with(same, replace_graph_outputs=True)
         gone.append(node)
     graph.remove(gone, safe=True)
+
+
+def _gives_name(output: ir.Value, same: ir.Value) -> bool:
+    """Give an output's name, which is the model's interface, to the value that takes its place.
+
+    False where that has a name of its own that others know: an input's, or another output's.
+    """
+    if same.producer() is None or same.is_graph_output() or same.is_initializer():
+        return False
+    name, own = output.name, same.name
+    output.name, same.name = own, name
+    same.shape = same.shape or output.shape
+    return True
 
 
 def _same_shape(shapes: Shapes, node: ir.Node) -> ir.Value | None:

@@ -17,6 +17,7 @@ from onnxgen.analysis.graph import attribute, names, producer
 from onnxgen.analysis.scores import Mask, constant_choice
 from onnxgen.analysis.symbols import Dim, product
 from onnxgen.analysis.views import VIEW_OPS, Axis, Digit
+from onnxgen.functions import DOMAIN, sink_attention
 from onnxgen.patterns.arranging import arranged
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.masking import on_heads
@@ -55,7 +56,12 @@ class Heads:
 
 
 def heads_of(
-    facts: Facts, value: ir.Value, axes: Sequence[Axis], *, queries: Heads | None
+    facts: Facts,
+    value: ir.Value,
+    axes: Sequence[Axis],
+    *,
+    queries: Heads | None,
+    shared: bool = True,
 ) -> Heads | str:
     """Read an operand's leading axes as batch and heads; the reason as text where that fails.
 
@@ -63,6 +69,7 @@ def heads_of(
         axes: those of the scores that are its product, or that it is multiplied by, as digits of
             the queries' axes: an operand of size 1 is repeated along them.
         queries: the queries' own heads; None for the queries themselves.
+        shared: take repeated heads as they were before they were repeated.
     """
     view = facts.views.of(value)
     if view is None or len(view.axes) < 2:
@@ -73,6 +80,8 @@ def heads_of(
         for index, (axis, wanted) in enumerate(zip(leading, like, strict=True)):
             size = product(digit.size for digit in wanted)
             if not axis and size != 1:
+                if not shared:
+                    return "its heads are repeated by the product alone"
                 leading[index] = (Digit(None, 1, size),)
     batch: Axis = leading[0] if leading else ()
     rest: Axis = ()
@@ -88,9 +97,10 @@ def heads_of(
         batch, rest = batch[:count], batch[count:]
     heads = [*rest, *(digit for axis in leading[1:] for digit in axis)]
     groups: Dim = 1
-    while heads and heads[-1].repeats:
+    while shared and heads and heads[-1].repeats:
         groups = groups * heads.pop().size
-    if any(digit.repeats for digit in (*batch, *heads, *view.axes[-1], *view.axes[-2])):
+    inside = heads if shared else ()
+    if any(digit.repeats for digit in (*batch, *inside, *view.axes[-1], *view.axes[-2])):
         return "its repeated heads are not neighbours, or more than heads are repeated"
     return Heads(value, batch, tuple(heads), groups, view.axes[-2], view.axes[-1])
 
@@ -209,30 +219,47 @@ def attention(
     mask: ir.Value | None,
     caches: tuple[Cache, Cache] | None,
     attributes: dict[str, int | float],
+    sinks: ir.Value | None = None,
 ) -> tuple[ir.Node, ir.Value, list[tuple[ir.Value, ir.Value]]]:
-    """The Attention node, its output [B, H, S, D], and (old, new) for the caches it takes over."""
-    if caches is None:
-        y = builder.op("Attention", [q, k, v, mask], attributes)
-        node = y.producer()
-        assert node is not None
-        return node, y, []
-    (keys, values) = caches
-    inputs = [
-        q,
-        permuted(builder, keys.new, keys.order),
-        permuted(builder, values.new, values.order),
-        mask,
-        permuted(builder, keys.past, keys.order),
-        permuted(builder, values.past, values.order),
-    ]
-    y, present_key, present_value = builder.ops("Attention", inputs, 3, attributes)
-    node = y.producer()
+    """The Attention node, its output [B, H, S, D], and (old, new) for the caches it takes over.
+
+    Args:
+        sinks: [H]: then it is a SinkAttention.
+    """
+    inputs: list[ir.Value | None] = [q, k, v, mask]
+    if caches is not None:
+        (keys, values) = caches
+        inputs = [
+            q,
+            permuted(builder, keys.new, keys.order),
+            permuted(builder, values.new, values.order),
+            mask,
+            permuted(builder, keys.past, keys.order),
+            permuted(builder, values.past, values.order),
+        ]
+    count = 1 if caches is None else 3
+    if sinks is None:
+        made = builder.ops("Attention", inputs, count, attributes)
+    else:
+        attributes = dict(attributes)
+        precision = attributes.pop("softmax_precision", None)
+        overload = sink_attention.overload_of(
+            None if mask is None else mask.dtype,
+            cache=caches is not None,
+            cap="softcap" in attributes,
+            wide=precision is not None,
+        )
+        inputs = [*inputs, *[None] * (sink_attention.SINKS - len(inputs)), sinks]
+        made = builder.ops(
+            sink_attention.NAME, inputs, count, attributes, domain=DOMAIN, overload=overload
+        )
+    node = made[0].producer()
     assert node is not None
     replaced = []
-    for cache, present in ((keys, present_key), (values, present_value)):
+    for cache, present in zip(caches or (), made[1:], strict=True):
         back = tuple(int(axis) for axis in np.argsort(cache.order))
         replaced.append((cache.total, permuted(builder, present, back)))
-    return node, y, replaced
+    return node, made[0], replaced
 
 
 def attention_mask(

@@ -8,12 +8,17 @@ Replaces
     (`analysis.views`): transposes, detours through flattened tensors, repeated key/value heads.
     Factors on q, on k, on both or on the scores become one scale. A Concat of past and new keys
     and values along the sequence moves into the node. The mask stays as the model computes it.
+    Scores may be viewed on the way, with masks and biases added to any view of them.
+
+    With a column of sinks joined to the scores, and dropped from the probabilities, the node is
+    onnxgen::SinkAttention (`onnxgen.functions.sink_attention`): the standard has no such operator.
 
 Declines
     scores: something unknown stands between the Softmax and q @ k, or before p @ v.
     layout: an operand cannot be read as batch, heads, rows and columns.
     groups: keys and values do not have the same heads, or these do not divide the queries'.
     mask: the mask cannot be brought to [.., S, T].
+    sinks: what is joined to the scores is not one number a head.
     cap-order: a mask is applied before the cap, where the operator applies it behind.
 
 Numerics
@@ -31,12 +36,21 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import given, producer
+from onnxgen.analysis.graph import FLOATS, given, producer
 from onnxgen.analysis.layouts import layouts
-from onnxgen.analysis.scores import Down, Scores, Stopped, attends, last_axis, walk_down, walk_up
+from onnxgen.analysis.probabilities import (
+    Down,
+    Normalized,
+    attends,
+    plain_condition,
+    softmax_of,
+    walk_down,
+)
+from onnxgen.analysis.scores import Mask, Scores, Stopped, constant_choice, walk_up
 from onnxgen.analysis.symbols import divide, product
 from onnxgen.analysis.views import Axis, canonical
 from onnxgen.patterns.attending import (
@@ -47,20 +61,25 @@ from onnxgen.patterns.attending import (
     heads_of,
 )
 from onnxgen.patterns.building import Builder
+from onnxgen.patterns.masking import each_head
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
 Layouts: TypeAlias = Mapping[ir.Value, tuple[Axis, ...]]
 
 
 class SoftmaxAttention(Rule):
-    """Anchored at the Softmax."""
+    """Anchored at the Softmax, or at the sum or logarithm of one that is written out."""
 
     code = "ATT001"
     kind = "attention"
-    anchors = frozenset({"Softmax"})
+    anchors = frozenset({"Softmax", "LogSoftmax", "ReduceSum"})
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
-        up, down = walk_up(facts, given(node, 0)), walk_down(node)
+        softmax = softmax_of(facts, node)
+        if softmax is None:
+            return None
+        up = walk_up(facts, softmax.scores)
+        down = walk_down(facts, softmax.value, None if isinstance(up, Stopped) else up.sink)
         if (isinstance(up, Stopped) or isinstance(down, Stopped)) and not attends(facts, node):
             return None  # a router's Softmax, or a classifier's: nothing is attended to
         for stopped in (up, down):
@@ -68,33 +87,45 @@ class SoftmaxAttention(Rule):
                 raise Declined(self, "scores", stopped.reason, stopped.node or node)
         assert isinstance(up, Scores)
         assert isinstance(down, Down)
-        if not last_axis(facts, node):
+        if not softmax.last:
             raise Declined(self, "scores", "the Softmax is not over the last axis", node)
         if up.masks_before_cap:
             raise Declined(self, "cap-order", "a mask is applied before the cap", node)
-        steps = [*(step for step, _ in reversed(up.steps)), node, *down.steps]
+        scores = [step.outputs[0] for step, _ in reversed(up.steps)]
+        steps = [*scores, softmax.value, *down.steps]
         layout = layouts(facts, up.contraction, steps)
         if isinstance(layout, str):
             raise Declined(self, "layout", layout, up.contraction)
-        return self._emit(facts, builder, node, up, down, layout)
+        scores_found = masked_again(up, down)
+        if scores_found is None:
+            raise Declined(self, "scores", "the probabilities are masked by another mask", node)
+        return self._emit(facts, builder, softmax, scores_found, down, layout)
 
     def _operands(
         self, facts: Facts, up: Scores, down: Down, layout: Layouts
     ) -> tuple[Heads, Heads, Heads]:
+        """Queries, keys and values; with the heads as they are repeated where they cannot be shared."""
+        try:
+            return self._shared(facts, up, down, layout, shared=True)
+        except Declined as declined:
+            try:
+                return self._shared(facts, up, down, layout, shared=False)
+            except Declined:
+                raise declined from None
+
+    def _shared(
+        self, facts: Facts, up: Scores, down: Down, layout: Layouts, *, shared: bool
+    ) -> tuple[Heads, Heads, Heads]:
         contraction = up.contraction
-        q_value, k_value = given(contraction, 0), given(contraction, 1)
-        v_value = given(down.product, 1)
-        widened = producer(v_value, "Cast")
-        if widened is not None and given(widened, 0).dtype == q_value.dtype:
-            v_value = given(widened, 0)  # probabilities in float, as softmax_precision says
         above, below = layout[contraction.outputs[0]], layout[given(down.product, 0)]
         found: list[Heads] = []
         for name, value, axes in (
-            ("queries", q_value, above),
-            ("keys", k_value, above),
-            ("values", v_value, below),
+            ("queries", given(contraction, 0), above),
+            ("keys", given(contraction, 1), above),
+            ("values", uncast(given(down.product, 1)), below),
         ):
-            heads = heads_of(facts, value, axes, queries=found[0] if found else None)
+            queries = found[0] if found else None
+            heads = heads_of(facts, value, axes, queries=queries, shared=shared)
             if isinstance(heads, str):
                 raise Declined(self, "layout", f"{name}: {heads}", contraction, value.producer())
             found.append(heads)
@@ -115,7 +146,7 @@ class SoftmaxAttention(Rule):
         self,
         facts: Facts,
         builder: Builder,
-        node: ir.Node,
+        softmax: Normalized,
         up: Scores,
         down: Down,
         layout: Layouts,
@@ -130,6 +161,8 @@ class SoftmaxAttention(Rule):
         assert queries is not None
         assert keys is not None
         assert values is not None
+        dtype = given(up.contraction).dtype  # of the product of queries and keys
+        queries, keys, values = (cast(builder, each, dtype) for each in (queries, keys, values))
         scale = up.scale
         for heads, (_, inside) in ((q, queries), (k, keys)):
             view = facts.views.of(heads.value)
@@ -139,7 +172,6 @@ class SoftmaxAttention(Rule):
         assert value_view is not None
         if value_view.scale != values[1]:
             raise Declined(self, "layout", "the values are scaled on the way", down.product)
-        dtype = queries[0].dtype
         q_shape, k_shape = facts.shapes.of(queries[0]), facts.shapes.of(keys[0])
         assert dtype is not None
         assert q_shape is not None
@@ -148,16 +180,22 @@ class SoftmaxAttention(Rule):
         axes = (q.batch, q.heads, q.rows, below[-1])
         mask = attention_mask(facts, builder, up.masks, layout, axes, q_shape[2], k_shape[2], dtype)
         if isinstance(mask, str):
-            raise Declined(self, "mask", mask, node)
+            raise Declined(self, "mask", mask, softmax.value.producer())
         caches, cache = caches_of(facts, queries[0], keys[0], values[0], mask)
         attributes: dict[str, int | float] = {"scale": scale}
         if up.softcap:
             attributes["softcap"] = up.softcap
-        precision = given(node, 0).dtype
+        precision = softmax.scores.dtype
         if precision is not None and precision != dtype:
             attributes["softmax_precision"] = int(precision)
+        sinks: ir.Value | None = None
+        if up.sink is not None:
+            column = each_head(facts, builder, up.sink.value, layout[up.sink.at], axes, dtype)
+            if isinstance(column, str):
+                raise Declined(self, "sinks", column, softmax.value.producer())
+            sinks = column
         fused, y, replaced = attention(
-            builder, queries[0], keys[0], values[0], mask, caches, attributes
+            builder, queries[0], keys[0], values[0], mask, caches, attributes, sinks
         )
         old = down.product.outputs[0]
         if old.dtype is not None and old.dtype != dtype:
@@ -176,7 +214,44 @@ class SoftmaxAttention(Rule):
             "cache": cache,
             "mask": "explicit" if mask is not None else "none",
         }
+        if sinks is not None:
+            details["sinks"] = "one a head"
         return Rewrite(fused, ((old, y), *replaced), details, mask)
+
+
+def uncast(value: ir.Value) -> ir.Value:
+    """What a value is cast from, if it is cast: repeated heads are seen through behind it."""
+    node = producer(value, "Cast")
+    return given(node) if node is not None and given(node).dtype in FLOATS else value
+
+
+def cast(
+    builder: Builder, arranged: tuple[ir.Value, float], dtype: ir.DataType | None
+) -> tuple[ir.Value, float]:
+    value, factor = arranged
+    if dtype is None or value.dtype == dtype:
+        return arranged
+    return builder.op("Cast", [value], {"to": int(dtype)}), factor
+
+
+def masked_again(up: Scores, down: Down) -> Scores | None:
+    """The scores with the masks that probabilities are masked by once more; None for others.
+
+    Where(keep, p, 0) behind Where(keep, s, fill) changes the rows that are masked everywhere: they
+    are zeros, as those that are filled with -inf are.
+    """
+    masks = list(up.masks)
+    for condition, inverted in down.kept:
+        for index, mask in enumerate(masks):
+            found = constant_choice(mask.value) if mask.fill is None else mask
+            if found is None or (mask.fill is None and mask.factor <= 0):
+                continue
+            if plain_condition(found.value, found.inverted) == (condition, inverted):
+                masks[index] = Mask(found.value, mask.at, -np.inf, found.inverted)
+                break
+        else:
+            return None
+    return replace(up, masks=masks)
 
 
 def rows_to_heads(q: Heads, other: Heads, axes: tuple[Axis, ...]) -> tuple[Heads, Heads]:

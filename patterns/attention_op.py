@@ -27,7 +27,7 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute
 from onnxgen.patterns.attending import attention, caches_of, heads_of
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.rule import Declined, Rewrite, Rule
+from onnxgen.patterns.rule import RULE, Declined, Rewrite, Rule
 
 
 class ExportedAttention(Rule):
@@ -40,6 +40,8 @@ class ExportedAttention(Rule):
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         if node.domain == "com.microsoft" or len(node.inputs) > 4 or len(node.outputs) > 1:
             return None
+        if RULE in node.metadata_props:
+            return None  # another rule's work, of which nothing is left to take inside
         q, k, v = node.inputs[:3]
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         view = facts.views.of(q) if q is not None else None
@@ -51,6 +53,8 @@ class ExportedAttention(Rule):
         keys, values = (heads_of(facts, each, view.axes, queries=queries) for each in (k, v))
         if isinstance(keys, str) or isinstance(values, str):
             raise Declined(self, "layout", f"keys: {keys}, values: {values}", node)
+        if (keys.count, keys.groups) != (values.count, values.groups):
+            return None
         plain_k, plain_v = keys.arranged(facts, builder), values.arranged(facts, builder)
         if plain_k is None or plain_v is None or (plain_k[1], plain_v[1]) != (1.0, 1.0):
             return None

@@ -76,12 +76,23 @@ class Builder:
         *,
         domain: str = "",
         name: str = "",
+        overload: str = "",
     ) -> Sequence[ir.Value]:
-        """A new node; trailing inputs that are None are left out."""
+        """A new node; trailing inputs that are None are left out.
+
+        A node of the domain `onnxgen` is all that calls one of `onnxgen.functions`.
+        """
         given = list(inputs)
         while given and given[-1] is None:
             given.pop()
-        node = ir.node(op_type, given, attributes or {}, domain=domain, num_outputs=outputs)
+        node = ir.node(
+            op_type,
+            given,
+            attributes or {},
+            domain=domain,
+            overload=overload,
+            num_outputs=outputs,
+        )
         node.name = self.unique(name or f"onnxgen/{op_type}")
         for index, output in enumerate(node.outputs):
             output.name = self.unique(f"{node.name}:{index}" if index else f"{node.name}:out")

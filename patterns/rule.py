@@ -19,6 +19,9 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.patterns.building import Builder
 from onnxgen.report.values import Decline
 
+# Metadata of a node that a rule made: the rule's code.
+RULE = "onnxgen.rule"
+
 Details = Mapping[str, str | int | float | bool]
 
 

@@ -102,7 +102,12 @@ class StaticCacheWrite(Rule):
             slopes = tuple(int(axis == write.along) for axis in range(len(ramp.slopes)))
             found, circular = _first(facts, write, Ramp(slopes, 0, terms)), False
         if found is None:
-            reason = "the rows are not shown to be written one behind the other"
+            free = _free_inputs(facts, write.positions)
+            reason = (
+                f"{free[0]!r} says where each new row goes, and may say any place"
+                if free
+                else "the new rows are not shown to be written one behind the other"
+            )
             raise Declined(self, "positions", reason, node)
         return replace(found, circular=circular)
 
@@ -217,7 +222,7 @@ def _follow_when_run(facts: Facts, write: Write) -> bool:
     the numbers that there are, where an input of positions or a mask can hold any.
     """
     positions, sampler = write.positions, facts.sampler
-    if positions is None or sampler is None or not _of_lengths(facts, positions):
+    if positions is None or sampler is None or _free_inputs(facts, positions):
         return False
     try:
         samples = sampler.samples(positions, _probes(sampler.roles.static_room or 16))
@@ -242,20 +247,22 @@ def _probes(room: int) -> tuple[RunShape, ...]:
     )
 
 
-def _of_lengths(facts: Facts, value: ir.Value) -> bool:
+def _free_inputs(facts: Facts, value: ir.Value | None) -> list[str]:
+    """Inputs that a value is computed from, sizes and how long the cache is left out."""
+    found: list[str] = []
     pending, seen = [value], set()
     while pending:
         each = pending.pop()
-        if each in seen:
+        if each is None or each in seen:
             continue
         seen.add(each)
         node = each.producer()
         if each.is_graph_input():
             if facts.role(each) != "cache_length" or facts.shapes.of(each) not in ((), (1,)):
-                return False
+                found.append(each.name or "")
         elif node is not None and node.op_type not in ("Shape", "Size"):
-            pending.extend(v for v in node.inputs if v is not None)
-    return True
+            pending.extend(node.inputs)
+    return found
 
 
 def _layout(write: Write, batch: int | None) -> tuple[int, ...]:

@@ -80,7 +80,7 @@ def _rows_without_keys(facts: Facts, nothing: ir.Value, mask: ir.Value) -> bool:
         hidden = ~seen.any(axis=-1, keepdims=True)
         if picked.ndim != 4 or picked.shape[-1] != 1 or picked.shape[-2] != hidden.shape[-2]:
             return False
-        if not np.array_equal(*np.broadcast_arrays(picked, hidden)):
+        if not (picked == hidden).all():
             return False
     return True
 

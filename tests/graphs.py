@@ -44,6 +44,7 @@ from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
 from onnxgen.report.values import Decline, Site
 from onnxgen.runtime import Runtime
+from onnxgen.twin import holds_bfloat16, widen, widened
 from onnxgen.verify.rewrites import RewriteChecker
 
 Array = np.ndarray[Any, Any]
@@ -227,7 +228,15 @@ def assert_same_graph(found: onnx.ModelProto, wanted: onnx.ModelProto) -> None:
 
 
 def run(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Outputs by name, on ONNX Runtime as the graph is written: nothing optimized."""
+    """Outputs by name, on ONNX Runtime as the graph is written: nothing optimized.
+
+    Of a model that holds bfloat16 its float32 twin is run.
+    """
+    as_ir = ir.from_proto(model)
+    if holds_bfloat16(as_ir):
+        widen(as_ir)
+        model = ir.to_proto(as_ir)
+        feeds = {name: widened(array) for name, array in feeds.items()}
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

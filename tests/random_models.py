@@ -24,8 +24,11 @@ from tests.random_spec import WINDOW, Spec
 
 M, VOCABULARY, LONGEST = 26, 37, 320
 END = 2**31 - 1
-LOW = {"float32": -3.4028235e38, "float16": -65504.0}
-TYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
 
 
 def build(spec: Spec) -> onnx.ModelProto:
@@ -143,8 +146,8 @@ class Writer:
         return self.rms(x, w, spec.norm)
 
     def rms(self, x: Any, w: Any, spelling: str) -> Any:
-        """An RMS norm, in float32 inside a float16 model, as transformers writes it."""
-        op, half = self.op, self.spec.dtype == "float16"
+        """An RMS norm, in float32 whatever the model's type, as transformers writes it."""
+        op, half = self.op, self.spec.dtype != "float32"
         wide = op.Cast(x, to=ir.DataType.FLOAT) if half else x
         square = op.Pow(wide, 2.0) if spelling == "rms-pow" else op.Mul(wide, wide)
         mean = op.Add(op.ReduceMean(square, [-1]), 1e-5)
@@ -384,7 +387,7 @@ class Writer:
 
     def hidden(self, scores: Any, keep: Any) -> Any:
         """The scores with those that do not stay hidden."""
-        op, low = self.op, LOW[self.spec.dtype]
+        op, low = self.op, float(self.dtype.min)
         low, zero = (-math.inf if "inf" in self.spec.masking else low), self.number(0.0)
         match self.spec.masking:
             case "where-inf" | "where-min":

@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "groups": (1, 2, 3),
     "size": (4, 8, 10, 14),
     "value_size": (0, 0, 0, 6),  # 0: as wide as keys
-    "dtype": ("float32", "float32", "float32", "float16"),
+    "dtype": ("float32", "float32", "float32", "float16", "bfloat16"),
     "norm": ("none", "rms-mul", "rms-pow", "rms-div", "layer-mul", "layer-pow"),
     "head_norm": (False, True),
     "projection": ("matmul", "gemm", "linear", "nbits", "dequantized"),
@@ -152,7 +152,7 @@ def fitted(spec: Spec) -> Spec:
         changes["layout"] = "heads"
     if spec.packed == "by-head":
         changes["value_size"] = 0
-    if spec.projection == "nbits" and spec.dtype == "float16":
+    if spec.projection == "nbits" and spec.dtype != "float32":
         changes["projection"] = "matmul"
     if spec.rotary == "none":
         changes |= {"part": "whole", "turned_at": "heads", "tables": "computed"}

@@ -593,11 +593,6 @@ SCORES = {
         "masked": "c1 = Tanh(s1)  c2 = Mul(c1, 30.0)  c3 = Relu(c2)  s2 = Where(keep, c3, -inf)"
     },
     "another axis": {"softmax": "p = Softmax<axis = 2>(s2)"},
-    "sinks": {
-        "softmax": "sk = MatMul(q, sw)  sc = Concat<axis = -1>(s2, sk)  pc = Softmax<axis = -1>(sc)"
-        "  te = Shape<start = -1>(s2)  p = Slice(pc, [0], te, [-1])",
-        "signature": SIGNATURE.replace("<float[37,50]", "<float[20,1] sw, float[37,50]"),
-    },
 }
 
 
@@ -613,9 +608,10 @@ def test_probabilities_that_are_read_again() -> None:
 
 
 def test_heads_that_are_repeated_the_other_way() -> None:
-    """Tile puts whole turns of heads one after the other: head 0 1 2 0 1 2."""
+    """Head 0 1 2 0 1 2: no head is shared by neighbours, so they stay repeated."""
     tiled = "kr = Tile(kc, [1, 2, 1, 1])  vr = Tile(vc, [1, 2, 1, 1])"
-    assert_kept(block(repeated=tiled), "ATT001", "layout")
+    result = assert_fused(block(repeated=tiled), cache=False)
+    assert result.sites[0].details["kv_heads"] == "6"
 
 
 def test_values_that_are_scaled() -> None:
@@ -631,15 +627,27 @@ def test_keys_and_values_of_different_heads() -> None:
     signature = SIGNATURE.replace("[b,3,p,20] past_v", "[b,2,p,20] past_v")
     signature = signature.replace("[b,3,t,20] present_v", "[b,2,t,20] present_v")
     signature = signature.replace("float[50,60] wv", "float[50,40] wv")
-    assert_kept(
+    result = assert_fused(
         block(
             signature=signature,
             projected=PROJECTED.replace("vp, [0, 0, 3, 20]", "vp, [0, 0, 2, 20]"),
             repeated=REPEATED.replace("Expand(vu, [1, 1, 2, 1, 1])", "Expand(vu, [1, 1, 3, 1, 1])"),
         ),
-        "ATT001",
-        "groups",
+        cache=False,
     )
+    assert result.sites[0].details["kv_heads"] == "6"
+
+
+def test_one_key_head_and_a_value_head_for_each() -> None:
+    signature = SIGNATURE.replace("[b,3,p,20] past_k", "[b,1,p,20] past_k")
+    signature = signature.replace("[b,3,t,20] present_k", "[b,1,t,20] present_k")
+    signature = signature.replace("float[50,60] wk", "float[50,20] wk")
+    text = block(
+        signature=signature,
+        projected=PROJECTED.replace("kp, [0, 0, 3, 20]", "kp, [0, 0, 1, 20]"),
+        repeated="kr = Identity(kc)" + REPEATED[REPEATED.index("  vu") :],
+    )
+    assert_kept(text, "ATT001", "groups")
 
 
 def test_a_mask_before_the_cap() -> None:

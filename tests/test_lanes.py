@@ -221,6 +221,7 @@ def test_what_is_no_rotation(body: str) -> None:
             False,
         ),
         ("d = Concat<axis = -1>(c, c, n)  t = Slice(d, [1], [9], [-1])", 0, 3, True),
+        ("d = Concat<axis = -1>(c, c)  t = Slice(d, [1], [6], [-1], [3])", 0, 1, True),
         ("d = Concat<axis = -1>(c, c)  e, t = Split<axis = -1>(d, [2, 4])", 0, 1, False),
         ("d = Concat<axis = -1>(c, c)  e, t = Split<axis = -1>(d, [1, 5])", 0, 3, True),
     ],

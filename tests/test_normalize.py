@@ -293,6 +293,18 @@ def test_dead_nodes_go_and_outputs_stay() -> None:
     assert not {"Exp", "Neg"} & {node.op_type for node in model.graph}
 
 
+def test_an_output_that_repeats_a_value_is_that_value() -> None:
+    """Its name is the interface and stays; the node that copied goes."""
+    model, _ = normalized(
+        parse("(float[b,12] x) => (float[b,12] y) { r = Relu(x)  y = Cast<to = 1>(r) }")
+    )
+    assert [(node.op_type, node.outputs[0].name) for node in model.graph] == [("Relu", "y")]
+    text = "(float[b,12] x) => (float[b,12] r, float[b,12] y) { r = Relu(x)  y = Cast<to = 1>(r) }"
+    both, _ = normalized(parse(text))
+    assert [output.name for output in both.graph.outputs] == ["r", "y"]
+    assert [node.op_type for node in both.graph] == ["Relu", "Cast"]
+
+
 def test_an_output_that_is_an_input_stays() -> None:
     proto = parse("(float[b,3] x) => (float[b,3] y, float[b,3] z) { y = Identity(x)  z = Relu(x) }")
     model, _ = normalized(proto)

@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
@@ -24,6 +26,7 @@ from onnxgen import pipeline
 from onnxgen.pipeline import FuseOptions, fuse
 from onnxgen.report.values import Report, Site
 from tests.graphs import runtime
+from tests.leftovers import leftovers
 from tests.random_models import build
 from tests.random_spec import CHOICES, WINDOW, Spec, fitted, not_claimed, specs
 
@@ -34,6 +37,9 @@ SEED = int(os.environ.get("ONNXGEN_SEED", "0"))
 
 class Shared:
     """The tests' ONNX Runtime in the place of one that is started for each model."""
+
+    def __init__(self, twins: bool) -> None:
+        runtime().twins = twins
 
     def __enter__(self) -> Any:
         return runtime()
@@ -82,7 +88,9 @@ def check(spec: Spec) -> None:
         path = Path(folder) / "model.onnx"
         path.write_bytes(build(spec).SerializeToString())
         report = fuse(path, FuseOptions(), lambda message: None)
+        left = leftovers(onnx.load(report.output))
     assert report.proof is not None
+    assert report.proof.twins == (spec.dtype == "bfloat16")
     assert report.proof.status == "proven"
     for site in report.sites:
         assert site.status != "undone", site  # a rule made something wrong, or not checkable
@@ -97,6 +105,7 @@ def check(spec: Spec) -> None:
     fused = sum(site.status == "fused" for site in attention)
     assert report.ops_after.get("Attention", 0) == fused
     assert report.ops_after.get("Softmax", 0) == len(attention) - fused
+    assert left == +Counter(attention=len(attention) - fused), "no rule was asked"
     assert_parts(spec, report)
 
 
@@ -109,7 +118,8 @@ def assert_told(spec: Spec, site: Site, first: bool) -> None:
     sizes = (str(spec.heads), str(kv_heads), str(spec.size))
     assert (told["heads"], told["kv_heads"], told["head_size"]) == sizes
     wanted = 1.0 if spec.scale == "none" else 1 / math.sqrt(spec.size)
-    assert np.isclose(float(told["scale"]), wanted, rtol=1e-3 if spec.dtype == "float16" else 1e-4)
+    rounding = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-2}[spec.dtype]
+    assert np.isclose(float(told["scale"]), wanted, rtol=rounding)
     inside = spec.cache != "none" and first and not unseen
     assert told["cache"] == ("concatenated" if inside else "none")
     if first or spec.second == "shared":

@@ -280,6 +280,12 @@ ALMOST = {
         "  n = Unsqueeze(s2, [1])",
         SPELLINGS["slices"],
     ),
+    "differing halves of cos alone": (
+        TABLES.replace(
+            "c2 = Cos(aa)", "a2 = Mul(a, 2.0)  ac = Concat<axis = -1>(a, a2)  c2 = Cos(ac)"
+        ),
+        SPELLINGS["slices"],
+    ),
     "no sign": (TABLES, f"{TURN}  t = Concat<axis = -1>(hi, lo)  {SUM}"),
     "both signs": (TABLES, f"{TURN}  nl = Neg(lo)  t = Concat<axis = -1>(ng, nl)  {SUM}"),
     "halves of other sizes": (

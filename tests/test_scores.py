@@ -5,15 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxgen.analysis.scores import (
-    Scores,
-    Stopped,
-    attends,
-    constant_choice,
-    last_axis,
-    walk_down,
-    walk_up,
-)
+from onnxgen.analysis.probabilities import attends, softmax_of, walk_down
+from onnxgen.analysis.scores import Scores, Stopped, constant_choice, walk_up
 from tests.graphs import facts_of
 
 SIGNATURE = (
@@ -139,10 +132,9 @@ DOWN = {
 @pytest.mark.parametrize("body", DOWN)
 def test_down_to_the_values(body: str) -> None:
     facts, values = facts_of(f"{SIGNATURE} {{ {START}  p = Softmax(qk)  {body} }}")
-    del facts
     softmax = values["p"].producer()
     assert softmax is not None
-    end = walk_down(softmax)
+    end = walk_down(facts, values["p"])
     if not DOWN[body]:
         assert isinstance(end, Stopped)
         assert end.reason
@@ -161,7 +153,9 @@ def test_last_axis(attribute: str, last: bool) -> None:
     )
     softmax = values["p"].producer()
     assert softmax is not None
-    assert last_axis(facts, softmax) is last
+    found = softmax_of(facts, softmax)
+    assert found is not None
+    assert found.last is last
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,26 @@ def test_a_place_of_its_own_for_each_sequence() -> None:
     assert_raised(write(each, places=places, signature=signature), after, "CAC001")
 
 
+def test_a_place_of_its_own_for_each_head() -> None:
+    """The operator's first axis is then the heads'."""
+    signature = SIGNATURE.replace("int64 at", "int64[3] at")
+    places = "au = Unsqueeze(at, [1])  places = Add(au, row)"
+    each = EACH.replace("(places, [0, 1, 3])", "(places, [0, 3])")
+    result = assert_raised(write(each, places=places, signature=signature), None, "CAC001")
+    assert list(result.node("TensorScatter").input)[2] == "at"
+
+
+def test_a_negative_index_into_a_table_counts_from_its_end() -> None:
+    places = (
+        "steps = Range(0, 24, 1)  se = Unsqueeze(at, [0])  ee = Add(se, sl)"
+        "  cut = Slice(steps, se, ee, [0])  places = Add(cut, 10)"
+    )
+    result = assert_raised(write(FRONT, places=places), None, "CAC001")
+    for rows, at in ((2, 3), (2, -15)):
+        old, new = (run(model, feeds_at(rows, at)) for model in (result.before, result.after))
+        np.testing.assert_array_equal(old["present"], new["present"])
+
+
 def test_one_row_that_is_chosen() -> None:
     signature = SIGNATURE.replace("b,s] ids", "b,1] ids")
     after = AFTER.replace("b,s] ids", "b,1] ids").replace("[0, 0, 3, 20]", "[0, 1, 3, 20]")
@@ -176,7 +196,8 @@ def test_a_prefill_starts_at_the_first_place() -> None:
     signature = SIGNATURE.replace("int64 at, ", "")
     after = f"{signature} {{ {NEW}  present = TensorScatter<axis = 2>(past, k) }}"
     places = "places = Identity(row)"
-    assert_raised(write(FRONT, places=places, signature=signature), after, "CAC001")
+    for written in (FRONT, EACH, COLUMNS):
+        assert_raised(write(written, places=places, signature=signature), after, "CAC001")
 
 
 def test_places_that_start_over_are_circular() -> None:
@@ -236,11 +257,27 @@ def test_places_that_do_not_follow_one_another(places: str) -> None:
     assert_kept(write(FRONT, places=places), "CAC001", "positions")
 
 
+def test_places_that_differ_from_sequence_to_sequence_by_a_number() -> None:
+    places = "bu = Unsqueeze(batch, [1])  p0 = Add(row, at)  places = Add(bu, p0)"
+    each = EACH.replace("(places, [0, 1, 3])", "(places, [1, 3])")
+    text = write(each, places=f"batch = Range(0, bb, 1)  {places}")
+    assert_kept(text, "CAC001", "positions")
+
+
+@pytest.mark.parametrize("heads", ["2, 1, 0", "0, 2, 1", "0, 0, 0"])
+def test_heads_in_another_order(heads: str) -> None:
+    text = write(COLUMNS).replace("{0, 1, 2}", f"{{{heads}}}")
+    assert_kept(text, "CAC001", "rows")
+
+
 def test_places_that_an_input_gives_may_be_any() -> None:
     signature = SIGNATURE.replace("int64 at", "int64[s] at")
     places = "places = Identity(at)"
-    assert_kept(write(FRONT, places=places, signature=signature), "CAC001", "positions")
-    assert_kept(write(COLUMNS, places=places, signature=signature), "CAC001", "positions")
+    for written in (FRONT, COLUMNS):
+        decline = assert_kept(
+            write(written, places=places, signature=signature), "CAC001", "positions"
+        )
+        assert decline.reason == "'at' says where each new row goes, and may say any place"
 
 
 def test_places_that_a_mask_gives_may_be_any() -> None:

@@ -152,14 +152,10 @@ def _covered(facts: Facts, ramp: Ramp, sizes: Sequence[Dim], full: Dim) -> int |
 
 def _scatter_elements(facts: Facts, node: ir.Node) -> Write | str:
     past, indices, new = (given(node, index) for index in range(3))
-    shape, index_shape = facts.shapes.of(past), facts.shapes.of(indices)
-    ramp = ramp_of(facts, indices)
-    if shape is None or index_shape is None or ramp is None:
+    shape, ramp = facts.shapes.of(past), ramp_of(facts, indices)
+    if shape is None or ramp is None:
         return _UNKNOWN
     axis = attribute(node, "axis", 0) % len(shape)
-    for index, (size, full) in enumerate(zip(index_shape, shape, strict=True)):
-        if index != axis and not facts.shapes.same(size, full):
-            return f"{size} of {full} places of axis {index} are written"
     return _write(past, new, axis, ramp, indices)
 
 

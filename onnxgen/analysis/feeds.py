@@ -241,7 +241,7 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
             if shape.batch > 1 or shape.padding != "none":
                 values[0, -max(1, dims[-1] // 3) :] = 0
             if each.additive:
-                values = np.where(values > 0, 0, np.finfo(each.dtype.numpy()).min)
+                values = np.where(values > 0, 0, float(each.dtype.min))
         case "use_cache_branch":
             values = np.full(dims, shape.past > 0)
         case _ if each.dtype.is_floating_point():
@@ -266,7 +266,7 @@ def _mask(each: InputRole, dims: tuple[int, ...], causal: bool, shape: RunShape)
             seen = seen[:, None]
     seen = np.broadcast_to(seen[: dims[0]], dims) if len(dims) > 1 else seen[0]
     if each.additive:
-        return np.where(seen, 0, np.finfo(each.dtype.numpy()).min)
+        return np.where(seen, 0, float(each.dtype.min))
     return seen
 
 

@@ -22,12 +22,12 @@ COLUMNS = -1
 
 
 def layouts(
-    facts: Facts, contraction: ir.Node, steps: Iterable[ir.Node]
+    facts: Facts, contraction: ir.Node, steps: Iterable[ir.Value]
 ) -> dict[ir.Value, tuple[Axis, ...]] | str:
     """The axes of the contraction's output and of each value on the way down from it.
 
     Args:
-        steps: the nodes that the scores go through, nearest to the contraction first.
+        steps: what the scores become, nearest to the contraction first.
 
     Returns:
         The axes of each value; the reason as text where they cannot be told.
@@ -41,8 +41,9 @@ def layouts(
     columns: Axis = () if shape[-1] == 1 else (Digit(COLUMNS, 1, facts.shapes.resolve(shape[-1])),)
     axes: tuple[Axis, ...] = (*view.axes[:-1], columns)
     found = {scores: axes}
-    for node in steps:
-        output = node.outputs[0]
+    for output in steps:
+        node = output.producer()
+        assert node is not None
         if node.op_type in VIEW_OPS:
             viewed = facts.views.through(node, axes)
             if viewed is None:

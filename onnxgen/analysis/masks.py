@@ -81,6 +81,10 @@ class MaskFamily:
         return seen
 
 
+# Operators whose fourth input is a mask on the scores.
+_ATTENTIONS = {("", "Attention"), ("ai.onnx", "Attention"), ("onnxgen", "SinkAttention")}
+
+
 @dataclass(frozen=True)
 class _Probe:
     shape: RunShape
@@ -92,7 +96,7 @@ def mask_families(graph: ir.Graph, sampler: Sampler) -> dict[str, MaskFamily]:
     families: dict[ir.Value, MaskFamily] = {}
     result: dict[str, MaskFamily] = {}
     for node in graph:
-        if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
+        if (node.domain, node.op_type) not in _ATTENTIONS:
             continue
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         if mask is None:

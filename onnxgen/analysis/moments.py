@@ -57,7 +57,7 @@ def mean_by(facts: Facts, node: ir.Node) -> Mean | None:
         divided |= divides
     if not divided:
         return None
-    axis = _axis(facts, node)
+    axis = trailing_axis(facts, node)
     whole, shape = facts.shapes.of(x), facts.shapes.of(value)
     if axis is not None and not attribute(node, "keepdims", 1):
         kept = None if whole is None else (*whole[:axis], *(1,) * -axis)
@@ -100,7 +100,7 @@ def _step(value: ir.Value, count: float | None) -> tuple[ir.Value, bool] | None:
     return None
 
 
-def _axis(facts: Facts, node: ir.Node) -> int | None:
+def trailing_axis(facts: Facts, node: ir.Node) -> int | None:
     """The first of the last axes, from the end, that a reduction runs over; else None."""
     rank, axes = facts.shapes.rank(node.inputs[0]), _axes(node)
     if not axes:

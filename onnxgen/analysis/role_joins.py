@@ -12,6 +12,7 @@ from onnxgen.analysis.role_uses import SCATTERS, VIEWS
 # Past input of each present output.
 _CACHES: dict[tuple[str, str], dict[int, int]] = {
     ("", "Attention"): {1: 4, 2: 5},
+    ("onnxgen", "SinkAttention"): {1: 4, 2: 5},
     ("com.microsoft", "Attention"): {1: 4},
     ("com.microsoft", "MultiHeadAttention"): {1: 6, 2: 7},
     ("com.microsoft", "GroupQueryAttention"): {1: 3, 2: 4},

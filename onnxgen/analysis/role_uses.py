@@ -40,6 +40,7 @@ SCATTERS = {"ScatterND": 1, "ScatterElements": 1, "Scatter": 1, "TensorScatter":
 # Operators that hold a whole attention: what each of their inputs is for.
 _ATTENTIONS: dict[tuple[str, str], dict[int, str]] = {
     ("", "Attention"): {1: "key", 2: "key", 3: "score", 4: "key", 5: "key", 6: "length"},
+    ("onnxgen", "SinkAttention"): {1: "key", 2: "key", 3: "score", 4: "key", 5: "key"},
     ("com.microsoft", "Attention"): {3: "score", 4: "key", 5: "score"},
     ("com.microsoft", "MultiHeadAttention"): {1: "key", 2: "key", 4: "score", 5: "score"},
     ("com.microsoft", "GroupQueryAttention"): {5: "length", 6: "length", 9: "angle", 10: "score"},

@@ -1,8 +1,8 @@
-"""From a Softmax up to the contraction of queries and keys, and down to that of the values.
+"""From a Softmax up to the contraction of queries and keys.
 
-    scores = scale * (q @ k^T),  capped,  + masks;   probabilities = Softmax(scores);   p @ v
+    scores = scale * (q @ k^T),  capped,  + masks
 
-Scales, caps and masks are collected on the way in whatever order and number an exporter wrote
+The way down to the values is told in `analysis.probabilities`. Scales, caps and masks are collected on the way in whatever order and number an exporter wrote
 them. What else stands in between stops the walk, with the node named.
 """
 
@@ -11,11 +11,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, ancestors, attribute, given, producer, scalar, uniform
-from onnxgen.analysis.shape_rules import ELEMENTWISE
+from onnxgen.analysis.graph import (
+    FLOATS,
+    ancestors,
+    attribute,
+    given,
+    producer,
+    uniform,
+)
 from onnxgen.analysis.views import VIEW_OPS, scalar_factor
 
 # What is added to, or written over, a masked score is at least this low.
@@ -41,6 +48,21 @@ class Mask:
     factor: float = 1.0
 
 
+@dataclass(frozen=True)
+class Sink:
+    """One more score for every row, joined to the others before the Softmax.
+
+    Attributes:
+        value: the sinks, broadcast to [.., S, 1].
+        at: the scores that they are joined to.
+        first: whether they stand before the scores.
+    """
+
+    value: ir.Value
+    at: ir.Value
+    first: bool
+
+
 @dataclass
 class Scores:
     """What the walk up from a Softmax found.
@@ -51,7 +73,9 @@ class Scores:
         softcap: c of c * tanh(scores / c); 0 for none.
         masks: those nearest to the Softmax first.
         masks_before_cap: whether a mask is applied before the cap.
-        steps: the nodes between, nearest to the Softmax first.
+        floor: below which no score is let fall; then rows that are masked everywhere are uniform.
+        sink: what is joined to the scores for the Softmax, and dropped behind it.
+        steps: the nodes between, nearest to the Softmax first, with the scores they take.
     """
 
     contraction: ir.Node
@@ -59,6 +83,8 @@ class Scores:
     softcap: float = 0.0
     masks: list[Mask] = field(default_factory=list)
     masks_before_cap: bool = False
+    floor: float = -np.inf
+    sink: Sink | None = None
     steps: list[tuple[ir.Node, ir.Value]] = field(default_factory=list)
 
 
@@ -110,12 +136,21 @@ def _step(facts: Facts, node: ir.Node, found: Scores) -> ir.Value | _Sum | Stopp
     if factor is not None:
         found.scale *= factor[1]
         return factor[0]
-    if node.op_type in _VIEWED or (node.op_type == "Cast" and _is_float(node.inputs[0])):
+    if node.op_type in VIEWED or (node.op_type == "Cast" and _is_float(node.inputs[0])):
         return given(node)
+    floored = _floored(node)
+    if floored is not None:
+        found.floor = floored[1]
+        return floored[0]
+    if node.op_type == "Mul":
+        for scores, mask in (node.inputs, node.inputs[::-1]):
+            if scores and mask and any(_hides(each, mask) for each in found.masks):
+                return scores  # what it makes 0 is masked anyway
     if node.op_type in ("Add", "Sub"):
         a, b = given(node), given(node, 1)
         if facts.is_activation(a) and facts.is_activation(b):
-            if not capped and a is not b and _shifts(facts, a, b):
+            shifted = not capped and found.sink is None and a is not b
+            if shifted and _shifts(facts, a, b):
                 return a
             if node.op_type == "Add" and a is not b:
                 return _Sum(node, (a, b))
@@ -129,10 +164,27 @@ def _step(facts: Facts, node: ir.Node, found: Scores) -> ir.Value | _Sum | Stopp
         if mask_found is None or found.scale <= 0:
             return Stopped(node, "a Where on the scores writes no constant mask")
         return _masked(found, node, mask_found)
+    if node.op_type == "Concat":
+        return _sink(facts, node, found)
     return Stopped(node, f"{node.op_type} stands between the Softmax and q @ k")
 
 
+def _sink(facts: Facts, node: ir.Node, found: Scores) -> ir.Value | Stopped:
+    """The scores that a column is joined to; the column is noted."""
+    rank = facts.shapes.rank(node.outputs[0])
+    plain = found.sink is None and not found.masks and found.scale == 1.0 and not found.softcap
+    if plain and rank and len(node.inputs) == 2 and attribute(node, "axis") % rank == rank - 1:
+        for scores, column in (node.inputs, node.inputs[::-1]):
+            size, other = facts.shapes.of(column), facts.shapes.of(scores)
+            if scores and column and size and other and size[-1] == 1 and other[-1] != 1:
+                found.sink = Sink(column, scores, first=column is node.inputs[0])
+                return scores
+    return Stopped(node, "something is joined to the scores that is no column of sinks")
+
+
 def _masked(found: Scores, node: ir.Node, mask: Mask) -> ir.Value:
+    if mask.fill is not None:
+        mask = replace(mask, fill=max(mask.fill, found.floor))
     found.masks.append(mask)
     found.masks_before_cap = found.masks_before_cap or bool(found.softcap)
     return mask.at
@@ -155,7 +207,7 @@ def _through_sum(facts: Facts, added: _Sum, found: Scores) -> Scores | Stopped:
         return stopped
     for scores, bias in (added.operands, added.operands[::-1]):
         above = walk_up(facts, scores)
-        if isinstance(above, Stopped) or (above.softcap and found.scale != 1.0):
+        if isinstance(above, Stopped) or above.sink or (above.softcap and found.scale != 1.0):
             continue
         if any(node is above.contraction for node in ancestors([bias], frozenset())):
             continue
@@ -169,82 +221,7 @@ def _through_sum(facts: Facts, added: _Sum, found: Scores) -> Scores | Stopped:
     return stopped
 
 
-_VIEWED = VIEW_OPS - {"Expand", "Tile", "Gather"}
-
-
-@dataclass
-class Down:
-    """What the walk down from a Softmax found.
-
-    Attributes:
-        product: the node that multiplies probabilities and values.
-        steps: the nodes between, nearest to the Softmax first.
-    """
-
-    product: ir.Node
-    steps: list[ir.Node] = field(default_factory=list)
-
-
-def walk_down(softmax: ir.Node) -> Down | Stopped:
-    """From a Softmax's output to the MatMul with the values, through casts and the NaN guard."""
-    value = softmax.outputs[0]
-    steps: list[ir.Node] = []
-    while True:
-        users = {use.node for use in value.uses()}
-        guard = _nan_guard(value, users)
-        if guard is None and (len(users) != 1 or value.is_graph_output()):
-            return Stopped(softmax, "the probabilities are read by more than the values' product")
-        node = guard or users.pop()
-        if node.op_type == "MatMul" and node.inputs[0] is value:
-            return Down(node, steps)
-        if guard is None and node.op_type not in _VIEWED | {"Cast", "Dropout"}:
-            return Stopped(node, f"{node.op_type} stands between the Softmax and p @ v")
-        steps.append(node)
-        value = node.outputs[0]
-
-
-def attends(facts: Facts, softmax: ir.Node) -> bool:
-    """Whether a Softmax stands between two products of activations, whatever else is in between.
-
-    Elementwise operators, views, and parts and joins lead on; a weight matrix, a norm, a Gather or
-    a TopK end the way: a router's probabilities choose experts, they attend to nothing.
-    """
-
-    def reaches(upwards: bool) -> bool:
-        pending, seen = [softmax], {softmax}
-        while pending:
-            node = pending.pop()
-            if upwards:
-                near = [
-                    value.producer()
-                    for value in node.inputs
-                    if value is not None and facts.is_activation(value)
-                ]
-            else:
-                near = [use.node for output in node.outputs for use in output.uses()]
-            for each in near:
-                if each is None or each in seen or len(seen) > MAX_NEAR:
-                    continue
-                seen.add(each)
-                if each.op_type in ("MatMul", "Einsum") and all(
-                    map(facts.is_activation, each.inputs)
-                ):
-                    return True
-                if each.op_type in _LEADS_ON:
-                    pending.append(each)
-        return False
-
-    return reaches(upwards=True) and reaches(upwards=False)
-
-
-MAX_NEAR = 60
-_LEADS_ON = (ELEMENTWISE | VIEW_OPS | {"Slice", "Concat", "Split", "Pad", "ReduceMax"}) - {"Gather"}
-
-
-def last_axis(facts: Facts, softmax: ir.Node) -> bool:
-    """Whether a Softmax runs over its last axis."""
-    axis, rank = attribute(softmax, "axis", -1), facts.shapes.rank(softmax.inputs[0])
-    return bool(axis == -1 or (rank is not None and axis == rank - 1))
+VIEWED = VIEW_OPS - {"Expand", "Tile", "Gather"}
 
 
 @dataclass(frozen=True)
@@ -304,17 +281,33 @@ def _cap(node: ir.Node) -> tuple[ir.Value, float, float] | None:
     return scaled[0], factor[1], scaled[1] * factor[1]
 
 
-def _nan_guard(value: ir.Value, users: set[ir.Node]) -> ir.Node | None:
-    """Where(IsNaN(p), 0, p), which zeroes the rows that are masked everywhere."""
-    if {user.op_type for user in users} != {"IsNaN", "Where"} or len(users) != 2:
-        return None
-    where = next(user for user in users if user.op_type == "Where")
-    test = producer(where.inputs[0], "IsNaN")
-    if test is None or test.inputs[0] is not value or where.inputs[2] is not value:
-        return None
-    if len(list(test.outputs[0].uses())) != 1 or scalar(where.inputs[1]) != 0.0:
-        return None
-    return where
+def _floored(node: ir.Node) -> tuple[ir.Value, float] | None:
+    """(x, c) where the node is max(x, c), for a c that no score of a key that is seen reaches."""
+    if node.op_type == "Max" and len(node.inputs) == 2:
+        for x, low in (node.inputs, node.inputs[::-1]):
+            floor = uniform(low)
+            if x is not None and floor is not None and floor <= MASKED:
+                return x, floor
+    if node.op_type == "Clip" and len(node.inputs) == 2:
+        floor = uniform(node.inputs[1])
+        if floor is not None and floor <= MASKED:
+            return given(node), floor
+    return None
+
+
+def _hides(mask: Mask, kept: ir.Value) -> bool:
+    """Whether an additive mask is (1 - kept) * c for a bool `kept` and a number as low as a mask's."""
+    value, factor = mask.value, mask.factor
+    while (node := producer(value)) is not None and (scaled := scalar_factor(node)) is not None:
+        value, factor = scaled[0], factor * scaled[1]
+    node, flag = producer(value, "Sub"), producer(kept, "Cast")
+    if node is None or flag is None or given(flag).dtype != ir.DataType.BOOL:
+        return False
+    return (
+        mask.fill is None
+        and factor <= MASKED
+        and (uniform(node.inputs[0]) == 1.0 and node.inputs[1] is kept)
+    )
 
 
 def _is_float(value: ir.Value | None) -> bool:

@@ -309,6 +309,12 @@ def _matmul(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [None if batch is None else (*batch, a[-2], b[-1])]
 
 
+def _last(shapes: Shapes, node: ir.Node, size: int) -> Shape | None:
+    """The first input's shape with another size of its last axis."""
+    source = shapes.of(node.inputs[0])
+    return None if not source else (*source[:-1], size)
+
+
 def _gemm(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     a, b = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
     if a is None or b is None:
@@ -366,18 +372,39 @@ def _constant_of_shape(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [None if target is None else tuple(target)]
 
 
+def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
+    """The letters of the operands and of the result, an ellipsis spelled out; None where implicit."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    operands = left.split(",")
+    if not arrow or len(operands) != len(ranks):
+        return None
+    hidden = [
+        rank - len(each.replace("...", "")) for each, rank in zip(operands, ranks, strict=True)
+    ]
+    most = max(hidden)
+    if min(hidden) < 0 or any(n and "..." not in o for n, o in zip(hidden, operands, strict=True)):
+        return None
+    spare = [str(axis) for axis in range(most)]  # no letters: none of the equation's
+    spelled = [
+        each.replace("...", "".join(spare[most - count :]))
+        for each, count in zip(operands, hidden, strict=True)
+    ]
+    return spelled, result.replace("...", "".join(spare))
+
+
 def _einsum(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
-    terms, _, result = attribute(node, "equation").replace(" ", "").partition("->")
-    if not result or "." in terms:
+    operands = [shapes.of(value) for value in node.inputs]
+    known = [shape for shape in operands if shape is not None]
+    if len(known) != len(operands):
+        return [None]
+    spelled = einsum_terms(attribute(node, "equation"), list(map(len, known)))
+    if spelled is None:
         return [None]
     sizes: dict[str, Dim] = {}
-    for letters, value in zip(terms.split(","), node.inputs, strict=True):
-        shape = shapes.of(value)
-        if shape is None:
-            return [None]
+    for letters, shape in zip(spelled[0], known, strict=True):
         for letter, size in zip(letters, shape, strict=True):
             sizes[letter] = broadcast(sizes.get(letter, 1), size)
-    return [tuple(sizes[letter] for letter in result)]
+    return [tuple(sizes[letter] for letter in spelled[1])]
 
 
 def _shape(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
@@ -443,10 +470,12 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "ConstantOfShape": _constant_of_shape,
     "Pad": _pad,
     "Einsum": _einsum,
+    "MatMulNBits": lambda shapes, node: [_last(shapes, node, attribute(node, "N"))],
     "Shape": _shape,
     "Size": lambda shapes, node: [()],
     "TopK": _top_k,
     "Attention": _attention,
+    "SinkAttention": _attention,
     **dict.fromkeys(
         names(
             """

@@ -73,6 +73,8 @@ def render_proof(proof: Proof | None) -> RenderableType:
     if ran:
         said.append(f"{_many(len(ran), 'case')} run, {_largest(proof)}")
     lines.append(_labelled(status, "; ".join(said), _STYLES[proof.status]))
+    if proof.twins:
+        lines.append(Text("  run as float32 twins: ONNX Runtime's CPU cannot run bfloat16"))
     if proof.rewrites:
         lines.append(
             Text(
@@ -82,6 +84,8 @@ def render_proof(proof: Proof | None) -> RenderableType:
             )
         )
     skipped: dict[str, list[Case]] = {}
+    if proof.note:
+        lines.append(Text(f"  {proof.note}"))
     for case in proof.cases:
         if case.skipped:
             skipped.setdefault(case.skipped, []).append(case)

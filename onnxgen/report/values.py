@@ -99,6 +99,8 @@ class Proof:
         structures: how many distinct rewrites among them were run (equal ones once).
         rewrite_difference: the largest difference seen in those checks.
         reason: one sentence where the status is not "proven".
+        note: one sentence where the compared models are not what is written, bit for bit.
+        twins: whether float32 twins were run in the place of models that hold bfloat16.
     """
 
     status: Literal["proven", "differs", "unproven", "unverifiable"]
@@ -108,6 +110,8 @@ class Proof:
     structures: int = 0
     rewrite_difference: float = 0.0
     reason: str = ""
+    note: str = ""
+    twins: bool = False
 
     @property
     def worst(self) -> Case | None:

@@ -46,6 +46,16 @@ class Contract:
             return "several new tokens over a past are taken for one sequence only"
         return ""
 
+    def both(self, other: Contract) -> Contract:
+        """What is inside this contract and inside another."""
+        strictest = ("any", "right", "none")
+        lengths = [each.max_length for each in (self, other) if each.max_length is not None]
+        return Contract(
+            max(self.padding, other.padding, key=strictest.index),
+            min(lengths, default=None),
+            self.chunked_batches and other.chunked_batches,
+        )
+
     def __str__(self) -> str:
         said = [f"padding {self.padding}"]
         if self.max_length is not None:

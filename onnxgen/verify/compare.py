@@ -26,8 +26,10 @@ from onnxgen.model_io import read_model
 from onnxgen.report.values import Case, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.contract import Contract, read_contract
+from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.cases import Run, find_edges, plan
 from onnxgen.verify.difference import NotANumberError, output_difference
+from onnxgen.verify.precision import NOTE, in_full_precision, rounds_activations
 
 Array = npt.NDArray[Any]
 Source = Path | bytes
@@ -36,7 +38,7 @@ TOLERANCES: Mapping[ir.DataType, float] = {
     ir.DataType.DOUBLE: 1e-4,
     ir.DataType.FLOAT: 1e-4,
     ir.DataType.FLOAT16: 1e-2,
-    ir.DataType.BFLOAT16: 1e-2,
+    ir.DataType.BFLOAT16: 1e-4,  # run as float32 twins
 }
 """Largest allowed difference, over the original output's standard deviation."""
 
@@ -53,7 +55,8 @@ def verify_models(
     """Run both models as a user would and compare every output on the rows of real tokens.
 
     The tolerance follows the type that most of the original's floating point weights have,
-    whatever the outputs have: a float16 model with float32 logits is held to 1e-2. A case on
+    whatever the outputs have: a float16 model with float32 logits is held to 1e-2. Models that
+    hold bfloat16, which ONNX Runtime's CPU cannot run, are compared as float32 twins. A case on
     which the original itself fails is skipped and says so; one on which only the rewritten
     model fails counts as different. Outside the contract that stands in the rewritten model's
     metadata it must fail, or answer as the original does.
@@ -80,11 +83,8 @@ def verify_models(
                 original, rewritten, roles=roles, edges=edges, runtime=own, progress=progress
             )
     model, other = _read(original), _read(rewritten)
-    compute = _compute_type(model)
-    proof = Proof("unverifiable", TOLERANCES[compute])
-    if compute == ir.DataType.BFLOAT16:
-        proof.reason = "the model computes in bfloat16, which ONNX Runtime cannot run on CPU"
-        return proof
+    runtime.twins = holds_bfloat16(model) or holds_bfloat16(other)
+    proof = Proof("unverifiable", TOLERANCES[_compute_type(model)], twins=runtime.twins)
     mismatch = _mismatch(model, other)
     if mismatch:
         proof.status, proof.reason = "differs", mismatch
@@ -94,9 +94,11 @@ def verify_models(
     # The original is what its nodes say; the rewritten one runs as it will for a user. Both
     # optimised by the runtime could be one and the same graph in the end, right or wrong.
     sides = (
-        _Side(runtime, original, as_written=True),
-        _Side(runtime, rewritten, as_written=False),
+        _Side(runtime, original, as_written=True, full=rounds_activations(model)),
+        _Side(runtime, rewritten, as_written=False, full=rounds_activations(model)),
     )
+    if sides[0].full:
+        proof.note = NOTE
     try:
         sides[0].load()
     except RuntimeFailure as error:
@@ -161,20 +163,24 @@ def _conclude(proof: Proof, failures: Mapping[str, str]) -> None:
 class _Side:
     """One of the two models; loaded again when a crash took its session along."""
 
-    def __init__(self, runtime: Runtime, source: Source, *, as_written: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, source: Source, *, as_written: bool, full: bool = False
+    ) -> None:
         self.runtime = runtime
         self.source = source
+        self.full = full
         self.session = 0
         self._as_written = as_written
 
     def load(self) -> None:
+        source, folder = in_full_precision(self.source) if self.full else (self.source, None)
         if self._as_written:
             try:
-                self.session = self.runtime.load(self.source, optimize=False)
+                self.session = self.runtime.load(source, optimize=False, folder=folder)
                 return
             except RuntimeFailure:
                 self._as_written = False  # some graphs load only with their constants folded
-        self.session = self.runtime.load(self.source, optimize=True)
+        self.session = self.runtime.load(source, optimize=True, folder=folder)
 
     def unload(self) -> None:
         self.runtime.unload(self.session)

@@ -35,6 +35,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import torch
 import transformers
@@ -43,6 +44,7 @@ from torch import nn
 
 from onnxgen import testing
 from onnxgen.testing import CORPUS, GROW, Growth
+from onnxgen.twin import holds_bfloat16, widen, widened
 
 HERE = Path(__file__).resolve().parent
 FAILURES = HERE / "failures.json"
@@ -106,6 +108,8 @@ MORE = (
     "torchscript-fp16",
     "dynamo20-fp16",
 )
+FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
+NARROW = {"fp16": "float16", "bf16": "bfloat16"}
 CROPPED = (
     *BASIC,
     "torchscript-cropped",
@@ -258,9 +262,13 @@ def build(model: Model, dims: Dims, mods: Sequence[str]) -> tuple[nn.Module, dic
         module.set_experts_implementation("batched_mm")
     module.eval().requires_grad_(True)
     growths = liven(module)
-    if "fp16" in mods:
-        module.half()
+    module.to(getattr(torch, narrow(mods)))
     return module, growths
+
+
+def narrow(mods: Sequence[str]) -> str:
+    """The type that a form computes in."""
+    return next((NARROW[mod] for mod in mods if mod in NARROW), "float32")
 
 
 def liven(module: nn.Module) -> dict[str, Growth]:
@@ -423,7 +431,7 @@ class Wrapper(nn.Module):
 
 def inputs_of(model: Model, dims: Dims, mods: Sequence[str], module: nn.Module) -> list[Input]:
     """List the inputs of a wrapped model, in order."""
-    real = "float16" if "fp16" in mods else "float32"
+    real = narrow(mods)
     new: str | int = 1 if "decode" in mods else "S"
     if model.kind == "vision":
         return [Input("pixel_values", "features", ("B", 3, 36, 36), real)]
@@ -532,7 +540,14 @@ def output_names(model: Model, roles: Sequence[str]) -> list[str]:
 def example(inputs: list[Input], dims: Dims, sizes: tuple[int, int, int]) -> list[torch.Tensor]:
     """Make example tensors by the same code that feeds the stored model."""
     feeds = testing.make_feeds({"dims": feed_dims(dims), "inputs": described(inputs)}, *sizes)
-    return [torch.from_numpy(feeds[i.name]) for i in inputs]
+    return [tensor_of(feeds[i.name]) for i in inputs]
+
+
+def tensor_of(array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The array for torch, which knows no bfloat16 of NumPy's."""
+    narrow = array.dtype.name == "bfloat16"
+    tensor = torch.from_numpy(np.ascontiguousarray(array.astype(np.float32) if narrow else array))
+    return tensor.bfloat16() if narrow else tensor
 
 
 def feed_dims(dims: Dims) -> dict[str, int]:
@@ -648,10 +663,8 @@ def by_transformers(
     fusions = "cpu" if "ortfused" in mods else None
     config = OnnxConfig(dynamic=True, ort_fusions=fusions)
     exported = OnnxExporter().export(target, sample, config=config)
-    import onnx_ir
-
     proto = onnx_ir.to_proto(exported.program)
-    real = "float16" if "fp16" in mods else "float32"
+    real = narrow(mods)
     past_at = {i.name: i for i in flat}
     inputs = []
     for value in proto.graph.input:
@@ -747,12 +760,12 @@ def optimized(exported: Exported, model: Model) -> Exported:
 class Weights:
     """Recognises random weights by their values, whatever the exporter did to their shape."""
 
-    def __init__(self, growths: Mapping[str, Growth], half: bool) -> None:
+    def __init__(self, growths: Mapping[str, Growth], dtype: str) -> None:
         self.alike: list[str] = []  # grown like the original, but not equal to it
         self.by_values: dict[bytes, list[tuple[Growth, np.ndarray[Any, Any]]]] = {}
         everything = []
         for growth in growths.values():
-            values = growth.values().astype(np.float16 if half else np.float32).astype(np.float32)
+            values = growth.values().astype(np.dtype(dtype)).astype(np.float32)
             self.by_values.setdefault(self._key(values), []).append((growth, values))
             everything.append(values.ravel())
             if values.ndim == 1 and not growth.mean:  # Gemma's norms, with the 1 folded in
@@ -767,7 +780,7 @@ class Weights:
 
     def growth_of(self, values: np.ndarray[Any, Any], name: str) -> Growth | None:
         """Return how to grow a constant, or None where it is no random weight."""
-        if values.dtype not in (np.float32, np.float16) or not values.size:
+        if values.dtype.name not in ("float32", *NARROW.values()) or not values.size:
             return None
         values = values.astype(np.float32)
         for growth, drawn in self.by_values.get(self._key(values), ()):
@@ -789,7 +802,7 @@ def strip(model: onnx.ModelProto, weights: Weights) -> list[str]:
     """Leave random weights out of a model, in place; return the large constants that were kept."""
     kept = []
     for name, tensor in named_tensors(model):
-        if tensor.data_type not in (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16):
+        if tensor.data_type not in FLOATS:
             continue
         values = numpy_helper.to_array(tensor)
         growth = weights.growth_of(values, name)
@@ -856,6 +869,11 @@ def compress(model: onnx.ModelProto) -> bytes:
 
 
 def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """A session; of a model that holds bfloat16, its float32 twin's."""
+    as_ir = onnx_ir.from_proto(model)
+    if holds_bfloat16(as_ir):
+        widen(as_ir)
+        model = onnx_ir.to_proto(as_ir)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -872,6 +890,8 @@ def probe(
     session = session_of(proto)
     mods = [mod for mod in mods if mod != "static"]  # torch runs with a cache that grows
     static = any("static" in i.role for i in exported.inputs)
+    if "bf16" in mods:  # the twin computes in float32, with weights that are rounded
+        module, mods = module.float(), [mod for mod in mods if mod != "bf16"]
     flat = inputs_of(model, dims, mods, module)
     wrapper = Wrapper(module, model.kind, mods, flat).eval()
     info["runs"], info["fails"] = [], {}
@@ -879,6 +899,7 @@ def probe(
         feeds = testing.make_feeds(info, batch, new, past)
         key = f"{batch},{new},{past}"
         try:
+            feeds = {name: widened(array) for name, array in feeds.items()}
             got = session.run(None, feeds)
         except Exception as error:
             info["fails"][key] = short(error)
@@ -934,7 +955,7 @@ def reference(
         else:
             tensors.append(by_role[i.role].pop(0) if "_" in i.role else by_role[i.role][0])
     with torch.no_grad():
-        out = wrapper(*(torch.from_numpy(np.ascontiguousarray(t)) for t in tensors))
+        out = wrapper(*map(tensor_of, tensors))
     return [t.float().numpy() for t in out]
 
 
@@ -977,7 +998,7 @@ def export(model: Model, form: str, dims: Dims) -> tuple[onnx.ModelProto, list[s
     tidy_metadata(proto)
     original = onnx.ModelProto()
     original.CopyFrom(proto)
-    weights = Weights(growths, "fp16" in mods)
+    weights = Weights(growths, narrow(mods))
     kept = strip(proto, weights)
     info = {
         "model": model.name,
@@ -999,6 +1020,7 @@ def export(model: Model, form: str, dims: Dims) -> tuple[onnx.ModelProto, list[s
     with quiet():
         probe(model, dims, mods, module, exported, original, info)
     feeds = testing.make_feeds(info, *info["runs"][0])
+    feeds = {name: widened(array) for name, array in feeds.items()}
     want, got = (session_of(m).run(None, feeds)[0] for m in (original, testing.grow(grown)))
     if not np.isfinite(got).all() or not (weights.alike or np.allclose(want, got, atol=1e-3)):
         raise RuntimeError("the grown model differs from the exported one")

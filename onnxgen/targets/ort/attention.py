@@ -6,7 +6,7 @@ Replaces
        total_sequence_length, cos_cache, sin_cache, , attention_bias)
 
     A mask whose family is known is said by attributes (causal, local_window_size) and, for
-    padding, by the input mask alone; any other goes in as attention_bias.
+    padding, by the input mask alone; any other goes in as attention_bias. Sinks are head_sink.
 
     Tables that are a function of a token's place become caches (`rotary_caches`). Where that is
     an input, position_ids, the operator counts for itself and the guard compares: given the
@@ -34,6 +34,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
+from onnxgen import functions
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute, given, producer
 from onnxgen.analysis.masks import MaskFamily
@@ -67,7 +68,7 @@ class _Masking:
 
 
 class GroupQuery(Rule):
-    """Anchored at the standard Attention.
+    """Anchored at the standard Attention, and at ours with sinks.
 
     Attributes:
         contract: what the attentions lowered so far assume.
@@ -75,7 +76,7 @@ class GroupQuery(Rule):
 
     code = "ORT001"
     kind = "attention"
-    anchors = frozenset({"Attention"})
+    anchors = frozenset({"Attention", "SinkAttention"})
 
     def __init__(self, padding: Padding, length: int, families: Mapping[str, MaskFamily]) -> None:
         self._padding: Padding = padding
@@ -85,11 +86,12 @@ class GroupQuery(Rule):
         self.contract = Contract()
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
-        if node.domain not in ("", "ai.onnx"):
+        if node.domain not in ("", "ai.onnx", functions.DOMAIN):
             return None
         inputs = [*node.inputs, *[None] * (7 - len(node.inputs))]
-        q, k, v, mask, past_key, past_value, nonpad = inputs[:7]
-        if past_key is None or past_value is None or nonpad is not None:
+        q, k, v, mask, past_key, past_value, last = inputs[:7]
+        sinks = last if node.op_type == "SinkAttention" else None
+        if past_key is None or past_value is None or (last is not None and sinks is None):
             raise Declined(self, "no-cache", "it continues no cache", node)
         assert q is not None
         assert k is not None
@@ -136,7 +138,7 @@ class GroupQuery(Rule):
             ]
         outputs = builder.ops(
             "GroupQueryAttention",
-            [*packed, past_key, past_value, rows, scalar_total, *tables, None, bias],
+            [*packed, past_key, past_value, rows, scalar_total, *tables, None, bias, sinks],
             3,
             attributes,
             domain=DOMAIN,
@@ -177,7 +179,9 @@ class GroupQuery(Rule):
         if attribute(node, "is_causal", 0):
             raise Declined(self, "causal", "is_causal beside a mask", node)
         family = self._families.get(node.name or "")
-        known = family is not None and family.kind in ("full", "causal", "window")
+        known = (
+            family is not None and family.kind in ("full", "causal", "window") and not family.slopes
+        )
         if family is None or not known or (family.padding and input_mask(facts, past) is None):
             return _Masking(causal=False, bias=mask)
         window = family.size if family.kind == "window" else -1
