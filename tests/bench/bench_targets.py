@@ -36,7 +36,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
-from common import checkpoint, exported, print_table, quietly
+from common import built, exported, fused, print_table
 
 from onnxgen.testing import CORPUS, make_feeds
 
@@ -109,12 +109,9 @@ def candidates(
     path = exported(folder, model, form, dims)
     found = [Candidate(f"{form}: export", path, "export")]
     for target in targets:
-        words = target.split()
-        out = path.with_name(f"{path.stem}.{''.join(words)}.onnx")
-        command = [sys.executable, "-m", "onnxgen", "fuse", path, "-o", out, "--no-verify"]
-        quietly([*command, "--target", *words], "")
+        out = fused(path, target)
         found.append(Candidate(f"{form}: {target}", out, "ours"))
-        if words[0] == "ort":
+        if target.startswith("ort"):
             found.append(Candidate(f"{form}: {target}, shared", out, "ours", shared=True))
     return found
 
@@ -132,13 +129,7 @@ def others(folder: Path, model: str, kind: str, dims: Mapping[str, int]) -> list
     except ModuleNotFoundError:
         return found
     if kind == "decoder":
-        source = checkpoint(folder, model, dims)
-        built = source.with_name(source.name.replace("checkpoint", "genai"))
-        if not (built / "genai_config.json").exists():
-            print(f"making {built.name} …", file=sys.stderr, flush=True)
-            command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
-            quietly([*command, "-i", source, "-o", built, "-p", "fp32", "-e", "cpu"], "")
-        path = built / "model.onnx"
+        path = built(folder, model, dims)
         found.append(Candidate("genai builder", path, "other"))
         found.append(Candidate("genai builder, shared", path, "other", shared=True))
     return found

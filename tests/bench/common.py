@@ -30,7 +30,31 @@ def checkpoint(folder: Path, model: str, dims: Mapping[str, int]) -> Path:
     return path
 
 
-def quietly(command: Sequence[str | Path], hint: str) -> None:
+def built(folder: Path, model: str, dims: Mapping[str, int]) -> Path:
+    """The model that onnxruntime-genai's builder writes from the same weights, on CPU in fp32."""
+    source = checkpoint(folder, model, dims)
+    output = source.with_name(source.name.replace("checkpoint", "genai"))
+    if not (output / "genai_config.json").exists():
+        print(f"making {output.name} …", file=sys.stderr, flush=True)
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+        quietly([*command, "-i", source, "-o", output, "-p", "fp32", "-e", "cpu"])
+    return output / "model.onnx"
+
+
+def fused(path: Path, target: str) -> Path:
+    """What `onnxgen fuse --target` writes of a file, fused anew at each call.
+
+    Args:
+        target: the words behind --target, such as "ort --padding none".
+    """
+    words = target.split()
+    output = path.with_name(f"{path.stem}.{''.join(words)}.onnx")
+    command = [sys.executable, "-m", "onnxgen", "fuse", path, "-o", output, "--no-verify"]
+    quietly([*command, "--target", *words])
+    return output
+
+
+def quietly(command: Sequence[str | Path], hint: str = "") -> None:
     """Run a command; where it fails, end with what it said and the hint."""
     done = subprocess.run(
         [str(word) for word in command],
