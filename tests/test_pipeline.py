@@ -86,7 +86,10 @@ def assert_complete(entry: CorpusEntry, report: Report, fused: onnx.ModelProto) 
     assert ops["RMSNormalization"] == (4 if entry.model == "qwen3" else 2) * layers + 1
     assert {site.status for site in report.sites} <= {"fused"}
     roles = find_roles(ir.from_proto(entry.stored))
-    growing = [pair for pair in roles.pairs if not pair.static and pair.cap is None]
+    growing = [pair for pair in roles.pairs if not (pair.static or pair.cap or pair.counted)]
+    scattered = [node.output[0] for node in fused.graph.node if node.op_type == "TensorScatter"]
+    counted = [pair.present for pair in roles.pairs if pair.counted]
+    assert set(counted) <= set(scattered), "rows of different lengths are written in place"
     inside = {
         (node.input[index], node.output[1 + index - 4])
         for node in fused.graph.node

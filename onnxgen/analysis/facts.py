@@ -132,6 +132,7 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
 
 _CONTRACTIONS = names(
     """
-    MatMul Gemm Conv Einsum MatMulInteger MatMulNBits QLinearMatMul FusedMatMul
+    MatMul Gemm Conv Einsum MatMulInteger MatMulNBits QLinearMatMul FusedMatMul FusedGemm FusedConv
+    DynamicQuantizeMatMul MatMulIntegerToFloat MatMulBnb4 MatMulFpQ4 QGemm
     """
 )
