@@ -174,6 +174,11 @@ class RewriteChecker:
             if numbers is not None and None not in numbers:
                 feeds[name] = np.array(numbers, dtype=np.int64).reshape(content.shape)  # type: ignore[union-attr]
                 continue
+            if value.dtype in (ir.DataType.INT8, ir.DataType.UINT8):  # quantized activations
+                info = np.iinfo(value.dtype.numpy())
+                shaped = [int(size) for size in sizes if size is not None]
+                feeds[name] = rng.integers(info.min, info.max, shaped, value.dtype.numpy())
+                continue
             if value.dtype is None or not value.dtype.is_floating_point():
                 return f"{name!r} holds integers that are computed from activations"
             array = rng.standard_normal([int(size) for size in sizes if size is not None])
@@ -193,7 +198,8 @@ class RewriteChecker:
                 return f"{old_value.name!r} becomes {b.shape}, was {a.shape}"
             dtype = new_value.dtype or ir.DataType.FLOAT
             half = any(v.dtype == ir.DataType.FLOAT16 for v in rewrite.node.inputs if v is not None)
-            tolerance = TOLERANCES[ir.DataType.FLOAT16 if half else dtype]
+            # Integers are equal or not.
+            tolerance = TOLERANCES.get(ir.DataType.FLOAT16 if half else dtype, 0.0)
             a, b = a.astype(np.float64), b.astype(np.float64)
             valid = np.isfinite(a)  # an unguarded row that is masked everywhere is NaN
             if attended is not None and index == 0:
