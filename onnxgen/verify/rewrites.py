@@ -264,19 +264,22 @@ def _attended(mask: Any) -> Any:
 
 
 def _rows_like(attended: Any, output: Any) -> Any:
-    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes merged."""
-    if output.ndim == 4:
-        return np.broadcast_to(attended, output.shape)
+    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes cut or merged."""
     while attended.ndim < 4:
         attended = attended[None]
-    batch, heads = attended.shape[:2]
-    rows, width = output.shape[-2:]
-    batch = max(batch, 1)
-    merged = int(np.prod(output.shape[:-2])) // batch
-    if merged % heads or attended.shape[2] not in (1, rows):
+    batch, heads, rows = attended.shape[:3]
+    merged = int(np.prod(output.shape[:-1])) // rows  # batch times heads, in this order
+    if heads == 1:
+        heads = merged // batch
+    else:
+        batch = merged // heads
+    if batch * heads * rows != int(np.prod(output.shape[:-1])) or attended.shape[0] not in (
+        1,
+        batch,
+    ):
         return np.ones(output.shape, bool)
-    full = np.broadcast_to(attended, (batch, merged, attended.shape[2], width))
-    return np.broadcast_to(full, (batch, merged, rows, width)).reshape(output.shape)
+    full = np.broadcast_to(attended, (batch, heads, rows, 1)).reshape(*output.shape[:-1], 1)
+    return np.broadcast_to(full, output.shape)
 
 
 def _given(part: onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[str, Any]:
