@@ -301,26 +301,25 @@ def _attended(mask: Any) -> Any:
 
 
 def _rows_like(attended: Any, output: Any) -> Any:
-    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes merged.
-
-    Merged are batch and heads, [B*H,S,D], or heads and columns, [B,S,H*D].
-    """
-    if output.ndim == 4:
-        return np.broadcast_to(attended, output.shape)
+    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes cut or merged."""
     while attended.ndim < 4:
         attended = attended[None]
-    batch, heads = attended.shape[:2]
-    rows, width = output.shape[-2:]
-    batch = max(batch, 1)
-    merged = int(np.prod(output.shape[:-2])) // batch
+    batch, heads, rows = attended.shape[:3]
+    merged = int(np.prod(output.shape[:-1])) // rows  # batch times heads, in this order
+    width = output.shape[-1]
     if output.ndim == 3 and heads > 1 and merged % heads and width % heads == 0:
-        by_head = np.swapaxes(attended, 1, 2)[..., 0]  # [B, S or 1, H]
+        by_head = np.swapaxes(attended, 1, 2)[..., 0]  # heads merged with columns: [B, S or 1, H]
         columns = np.repeat(by_head, width // heads, axis=-1)
         return np.broadcast_to(columns, output.shape)
-    if merged % heads or attended.shape[2] not in (1, rows):
+    if heads == 1:
+        heads = merged // batch
+    else:
+        batch = merged // heads
+    whole = batch * heads * rows == int(np.prod(output.shape[:-1]))
+    if not whole or attended.shape[0] not in (1, batch):
         return np.ones(output.shape, bool)
-    full = np.broadcast_to(attended, (batch, merged, attended.shape[2], width))
-    return np.broadcast_to(full, (batch, merged, rows, width)).reshape(output.shape)
+    full = np.broadcast_to(attended, (batch, heads, rows, 1)).reshape(*output.shape[:-1], 1)
+    return np.broadcast_to(full, output.shape)
 
 
 def _given(part: onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[str, Any]:
