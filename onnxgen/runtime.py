@@ -44,9 +44,7 @@ class Runtime:
             widened, what comes out is float32.
     """
 
-    def __init__(
-        self, *, timeout: float = 600.0, threads: int = 0, twins: bool = False
-    ) -> None:
+    def __init__(self, *, timeout: float = 600.0, threads: int = 0, twins: bool = False) -> None:
         self.timeout = timeout
         self.threads = threads
         self.twins = twins

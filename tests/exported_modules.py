@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,7 +26,6 @@ class Case:
 
     Attributes:
         free: for each input its free axes, by name.
-        kept: what of it is expected to be kept, and why; "" where everything is fused.
         outputs: names of the outputs.
     """
 
@@ -34,8 +33,6 @@ class Case:
     inputs: dict[str, Tensor]
     free: dict[str, dict[int, str]]
     outputs: tuple[str, ...] = ("y",)
-    kept: str = ""
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 class Block(nn.Module):
@@ -105,9 +102,9 @@ class EinsumGrouped(Block):
     """Queries keep their groups as an axis of their own."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = q.unflatten(1, (self.kv_heads, -1))
+        b, _, s, _ = q.shape
+        q = q.reshape(b, self.kv_heads, -1, s, D)
         scores = torch.einsum("bkgsd,bktd->bkgst", q, k) / math.sqrt(D)
-        s = q.shape[3]
         scores = scores + torch.full((s, s), float("-inf")).triu(1)
         return torch.einsum("bkgst,bktd->bkgsd", scores.softmax(-1), v).flatten(1, 2)
 
@@ -139,7 +136,7 @@ class Alibi(Block):
         at = torch.arange(q.shape[2])
         away = (at[None, :] - at[:, None]).clamp(max=0)
         slopes = torch.tensor([2.0 ** -(i + 1) for i in range(H)])
-        scores = (q * D**-0.5) @ k.mT + slopes[:, None, None] * away
+        scores = (q * D**-0.5) @ k.transpose(-1, -2) + slopes[:, None, None] * away
         return scores.masked_fill(at[None, :] > at[:, None], float("-inf")).softmax(-1) @ v
 
 
@@ -282,9 +279,7 @@ class Cross(Block):
         b, s, _ = x.shape
         e = encoder_hidden_states.shape[1]
         q = self.q(x).view(b, s, H, D).transpose(1, 2)
-        k, v = (
-            p(encoder_hidden_states).view(b, e, H, D).transpose(1, 2) for p in (self.k, self.v)
-        )
+        k, v = (p(encoder_hidden_states).view(b, e, H, D).transpose(1, 2) for p in (self.k, self.v))
         return self.out(x, F.scaled_dot_product_attention(q, k, v))
 
 

@@ -1,12 +1,11 @@
 """Torch modules in many styles, by both exporters: fused or declined with a reason, none differs.
 
-    pytest -m slow tests/test_exported_modules.py          # needs the extra corpus
+pytest -m slow tests/test_exported_modules.py          # needs the extra corpus
 """
 
 from __future__ import annotations
 
 import io
-import logging
 import warnings
 from pathlib import Path
 
@@ -24,10 +23,19 @@ EXPORTERS = ("torchscript", "dynamo", "dynamo23")
 # What an exporter cannot write: torch's own limits, not ours.
 UNEXPORTABLE = {
     ("torchscript", "grouped"): "enable_gqa",
-    ("torchscript", "complex-turned"): "complex numbers",
+    ("torchscript", "complex-turned"): "aten::polar",
+    ("torchscript", "normed"): "aten::rms_norm",
 }
+# Exports whose sizes are those they were traced with, whatever is asked for.
+FIXED = {("torchscript", "multihead")}
 # What is not fused yet.
-NOT_YET: dict[str, str] = {}
+NOT_YET = {
+    "einsum": "products written as Einsum",
+    "einsum-grouped": "products written as Einsum",
+    "sinks": "a score that is spent on nothing",
+    "complex-turned": "tables of complex numbers",
+    "static": "writes into a cache by index",
+}
 
 
 def exported(name: str, exporter: str) -> onnx.ModelProto:
@@ -39,7 +47,7 @@ def exported(name: str, exporter: str) -> onnx.ModelProto:
     case = modules.MODULES[name]()
     inputs = tuple(case.inputs.values())
     names = {"input_names": list(case.inputs), "output_names": list(case.outputs)}
-    logging.disable(logging.WARNING)
+    fixed = (exporter, name) in FIXED
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         if exporter == "torchscript":
@@ -50,7 +58,7 @@ def exported(name: str, exporter: str) -> onnx.ModelProto:
                 buffer,
                 dynamo=False,
                 opset_version=17,
-                dynamic_axes=case.free | {"y": {0: "b", 1: "s"}},
+                dynamic_axes={} if fixed else case.free | {"y": {0: "b", 1: "s"}},
                 **names,
             )
             return onnx.load_from_string(buffer.getvalue())
@@ -58,7 +66,7 @@ def exported(name: str, exporter: str) -> onnx.ModelProto:
         shapes = tuple(dict.fromkeys(axes, free) for axes in case.free.values())
         # A module that takes `*rest` has one entry for all of it.
         if "attend" in vars(type(case.module)):
-            shapes = (shapes[0], shapes[1:])
+            shapes = (shapes[0], shapes[1:]) if shapes[1:] else shapes
         program = torch.onnx.export(
             case.module,
             inputs,
@@ -89,7 +97,9 @@ def test_a_module_is_fused_or_declined_and_never_differs(
     for site in report.sites:
         assert site.status != "undone", site
         assert site.status == "fused" or (site.decline is not None and site.decline.reason)
-    left = leftovers(onnx.load(report.output))
+    fused = onnx.load(report.output)
+    pasts = [value.name for value in fused.graph.input if value.name.startswith("past_")]
+    left = leftovers(fused, pasts)
     kept = [site.kind for site in report.sites if site.status == "kept"]
     assert left["attention"] == kept.count("attention"), "no rule was asked"
     if name not in NOT_YET:

@@ -75,7 +75,5 @@ CACHED = (
 def test_a_cache_is_in_an_operator_or_left_over() -> None:
     inside = parse(CACHED % "y, k2, v2 = Attention(q, k, v, , pk, pv)", opset=24)
     assert leftovers(inside, ["pk", "pv"]) == Counter()
-    outside = (
-        "k2 = Concat<axis = 2>(pk, k)  v2 = Concat<axis = 2>(pv, v)  y = Attention(q, k2, v2)"
-    )
+    outside = "k2 = Concat<axis = 2>(pk, k)  v2 = Concat<axis = 2>(pv, v)  y = Attention(q, k2, v2)"
     assert leftovers(parse(CACHED % outside, opset=24), ["pk", "pv"]) == Counter(cache=2)

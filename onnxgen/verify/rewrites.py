@@ -166,9 +166,7 @@ class RewriteChecker:
             if a.shape != b.shape:
                 return f"{old_value.name!r} becomes {b.shape}, was {a.shape}"
             dtype = new_value.dtype or ir.DataType.FLOAT
-            half = any(
-                v.dtype == ir.DataType.FLOAT16 for v in rewrite.node.inputs if v is not None
-            )
+            half = any(v.dtype == ir.DataType.FLOAT16 for v in rewrite.node.inputs if v is not None)
             tolerance = TOLERANCES[ir.DataType.FLOAT16 if half else dtype]
             a, b = a.astype(np.float64), b.astype(np.float64)
             valid = np.isfinite(a)  # an unguarded row that is masked everywhere is NaN
