@@ -67,8 +67,9 @@ def fold_constants(model: ir.Model, runtime: Runtime) -> None:
         if (value in solved and not _read_outside(value, constants)) or value.is_graph_output():
             continue
         if array.nbytes <= MAX_OUTPUT_BYTES:
-            narrow = value.dtype == ir.DataType.BFLOAT16
-            _replace(graph, value, array.astype(value.dtype.numpy()) if narrow else array)
+            if value.dtype == ir.DataType.BFLOAT16:
+                array = array.astype(value.dtype.numpy())
+            _replace(graph, value, array)
 
 
 def _inexact(

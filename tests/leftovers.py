@@ -107,9 +107,9 @@ class Graph:
                 yield node
             elif node.op_type == "Div":
                 top, bottom = (self.behind(name) for name in node.input)
-                if top and bottom and top.op_type == "Exp" and bottom.op_type == "ReduceSum":
-                    if self.behind(bottom.input[0]) is top:
-                        yield node
+                parts = [each.op_type if each else "" for each in (top, bottom)]
+                if parts == ["Exp", "ReduceSum"] and self.behind(bottom.input[0]) is top:
+                    yield node
 
     def behind(self, name: str) -> onnx.NodeProto | None:
         """The node that makes a value, through views."""
