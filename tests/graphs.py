@@ -232,11 +232,7 @@ def run(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
 
     Of a model that holds bfloat16 its float32 twin is run.
     """
-    as_ir = ir.from_proto(model)
-    if holds_bfloat16(as_ir):
-        widen(as_ir)
-        model = ir.to_proto(as_ir)
-        feeds = {name: widened(array) for name, array in feeds.items()}
+    model, feeds = runnable(model), {name: widened(array) for name, array in feeds.items()}
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -246,6 +242,15 @@ def run(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
     )
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(None, dict(feeds)), strict=True))
+
+
+def runnable(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model, or its float32 twin where it holds bfloat16."""
+    as_ir = ir.from_proto(model)
+    if not holds_bfloat16(as_ir):
+        return model
+    widen(as_ir)
+    return ir.to_proto(as_ir)
 
 
 def feeds_of(model: onnx.ModelProto, lengths: Mapping[str, int], seed: int = 0) -> dict[str, Array]:

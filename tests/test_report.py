@@ -204,3 +204,8 @@ def test_report_files_are_refused_early(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "gone" / "report.json"):
         with pytest.raises(FileError, match="cannot be written"):
             files.check_writable(path)
+
+
+def test_a_proof_on_twins_says_so() -> None:
+    assert "float32 twins" in said(proof(twins=True))
+    assert "twins" not in said(proof())

@@ -371,11 +371,19 @@ def test_an_original_that_never_runs_is_unverifiable(runtime: Runtime) -> None:
     assert "cannot load the original" in proof.reason
 
 
-def test_bfloat16_is_unverifiable_and_says_why(runtime: Runtime) -> None:
-    model = line(LINE.replace("float[8] {", "bfloat16[8] {"), onnx.TensorProto.BFLOAT16)
+def test_bfloat16_is_compared_on_float32_twins(runtime: Runtime) -> None:
+    text = LINE.replace("float[8] {", "bfloat16[8] {")
+    for each in ("float[b,p,8]", "float[b,s,8]", "float[b,t,8]"):
+        text = text.replace(each, f"b{each}".replace("float", "float16", 1))
+    # The text holds the bits of a bfloat16: 16448 is 3.
+    text = text.replace("{1,2,3,4,5,6,7,8}", "{16256,16384,16448,16512,16544,16576,16608,16640}")
+    model = line(text, onnx.TensorProto.BFLOAT16)
     proof = verify_models(model, model, runtime=runtime)
-    assert proof.status == "unverifiable"
-    assert "bfloat16" in proof.reason
+    assert (proof.status, proof.twins, proof.tolerance) == ("proven", True, 1e-4)
+    other = line(text.replace("16448", "16449"), onnx.TensorProto.BFLOAT16)
+    proof = verify_models(model, other, runtime=runtime)
+    assert (proof.status, proof.twins) == ("differs", True)
+    assert not verify_models(line(), line(), runtime=runtime).twins
 
 
 @pytest.mark.parametrize(
