@@ -166,17 +166,6 @@ def not_claimed(spec: Spec) -> str:
 
     What no single operator can say stays here; the rest of it is work not done yet.
     """
-    by_head = spec.mask in ("alibi", "relative")
-    if spec.repeat == "other-way":
-        return "query heads take turns on the key heads: the operator's are neighbours"
-    if spec.repeat == "five-axes" and by_head:
-        return "a bias that differs inside a group of heads on five axes"
     if spec.scale == "measured" and spec.dtype == "bfloat16" and spec.size != 4:
         return "the root of a size, rounded to bfloat16, is not folded"
-    if spec.key == "einsum":
-        return "products written as Einsum"
-    if spec.layout == "merged" and (spec.padding or by_head or spec.mask == "fed"):
-        return "scores that are reshaped before the Softmax"
-    if spec.second == "shared" and spec.cache != "none":
-        return "a second layer on the first one's cache"
     return ""

@@ -112,27 +112,37 @@ def check(spec: Spec) -> None:
 def assert_told(spec: Spec, site: Site, first: bool) -> None:
     """The report says what the spec says."""
     told = site.details
-    # Heads that a Concat repeats are not seen as repeats yet: they stay repeated, cache outside.
-    unseen = spec.repeat == "concat"
+    # Query heads that take turns on the key heads are no neighbours: they stay repeated.
+    unseen = spec.repeat == "other-way" and min(spec.groups, spec.kv_heads) > 1
     kv_heads = spec.heads if unseen else spec.kv_heads
     sizes = (str(spec.heads), str(kv_heads), str(spec.size))
     assert (told["heads"], told["kv_heads"], told["head_size"]) == sizes
     wanted = 1.0 if spec.scale == "none" else 1 / math.sqrt(spec.size)
     rounding = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-2}[spec.dtype]
     assert np.isclose(float(told["scale"]), wanted, rtol=rounding)
-    inside = spec.cache != "none" and first and not unseen
-    assert told["cache"] == ("concatenated" if inside else "none")
+    if spec.cache == "none" or (not first and spec.second != "shared"):
+        assert told["cache"] == "none"
+    elif unseen:
+        assert told["cache"] == "outside"
+    else:
+        assert told["cache"] == ("concatenated" if first else "shared")
     if first or spec.second == "shared":
         assert told["mask"] == family(spec)
 
 
 def family(spec: Spec) -> str:
     """The name of a spec's mask in the report."""
-    if spec.mask in ("alibi", "relative"):
+    if spec.mask == "relative":
         return "general"
-    kind = {"none": "full", "causal": "causal", "fed": "causal" if spec.cache != "none" else "full"}
+    kind = {
+        "none": "full",
+        "causal": "causal",
+        "alibi": "causal",
+        "fed": "causal" if spec.cache != "none" else "full",
+    }
     name = kind.get(spec.mask, f"{spec.mask} {WINDOW}")
-    return f"{name}, key padding" if spec.padding or spec.mask == "fed" else name
+    name = f"{name}, key padding" if spec.padding or spec.mask == "fed" else name
+    return f"{name}, alibi" if spec.mask == "alibi" else name
 
 
 def assert_parts(spec: Spec, report: Report) -> None:
