@@ -166,6 +166,12 @@ def not_claimed(spec: Spec) -> str:
 
     What no single operator can say stays here; the rest of it is work not done yet.
     """
+    if spec.repeat == "other-way":
+        return "query heads take turns on the key heads: the operator's are neighbours"
+    if spec.key == "einsum" and (
+        spec.repeat == "five-axes" or spec.cache == "cropped" or spec.second == "shared"
+    ):
+        return "an Einsum that broadcasts, or whose sizes are not shown to be equal, stays one"
     if spec.scale == "measured" and spec.dtype == "bfloat16" and spec.size != 4:
         return "the root of a size, rounded to bfloat16, is not folded"
     return ""
