@@ -84,7 +84,7 @@ def assert_modules_kept(report: Report, fused: onnx.ModelProto) -> None:
     paths = [
         prop.value
         for node in fused.graph.node
-        if node.op_type == "Attention" and node.name in made
+        if node.op_type in ("Attention", "SinkAttention") and node.name in made
         for prop in node.metadata_props
         if prop.key == "pkg.torch.onnx.name_scopes"
     ]
