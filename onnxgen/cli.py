@@ -96,10 +96,23 @@ _json = click.option(
 )
 @click.option(
     "--target",
-    type=click.Choice(["onnx"]),
+    type=click.Choice(["onnx", "ort"]),
     default="onnx",
     show_default=True,
-    help="What the result is to run on: the ONNX standard.",
+    help="What to write for: the ONNX standard, or ONNX Runtime's own operators.",
+)
+@click.option(
+    "--padding",
+    type=click.Choice(["any", "right", "none"]),
+    default="any",
+    show_default=True,
+    help="With ort: the padding that the result must take; with any other it fails.",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=1),
+    metavar="N",
+    help="With ort: the most tokens, past and new. Default: config.json's, else the model's own.",
 )
 @click.option(
     "--no-verify", is_flag=True, help="Run nothing, per-rewrite checks included: unproven."
@@ -112,6 +125,11 @@ _json = click.option(
 )
 @click.option("--opset", type=click.IntRange(min=1), metavar="N", help="Write this opset.")
 @click.option("--inline", is_flag=True, help="Expand functions of our own to standard ops.")
+@click.option(
+    "--genai-config",
+    is_flag=True,
+    help="Write what onnxruntime-genai needs beside OUT: genai_config.json, the tokenizer's files.",
+)
 @click.option("--force", is_flag=True, help="Allow OUT to replace MODEL.")
 @_role
 @_report
@@ -120,10 +138,13 @@ def fuse(
     model: Path,
     output: Path | None,
     target: str,
+    padding: Any,
+    max_length: int | None,
     no_verify: bool,
     disable: tuple[str, ...],
     opset: int | None,
     inline: bool,
+    genai_config: bool,
     force: bool,
     roles: tuple[str, ...],
     report_file: Path | None,
@@ -145,12 +166,15 @@ def fuse(
     options = pipeline.FuseOptions(
         output=output,
         target=target,
+        padding=padding,
+        max_length=max_length,
         verify=not no_verify,
         disable=disable,
         opset=opset,
         inline=inline,
         roles=parse_roles(roles),
         force=force,
+        genai_config=genai_config,
     )
 
     def show(report: Report | None, code: int, error: str | None) -> None:

@@ -45,6 +45,9 @@ def _load(request: dict[str, Any]) -> Any:
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not request["optimize"]:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if request["folder"]:
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, request["folder"])
     return ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
 
 

@@ -1,26 +1,30 @@
 """What each command runs, in order.
 
-fuse:    read -> roles -> normalize -> raise (each rewrite checked) -> tidy
+fuse:    read -> for each branch of a merged model, if it is one:
+             roles -> normalize -> raise -> lower for the target (each rewrite checked) -> tidy
          -> stage beside the output -> verify -> move into place
 verify:  the comparison alone, of any two models with the same inputs and outputs
 """
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 
-from onnxgen import __version__
+from onnxgen import __version__, functions
 from onnxgen.analysis.masks import MaskFamily, mask_families
-from onnxgen.analysis.roles import find_roles
+from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
 from onnxgen.model_io import read_model, staged
+from onnxgen.passes.lower import lower_model
+from onnxgen.passes.merged import Part, join_branches, split_branches
 from onnxgen.passes.normalize import normalize
 from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
@@ -28,6 +32,10 @@ from onnxgen.patterns import RULES
 from onnxgen.report.values import Proof, Report
 from onnxgen.runtime import Runtime
 from onnxgen.targets import onnx as onnx_target
+from onnxgen.targets import ort as ort_target
+from onnxgen.targets.contract import Contract, Padding, read_contract, write_contract
+from onnxgen.targets.genai_files import CONFIG, genai_files
+from onnxgen.targets.ort.config import context_length
 from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.compare import TOLERANCES, verify_models
 from onnxgen.verify.rewrites import RewriteChecker
@@ -41,23 +49,30 @@ class FuseOptions:
 
     Attributes:
         output: where to write; None for MODEL with .fused.onnx.
-        target: the runtime to write for; "onnx" is standard operators.
+        target: what to write for: "onnx", standard operators; "ort", ONNX Runtime's own.
+        padding: for "ort": the padding that the model must take, "any", "right" or "none".
+        max_length: for "ort": the most tokens, past and new; None for what config.json beside
+            the model says, else what its own tables hold, at most 32768.
         verify: run the checks; without them nothing is run and the report says unproven.
         disable: codes of rules to leave out.
         opset: version of the default domain to write; None for the target's own.
         inline: expand the functions of the `onnxgen` domain.
         roles: what inputs are for, by name, where structure does not tell.
         force: let the output replace the input.
+        genai_config: write genai_config.json and the tokenizer's files beside the output too.
     """
 
     output: Path | None = None
     target: str = "onnx"
+    padding: Padding = "any"
+    max_length: int | None = None
     verify: bool = True
     disable: tuple[str, ...] = ()
     opset: int | None = None
     inline: bool = False
     roles: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
+    genai_config: bool = False
 
 
 def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
@@ -85,33 +100,46 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     report.opset_before = model.graph.opset_imports.get("", 0)
     opset = onnx_target.opset_for(report.opset_before, options.opset)
     roles = find_roles(model, options.roles)
+    contract = Contract()
 
     with Runtime(twins=holds_bfloat16(model)) as runtime:
-        clock.start("normalize", "normalizing")
-        report.warnings += normalize(model, opset, runtime, roles)
+        checkers: list[RewriteChecker] = []
+        parts = split_branches(model)
+        for part in parts:
+            own = find_roles(part.model, options.roles) if part.branch else roles
+            clock.start("normalize", "normalizing")
+            report.warnings += normalize(part.model, opset, runtime, own)
 
-        clock.start("raise", "raising")
-        checker = RewriteChecker(runtime, roles) if options.verify else None
-        disabled = frozenset(options.disable)
-        sampler = Sampler(model.graph, roles, runtime)
-        report.sites = raise_model(model, roles, sampler=sampler, check=checker, disabled=disabled)
-        _name_masks(report, mask_families(model.graph, sampler))
-        tidy(model)
-        onnx_target.finish(model, __version__)
+            clock.start("raise", "raising")
+            checkers += [RewriteChecker(runtime, own)] if options.verify else []
+            work = _Work(part, own, Sampler(part.model.graph, own, runtime), checkers, options)
+            families = _raise(report, work)
+            if options.target == "ort":
+                clock.start("lower", "lowering")
+                settings = _settings(path, options)
+                contract = contract.both(_lower(report, work, settings, families))
+        model = join_branches(parts)
+        if options.inline:
+            functions.expand(model)
+        write_contract(model, contract)
+        report.contract = str(contract) if options.target == "ort" else ""
+        write_roles(model, roles)
+        onnx_target.finish(model, __version__, options.target)
         _describe(report, model)
 
+        beside = _files_beside(report, model, roles, path, output, options)
         clock.start("write", f"writing {output.name}")
-        with staged(model, output, source=path, force=options.force) as stage:
+        with staged(model, output, source=path, force=options.force, beside=beside) as stage:
             clock.start("verify", "verifying")
             report.proof = (
-                _prove(path, stage.path, options, runtime, checker, progress)
+                _prove(path, stage.path, options, runtime, checkers, progress)
                 if options.verify
                 else Proof("unproven", TOLERANCES[ir.DataType.FLOAT], reason="told not to run")
             )
             clock.stop()
             _raise_unless_good(report, path)
             stage.commit()
-            report.output = str(output)
+            report.output, report.beside = str(output), list(beside)
     return report
 
 
@@ -123,12 +151,101 @@ def verify(
 
 
 def _check_options(options: FuseOptions) -> None:
-    codes = [rule.code for rule in RULES]
+    codes = [*(rule.code for rule in RULES), *ort_target.CODES]
     for code in options.disable:
         if code not in codes:
             raise UsageError(f"--disable {code}: no such rule; rules: {', '.join(codes)}")
-    if options.target != "onnx":
-        raise UsageError(f"--target {options.target}: no such target; targets: onnx")
+    if options.target not in ("onnx", "ort"):
+        raise UsageError(f"--target {options.target}: no such target; targets: onnx, ort")
+    if options.target != "ort" and (options.padding != "any" or options.max_length):
+        raise UsageError("--padding and --max-length are for --target ort")
+
+
+def _settings(path: Path, options: FuseOptions) -> ort_target.Settings:
+    """What was asked for, with the length that config.json beside the model states."""
+    length = options.max_length or context_length(path.with_name("config.json"))
+    return ort_target.Settings(options.padding, length)
+
+
+def _files_beside(
+    report: Report, model: ir.Model, roles: Roles, path: Path, output: Path, options: FuseOptions
+) -> dict[str, bytes]:
+    """What is written beside the model, by name, where it was asked for."""
+    if not options.genai_config:
+        return {}
+    length = read_contract(model).max_length
+    files = genai_files(model, roles, path, output, max_length=length, force=options.force)
+    if "eos_token_id" not in json.loads(files[CONFIG])["model"]:
+        report.warnings.append(
+            f"{CONFIG} says nothing of special tokens: there is no config.json beside {path.name}"
+        )
+    return files
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A model, or one branch of it, and what its rewriting needs.
+
+    Attributes:
+        checkers: the last one is its own; none where nothing is checked.
+    """
+
+    part: Part
+    roles: Roles
+    sampler: Sampler
+    checkers: Sequence[RewriteChecker]
+    options: FuseOptions
+
+    @property
+    def checker(self) -> RewriteChecker | None:
+        return self.checkers[-1] if self.checkers else None
+
+    @property
+    def disabled(self) -> frozenset[str]:
+        kept = ort_target.KEPT if self.options.target == "ort" else frozenset()
+        return frozenset(self.options.disable) | kept
+
+
+def _raise(report: Report, work: _Work) -> dict[str, MaskFamily]:
+    """Raise, and say what each attention's mask means; returns that by node name."""
+    model = work.part.model
+    sites = raise_model(
+        model, work.roles, sampler=work.sampler, check=work.checker, disabled=work.disabled
+    )
+    families = mask_families(model.graph, work.sampler)
+    for site in sites:
+        family = families.get(site.node) if site.status == "fused" else None
+        if family is not None:
+            site.details["mask"] = str(family)
+        if work.part.branch:
+            taken = work.part.branch.removesuffix("_branch")
+            site.details["branch"] = f"{work.part.switch}, {taken}"
+    report.sites += sites
+    tidy(model)
+    return families
+
+
+def _lower(
+    report: Report,
+    work: _Work,
+    settings: ort_target.Settings,
+    families: Mapping[str, MaskFamily],
+) -> Contract:
+    """Lower for ONNX Runtime; returns what the result assumes."""
+    model = work.part.model
+    lowering = ort_target.Lowering(settings, families)
+    if work.checker is not None:
+        work.checker.within(lowering.assumed)
+    report.lowered += lower_model(
+        model,
+        lowering.rules,
+        work.roles,
+        sampler=work.sampler,
+        check=work.checker,
+        disabled=work.disabled,
+    )
+    tidy(model)
+    return lowering.contract
 
 
 def _prove(
@@ -136,16 +253,17 @@ def _prove(
     rewritten: Path,
     options: FuseOptions,
     runtime: Runtime,
-    checker: RewriteChecker | None,
+    checkers: Sequence[RewriteChecker],
     progress: Progress,
 ) -> Proof:
     """The comparison of the whole models, with the figures of the rewrites' own checks."""
     proof = verify_models(
         original, rewritten, roles=options.roles, runtime=runtime, progress=progress
     )
-    if checker is not None:
-        proof.rewrites, proof.structures = checker.rewrites, checker.structures
-        proof.rewrite_difference = checker.difference
+    if checkers:
+        proof.rewrites = sum(checker.rewrites for checker in checkers)
+        proof.structures = sum(checker.structures for checker in checkers)
+        proof.rewrite_difference = max(checker.difference for checker in checkers)
     return proof
 
 
@@ -164,14 +282,6 @@ def _raise_unless_good(report: Report, path: Path) -> None:
     raise error
 
 
-def _name_masks(report: Report, families: Mapping[str, MaskFamily]) -> None:
-    """State each attention's mask as what it means, where it was recognised."""
-    for site in report.sites:
-        family = families.get(site.node) if site.status == "fused" else None
-        if family is not None:
-            site.details["mask"] = str(family)
-
-
 def _describe(report: Report, model: ir.Model) -> None:
     """Fill in what the report says of the finished model."""
     report.opset_after = model.graph.opset_imports[""]
@@ -186,14 +296,17 @@ def _describe(report: Report, model: ir.Model) -> None:
 
 
 def _count(model: ir.Model) -> dict[str, int]:
-    """How many nodes of each op type there are, subgraphs and the bodies of called functions in."""
+    """How many nodes of each op type there are, subgraphs and bodies of called functions in.
+
+    Functions of ours count as operators.
+    """
     counts: Counter[str] = Counter()
     pending = [(model.graph.all_nodes(), 0)]
     while pending:
         nodes, depth = pending.pop()
         for node in nodes:
             function = model.functions.get(node.op_identifier())
-            if function is None or depth > 32:
+            if function is None or functions.is_ours(function) or depth > 32:
                 counts[node.op_type] += 1
             else:
                 pending.append((function.all_nodes(), depth + 1))

@@ -58,22 +58,26 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def load(self, model: bytes | Path, *, optimize: bool = False) -> int:
+    def load(
+        self, model: bytes | Path, *, optimize: bool = False, folder: Path | None = None
+    ) -> int:
         """Load a model (bytes, or a path where it has external data) and return its handle.
 
         Args:
             optimize: run the runtime's own graph optimisations, as a user's session would.
+            folder: where the external data of bytes is.
 
         Raises:
             RuntimeFailure: the runtime refuses the model.
         """
         self._sessions += 1
-        with tempfile.TemporaryDirectory(prefix="onnxgen-") as folder:
-            source = float32_twin(model, Path(folder)) if self.twins else model
+        with tempfile.TemporaryDirectory(prefix="onnxgen-") as scratch:
+            source = float32_twin(model, Path(scratch)) if self.twins else model
             request = {
                 "model": source if isinstance(source, bytes) else str(source),
                 "optimize": optimize,
                 "threads": self.threads,
+                "folder": "" if folder is None else str(folder),
             }
             self._ask("load", self._sessions, request)  # it maps the weights: they may go now
         self._alive.add(self._sessions)

@@ -21,9 +21,9 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any, BinaryIO
@@ -51,11 +51,13 @@ class Staged:
             from there, external data and all.
         output: where commit() moves it.
         data: the data file written for it, None where it needs none.
+        beside: where commit() moves further files, by where they are written, in this order.
     """
 
     path: Path
     output: Path
     data: Path | None = None
+    beside: dict[Path, Path] = field(default_factory=dict)
 
     @property
     def committed(self) -> bool:
@@ -63,18 +65,28 @@ class Staged:
         return not os.path.lexists(self.path)
 
     def commit(self) -> None:
-        """Move the model into place, atomically.
+        """Move the model into place, atomically, then the files beside it, each atomically.
 
         Raises:
-            FileError: it cannot be moved; the block's end then removes everything written.
+            FileError: one cannot be moved; the block's end then removes what was not.
         """
         with _writing(self.output):
             os.replace(self.path, self.output)
+        for path, place in self.beside.items():
+            with _writing(place):
+                os.replace(path, place)
         _sync_folder(self.output.parent)
 
 
 @contextmanager
-def staged(model: ir.Model, output: Path, *, source: Path, force: bool) -> Iterator[Staged]:
+def staged(
+    model: ir.Model,
+    output: Path,
+    *,
+    source: Path,
+    force: bool,
+    beside: Mapping[str, bytes] | None = None,
+) -> Iterator[Staged]:
     """Write `model` beside `output`; it takes its place when commit() is called.
 
     Leaving the block without commit() removes everything written, by an exception, Ctrl-C,
@@ -86,6 +98,7 @@ def staged(model: ir.Model, output: Path, *, source: Path, force: bool) -> Itera
         output: where it goes in the end; its folder must exist.
         source: the file that the model was read from; it is replaced only with `force`.
         force: allow `output` to be `source`.
+        beside: further files of the output's folder, by name; files there are replaced.
 
     Raises:
         UsageError: `output` is the source, or one of its data files.
@@ -99,13 +112,27 @@ def staged(model: ir.Model, output: Path, *, source: Path, force: bool) -> Itera
     with _termination_raises():
         try:
             with _writing(output):
-                stage = _write(model, slots, folder / output.name, created)
+                made = stage = _write(model, slots, folder / output.name, created)
+            for name, content in (beside or {}).items():
+                with _writing(folder / name):
+                    made.beside[_scratch(folder / name, content, created)] = folder / name
             yield stage
         finally:
-            if stage is None or not stage.committed:
-                for path in created:
-                    with contextlib.suppress(OSError):
-                        path.unlink()
+            left = stage.beside if stage is not None and stage.committed else created
+            for path in left:
+                with contextlib.suppress(OSError):
+                    path.unlink()
+
+
+def _scratch(place: Path, content: bytes, created: list[Path]) -> Path:
+    """Write a file under a temporary name beside its place."""
+    if place.is_dir():
+        raise OSError(None, "it is a folder")
+    path = place.with_name(f".{place.name}.{secrets.token_hex(6)}")
+    with _create(path, created) as file:
+        file.write(content)
+        _sync(file)
+    return path
 
 
 def _check_output(slots: Sequence[TensorSlot], output: Path, source: Path, force: bool) -> Path:

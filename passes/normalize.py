@@ -1,7 +1,8 @@
 """Normalize: one spelling where a difference means nothing.
 
-    functions inlined -> opset raised -> constants lifted, folded -> nodes that change nothing out
-    -> shape arithmetic from the inputs' sizes -> duplicates merged
+    functions inlined -> opset raised -> constants lifted -> other spellings of standard operators
+    expanded -> constants folded -> Ifs without a choice taken -> nodes that change nothing out
+    -> Einsum as MatMul -> shape arithmetic from the inputs' sizes -> duplicates merged
 
 What is left of exporters' differences is seen through by the analyses, not rewritten here: this
 pass changes no arithmetic.
@@ -9,14 +10,21 @@ pass changes no arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 from onnxscript import version_converter
 
+from onnxgen import functions
 from onnxgen.analysis.dtypes import output_dtypes
+from onnxgen.analysis.graph import has_subgraph
 from onnxgen.analysis.roles import Roles
 from onnxgen.errors import RefusedError
+from onnxgen.passes.branches import take_branches
+from onnxgen.passes.einsum import lower_einsums
+from onnxgen.passes.expand import expand_contrib
 from onnxgen.passes.fold import fold_constants
 from onnxgen.passes.shape_arithmetic import canonical_shape_arithmetic
 from onnxgen.passes.simplify import simplify
@@ -24,6 +32,8 @@ from onnxgen.runtime import Runtime
 
 # The first opset that onnxscript's converter, which keeps names and metadata, can start from.
 _KEEPS_NAMES = 18
+# Operators of ONNX Runtime in the default domain, below the opset that has them, if one does.
+_RUNTIMES_OWN = {"SimplifiedLayerNormalization": 1 << 30, "LayerNormalization": 17}
 # Tensors up to this size travel through the converters; it reads axes and shapes from them.
 _SMALL = 1024
 
@@ -46,21 +56,46 @@ def normalize(
     """
     warnings: list[str] = []
     if model.functions:
-        common.InlinePass()(model)
-        model.functions.clear()  # nothing calls them any more
+        # Ours stay: their calls are what raising would make of their bodies.
+        common.InlinePass(criteria=lambda function: not functions.is_ours(function))(model)
+        model.functions.clear()  # nothing calls the others any more; raising declares ours again
     common.TopologicalSortPass()(model)
     common.NameFixPass()(model)
     raise_opset(model, opset)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.IdentityEliminationPass()(model)
+    _own_outputs(model.graph)
     drop_dead(model)
     set_dtypes(model)
+    warnings += expand_contrib(model, roles)
     fold_constants(model, runtime)
+    while take_branches(model):
+        common.NameFixPass()(model)
+        drop_dead(model)
+        set_dtypes(model)
+        fold_constants(model, runtime)
     simplify(model)
+    lower_einsums(model, roles)
     canonical_shape_arithmetic(model, roles)
     drop_dead(model)
     merge_duplicates(model)
     return warnings
+
+
+def _own_outputs(graph: ir.Graph) -> None:
+    """A subgraph's output is made in it: runtimes refuse a value of the graph outside."""
+    for node in list(graph.all_nodes()):
+        for found in node.attributes.values():
+            if found.type != ir.AttributeType.GRAPH:
+                continue
+            inner = found.as_graph()
+            for index, value in enumerate(inner.outputs):
+                source = value.producer()
+                if source is None or source.graph is not inner:
+                    same = ir.node("Identity", [value])
+                    same.outputs[0].type, same.outputs[0].shape = value.type, value.shape
+                    inner.append(same)
+                    inner.outputs[index] = same.outputs[0]
 
 
 def drop_dead(model: ir.Model) -> None:
@@ -117,30 +152,101 @@ def _convert_with_onnx(model: ir.Model, opset: int) -> None:
     metadata = {node.name: dict(node.metadata_props) for node in graph}
     values = {value.name: value for node in graph for value in node.outputs}
     proto = _without_weights(model)
+    aside = _foreign(model)
+    _leave_out(proto, aside)
     converted = ir.from_proto(onnx.version_converter.convert_version(proto, opset))
     old_outputs = list(graph.outputs)
     # The converted nodes replace the old ones inside the same graph object, so that inputs,
     # outputs and initializers keep their identity.
     by_name: dict[str, ir.Value] = {value.name or "": value for value in graph.inputs}
     by_name |= kept
+    by_name |= {value.name or "": value for node in aside for value in node.outputs}
     for name, value in converted.graph.initializers.items():
         if name not in by_name:
             by_name[name] = value
     new_nodes = []
+    outer = set(converted.graph.inputs) | set(converted.graph.initializers.values())
+    outer.update(output for node in converted.graph for output in node.outputs)
     for node in converted.graph:
+        _recapture(node, outer, by_name)
         new_nodes.append(_adopt(node, by_name, metadata, values))
     for value in old_outputs:
         if value.producer() is not None and by_name.get(value.name or "") is None:
             raise RefusedError(f"onnx's version converter lost the output {value.name!r}")
     graph.outputs[:] = [by_name[value.name or ""] for value in old_outputs]
-    graph.remove(list(graph), safe=False)
+    for node in aside:
+        for index, read in enumerate(node.inputs):
+            if read is not None:
+                node.replace_input_with(index, by_name[read.name or ""])
+    old_nodes = list(graph)
+    graph.remove(old_nodes, safe=False)
+    for node in set(old_nodes) - set(aside):  # else a weight counts as read by what is gone
+        for index in range(len(node.inputs)):
+            node.replace_input_with(index, None)
     for value in converted.graph.initializers.values():
         if value.name not in graph.initializers:
             fresh = by_name[value.name or ""]
             if fresh.uses():
                 graph.register_initializer(fresh)
-    graph.extend(new_nodes)
+    graph.extend([*new_nodes, *aside])
+    graph.sort()
     graph.opset_imports[""] = opset
+
+
+def _recapture(node: ir.Node, outer: set[ir.Value], by_name: dict[str, ir.Value]) -> None:
+    """What a node's subgraphs read of the converted graph they read of the original one."""
+    for found in node.attributes.values():
+        graphs = found.value if found.type == ir.AttributeType.GRAPHS else [found.value]
+        for graph in graphs if has_subgraph(node) else []:
+            if not isinstance(graph, ir.Graph):
+                continue
+            for inner in graph.all_nodes():
+                for index, value in enumerate(inner.inputs):
+                    if value in outer:
+                        inner.replace_input_with(index, by_name[value.name or ""])
+            for index, value in enumerate(graph.outputs):
+                if value in outer:
+                    graph.outputs[index] = by_name[value.name or ""]
+
+
+def _foreign(model: ir.Model) -> list[ir.Node]:
+    """ONNX Runtime's own nodes, which need no conversion; some stand in the default domain."""
+    opset = model.graph.opset_imports.get("", 1)
+    return [
+        node
+        for node in model.graph
+        if node.domain not in ("", "ai.onnx") or opset < _RUNTIMES_OWN.get(node.op_type, 0)
+    ]
+
+
+def _leave_out(proto: onnx.ModelProto, nodes: Sequence[ir.Node]) -> None:
+    """Take nodes out of a serialized model: what they make becomes an input, what they read an
+    output, so that the converter sees every other node with what is around it."""
+    if not nodes:
+        return
+    graph = proto.graph
+    made = {value.name: value for node in nodes for value in node.outputs if value.name}
+    others = [node for node in graph.node if not made.keys() & set(node.output)]
+    computed = {name for node in others for name in node.output}
+    inputs = {str(v.name) for node in nodes for v in node.inputs if v is not None}
+    read = inputs & computed
+    outputs = [each for each in graph.output if each.name not in made]
+    read -= {each.name for each in outputs}
+    graph.ClearField("node")
+    graph.node.extend(others)
+    graph.ClearField("output")
+    graph.output.extend([*outputs, *(onnx.ValueInfoProto(name=name) for name in sorted(read))])
+    for name, value in made.items():
+        dtype = int(value.dtype or ir.DataType.FLOAT)
+        shape = None if value.shape is None else [_dim(size) for size in value.shape]
+        graph.input.append(onnx.helper.make_tensor_value_info(name, dtype, shape))
+    imports = [each for each in proto.opset_import if each.domain in ("", "ai.onnx")]
+    proto.ClearField("opset_import")
+    proto.opset_import.extend(imports)
+
+
+def _dim(size: int | ir.SymbolicDim) -> int | str | None:
+    return size if isinstance(size, int) else size.value
 
 
 def _adopt(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from onnxgen import functions
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.passes.rewriting import Check, Rewriter
@@ -26,4 +27,5 @@ def raise_model(
     rewriter = Rewriter(model, roles, sampler, check, disabled)
     for rule in RULES:
         rewriter.apply(rule)
+    functions.declare(model)
     return rewriter.sites

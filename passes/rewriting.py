@@ -14,19 +14,20 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxgen import functions
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import ancestors, is_read
+from onnxgen.analysis.graph import CONTRIB, ancestors, is_read
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.rule import Declined, Rewrite, Rule
+from onnxgen.patterns.rule import RULE, Declined, Rewrite, Rule
 from onnxgen.report.values import Decline, Site
 
 # Shows a rewrite's old and new values to the verifier: None where they agree, else the reason.
 Check = Callable[[Facts, Rewrite, Sequence[ir.Node]], str | None]
 
+_DOMAINS = ("", "ai.onnx", CONTRIB, functions.DOMAIN)
 SCOPES = "pkg.torch.onnx.name_scopes"
-RULE = "onnxgen.rule"
 REPLACED = "onnxgen.replaced"
 
 
@@ -63,7 +64,7 @@ class Rewriter:
         anchors = [
             node
             for node in self.model.graph
-            if node.op_type in rule.anchors and node.domain in ("", "ai.onnx", "com.microsoft")
+            if node.op_type in rule.anchors and node.domain in _DOMAINS
         ]
         for node in reversed(anchors):
             if node.graph is None:
@@ -143,18 +144,28 @@ class Rewriter:
             node.metadata_props[RULE] = rule.code
         fused = rewrite.node
         fused.metadata_props[REPLACED] = ", ".join(
-            sorted(node.name for node in removed if node.name)
+            sorted({name for node in removed for name in _replaced_by(node)})
         )
-        fused.name = self.builder.unique(f"{scope or rule.kind}/{fused.op_type}")
+        # What takes the place of one of ours keeps its name: earlier sites speak of it.
+        ours = (n for n in removed if n.op_type == fused.op_type and RULE in n.metadata_props)
+        taken = next(ours, None)
+        name = f"{scope or rule.kind}/{fused.op_type}"
+        fused.name = self.builder.unique(name) if taken is None else taken.name
         return Site(
             rule.kind,
             rule.code,
-            fused.name,
+            fused.name or "",
             scope,
             "fused",
             replaced=len(removed),
             details=dict(rewrite.details),
         )
+
+
+def _replaced_by(node: ir.Node) -> list[str]:
+    """The exporter's nodes that a node stands for: itself, or those it replaced before."""
+    names = node.metadata_props.get(REPLACED, node.name or "")
+    return [name for name in names.split(", ") if name]
 
 
 def _remove_dead(graph: ir.Graph, roots: Sequence[ir.Node]) -> list[ir.Node]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.graph import attribute, constant, is_read, names, producer, scalar
@@ -38,11 +39,24 @@ def simplify(model: ir.Model) -> None:
             same = _turned_back(views, output)
         if same is None or any(map(is_read, node.outputs[1:])):
             continue
-        if output.is_graph_output():
-            continue  # its name is the model's interface
-        output.replace_all_uses_with(same)
+        if output.is_graph_output() and not _gives_name(output, same):
+            continue
+        output.replace_all_uses_with(same, replace_graph_outputs=True)
         gone.append(node)
     graph.remove(gone, safe=True)
+
+
+def _gives_name(output: ir.Value, same: ir.Value) -> bool:
+    """Give an output's name, which is the model's interface, to the value that takes its place.
+
+    False where that has a name of its own that others know: an input's, or another output's.
+    """
+    if same.producer() is None or same.is_graph_output() or same.is_initializer():
+        return False
+    name, own = output.name, same.name
+    output.name, same.name = own, name
+    same.shape = same.shape or output.shape
+    return True
 
 
 def _same_shape(shapes: Shapes, node: ir.Node) -> ir.Value | None:
@@ -78,6 +92,11 @@ def _and_true(shapes: Shapes, node: ir.Node) -> ir.Value | None:
 def _transpose(shapes: Shapes, node: ir.Node) -> ir.Value | None:
     order = attribute(node, "perm")
     return node.inputs[0] if order is not None and list(order) == sorted(order) else None
+
+
+def _dropout(shapes: Shapes, node: ir.Node) -> ir.Value | None:
+    training = constant(node.inputs[2]) if len(node.inputs) > 2 else np.array(False)
+    return node.inputs[0] if training is not None and not training.any() else None
 
 
 def _slice(shapes: Shapes, node: ir.Node) -> ir.Value | None:
@@ -128,6 +147,6 @@ _RULES: dict[str, Callable[[Shapes, ir.Node], ir.Value | None]] = {
     "Transpose": _transpose,
     "Slice": _slice,
     "Concat": lambda shapes, node: node.inputs[0] if len(node.inputs) == 1 else None,
-    "Dropout": lambda shapes, node: node.inputs[0] if len(node.inputs) < 3 else None,
+    "Dropout": _dropout,
     "Identity": lambda shapes, node: node.inputs[0],
 }

@@ -6,19 +6,21 @@ into the node, and makes the mask that the operator accepts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import attribute, producer
+from onnxgen.analysis.graph import attribute, names, producer
 from onnxgen.analysis.scores import Mask, constant_choice
 from onnxgen.analysis.symbols import Dim, product
-from onnxgen.analysis.views import Axis, Digit
+from onnxgen.analysis.views import VIEW_OPS, Axis, Digit
+from onnxgen.functions import DOMAIN, sink_attention
 from onnxgen.patterns.arranging import arranged
 from onnxgen.patterns.building import Builder
+from onnxgen.patterns.masking import on_heads
 
 
 @dataclass(frozen=True)
@@ -54,33 +56,51 @@ class Heads:
 
 
 def heads_of(
-    facts: Facts, value: ir.Value, like: Sequence[Axis | None], merged: int
+    facts: Facts,
+    value: ir.Value,
+    axes: Sequence[Axis],
+    *,
+    queries: Heads | None,
+    shared: bool = True,
 ) -> Heads | str:
     """Read an operand's leading axes as batch and heads; the reason as text where that fails.
 
     Args:
-        like: sizes come from the contraction's result: for each of its leading axes, the digits
-            of the queries, which an operand of size 1 is repeated along; None for the queries.
-        merged: how many digits of the first axis are the batch where the result has one leading
-            axis for batch and heads; 0 where they have axes of their own.
+        axes: those of the scores that are its product, or that it is multiplied by, as digits of
+            the queries' axes: an operand of size 1 is repeated along them.
+        queries: the queries' own heads; None for the queries themselves.
+        shared: take repeated heads as they were before they were repeated.
     """
     view = facts.views.of(value)
     if view is None or len(view.axes) < 2:
         return "its rank is not known"
+    like = axes[:-2]
     leading: list[Axis] = [()] * (len(like) - len(view.axes) + 2) + list(view.axes[:-2])
-    for index, (axis, queries) in enumerate(zip(leading, like, strict=True)):
-        size = product(digit.size for digit in queries or ())
-        if queries is not None and not axis and size != 1:
-            leading[index] = (Digit(None, 1, size),)
-    batch: Axis
-    if merged:
-        batch, heads = leading[0][:merged], list(leading[0][merged:])
-    else:
-        batch, heads = (leading[0] if leading else ()), [d for axis in leading[1:] for d in axis]
+    if queries is not None:
+        for index, (axis, wanted) in enumerate(zip(leading, like, strict=True)):
+            size = product(digit.size for digit in wanted)
+            if not axis and size != 1:
+                if not shared:
+                    return "its heads are repeated by the product alone"
+                leading[index] = (Digit(None, 1, size),)
+    batch: Axis = leading[0] if leading else ()
+    rest: Axis = ()
+    if queries is None and len(leading) == 1:
+        # [B*H, S, D]: heads come from the axis that the columns come from, or stand behind.
+        inner = {digit.axis for digit in view.axes[-1]}
+        count = 0 if all(digit.axis in inner for digit in batch) else 1
+        batch, rest = batch[:count], batch[count:]
+    elif queries is not None and like and like[0] != queries.batch:
+        count = len(queries.batch)
+        if like[0][:count] != queries.batch:
+            return "its batch is not the queries'"
+        batch, rest = batch[:count], batch[count:]
+    heads = [*rest, *(digit for axis in leading[1:] for digit in axis)]
     groups: Dim = 1
-    while heads and heads[-1].repeats:
+    while shared and heads and heads[-1].repeats:
         groups = groups * heads.pop().size
-    if any(digit.repeats for digit in (*batch, *heads, *view.axes[-1], *view.axes[-2])):
+    inside = heads if shared else ()
+    if any(digit.repeats for digit in (*batch, *inside, *view.axes[-1], *view.axes[-2])):
         return "its repeated heads are not neighbours, or more than heads are repeated"
     return Heads(value, batch, tuple(heads), groups, view.axes[-2], view.axes[-1])
 
@@ -120,6 +140,71 @@ def cache_of(facts: Facts, value: ir.Value) -> Cache | None:
     return Cache(total, past, new, order)
 
 
+def caches_of(
+    facts: Facts, q: ir.Value, k: ir.Value, v: ir.Value, mask: ir.Value | None
+) -> tuple[tuple[Cache, Cache] | None, str]:
+    """The caches that an Attention over these takes inside, if it can, and what its cache is.
+
+    "concatenated": inside; "static": its keys and values are buffers that TensorScatter writes;
+    "shared": the queries need the concatenation, which an earlier layer takes inside; "outside":
+    keys and values are made of a cache in another way, or the mask is made of keys and could not
+    wait for the node's own present; "none".
+    """
+    keys, values = cache_of(facts, k), cache_of(facts, v)
+    if keys is not None and values is not None:
+        totals = (keys.total, values.total)
+        if any(_reaches(facts, total, q) for total in totals):
+            return None, "shared"
+        if mask is not None and any(_reaches(facts, total, mask) for total in totals):
+            return None, "outside"
+        return (keys, values), "concatenated"
+    views = [facts.views.of(each) for each in (k, v)]
+    sources = [None if view is None else producer(view.source) for view in views]
+    if all(source is not None and source.op_type == "TensorScatter" for source in sources):
+        return None, "static"
+    if all(source is not None and source.op_type == "Attention" for source in sources):
+        return None, "shared"
+    return None, "outside" if _from_cache(facts, k) or _from_cache(facts, v) else "none"
+
+
+def _from_cache(facts: Facts, value: ir.Value) -> bool:
+    """Whether a value is joined, written or cut from an input that is a cache."""
+    pending, seen = [value], set()
+    while pending:
+        each = pending.pop()
+        if facts.role(each) in ("past", "static_past"):
+            return True
+        node = producer(each)
+        if node is not None and node.op_type in _JOINING and node not in seen:
+            seen.add(node)
+            pending.extend(given for given in node.inputs[:3] if given is not None)
+    return False
+
+
+_JOINING = VIEW_OPS | names(
+    """
+    Cast Concat DequantizeLinear QuantizeLinear ScatterElements ScatterND Slice Split TensorScatter
+    Where
+    """
+)
+
+
+def _reaches(facts: Facts, value: ir.Value, later: ir.Value) -> bool:
+    """Whether a value is needed to compute another."""
+    first = facts.order(value)
+    pending, seen = [later], set()
+    while pending:
+        each = pending.pop()
+        if each is value:
+            return True
+        node = each.producer()
+        # A node that is not placed yet has no order: it is looked through.
+        if node is not None and node not in seen and not 0 <= facts.order(each) < first:
+            seen.add(node)
+            pending.extend(given for given in node.inputs if given is not None)
+    return False
+
+
 def permuted(builder: Builder, value: ir.Value, order: tuple[int, ...]) -> ir.Value:
     if order == (0, 1, 2, 3):
         return value
@@ -134,52 +219,79 @@ def attention(
     mask: ir.Value | None,
     caches: tuple[Cache, Cache] | None,
     attributes: dict[str, int | float],
+    sinks: ir.Value | None = None,
 ) -> tuple[ir.Node, ir.Value, list[tuple[ir.Value, ir.Value]]]:
-    """The Attention node, its output [B, H, S, D], and (old, new) for the caches it takes over."""
-    if caches is None:
-        y = builder.op("Attention", [q, k, v, mask], attributes)
-        node = y.producer()
-        assert node is not None
-        return node, y, []
-    (keys, values) = caches
-    inputs = [
-        q,
-        permuted(builder, keys.new, keys.order),
-        permuted(builder, values.new, values.order),
-        mask,
-        permuted(builder, keys.past, keys.order),
-        permuted(builder, values.past, values.order),
-    ]
-    y, present_key, present_value = builder.ops("Attention", inputs, 3, attributes)
-    node = y.producer()
+    """The Attention node, its output [B, H, S, D], and (old, new) for the caches it takes over.
+
+    Args:
+        sinks: [H]: then it is a SinkAttention.
+    """
+    inputs: list[ir.Value | None] = [q, k, v, mask]
+    if caches is not None:
+        (keys, values) = caches
+        inputs = [
+            q,
+            permuted(builder, keys.new, keys.order),
+            permuted(builder, values.new, values.order),
+            mask,
+            permuted(builder, keys.past, keys.order),
+            permuted(builder, values.past, values.order),
+        ]
+    count = 1 if caches is None else 3
+    if sinks is None:
+        made = builder.ops("Attention", inputs, count, attributes)
+    else:
+        attributes = dict(attributes)
+        precision = attributes.pop("softmax_precision", None)
+        overload = sink_attention.overload_of(
+            None if mask is None else mask.dtype,
+            cache=caches is not None,
+            cap="softcap" in attributes,
+            wide=precision is not None,
+        )
+        inputs = [*inputs, *[None] * (sink_attention.SINKS - len(inputs)), sinks]
+        made = builder.ops(
+            sink_attention.NAME, inputs, count, attributes, domain=DOMAIN, overload=overload
+        )
+    node = made[0].producer()
     assert node is not None
     replaced = []
-    for cache, present in ((keys, present_key), (values, present_value)):
+    for cache, present in zip(caches or (), made[1:], strict=True):
         back = tuple(int(axis) for axis in np.argsort(cache.order))
         replaced.append((cache.total, permuted(builder, present, back)))
-    return node, y, replaced
+    return node, made[0], replaced
 
 
 def attention_mask(
     facts: Facts,
     builder: Builder,
     masks: Sequence[Mask],
-    rank: int,
+    layouts: Mapping[ir.Value, tuple[Axis, ...]],
+    axes: tuple[Axis, Axis, Axis, Axis],
     rows: Dim,
     columns: Dim,
     dtype: ir.DataType,
 ) -> ir.Value | str | None:
     """One mask that the operator accepts: [.., S, T], bool or of the queries' type.
 
-    None where there is no mask; the reason as text where one cannot be arranged.
+    Args:
+        layouts: the axes of the scores that each mask is applied to.
+        axes: the digits of batch, heads, rows and columns.
+
+    Returns:
+        None where there is no mask; the reason as text where one cannot be arranged.
     """
     bools: list[ir.Value] = []
     floats: list[ir.Value] = []
     for mask in masks:
-        if mask.fill is None:
+        condition, fill_number, inverted = mask.value, mask.fill, mask.inverted
+        if fill_number is None:
             choice = constant_choice(mask.value) if mask.factor > 0 else None
             if choice is None or choice.fill != -np.inf:
-                scaled = mask.value
+                on_axes = on_heads(facts, builder, mask.value, layouts[mask.at], axes)
+                if isinstance(on_axes, str):
+                    return on_axes
+                scaled = on_axes
                 if mask.factor != 1.0:
                     number = np.array(mask.factor, dtype=np.float64)
                     assert scaled.dtype is not None
@@ -189,15 +301,19 @@ def attention_mask(
                     scaled = builder.op("Cast", [scaled], {"to": int(dtype)})
                 floats.append(scaled)
                 continue
-            mask = choice
-        keep = builder.op("Not", [mask.value]) if mask.inverted else mask.value
-        assert mask.fill is not None
-        if mask.fill == -np.inf:
+            condition, fill_number, inverted = choice.value, choice.fill, choice.inverted
+        on_axes = on_heads(facts, builder, condition, layouts[mask.at], axes)
+        if isinstance(on_axes, str):
+            return on_axes
+        keep = builder.op("Not", [on_axes]) if inverted else on_axes
+        if fill_number == -np.inf:
             bools.append(keep)
         else:  # a finite fill leaves rows that are masked everywhere uniform: keep it so
             kind = dtype.numpy()
-            lowest = float(np.finfo(np.float16).min) if dtype == ir.DataType.FLOAT16 else mask.fill
-            fill = builder.constant(np.array(max(mask.fill, lowest), dtype=kind))
+            lowest = (
+                float(np.finfo(np.float16).min) if dtype == ir.DataType.FLOAT16 else fill_number
+            )
+            fill = builder.constant(np.array(max(fill_number, lowest), dtype=kind))
             zero = builder.constant(np.array(0, dtype=kind))
             floats.append(builder.op("Where", [keep, zero, fill]))
     if not bools and not floats:
@@ -213,22 +329,13 @@ def attention_mask(
     for value in floats:
         joined = value if joined is None else builder.op("Add", [joined, value])
     assert joined is not None
-    return _fitted(facts, builder, joined, rank, rows, columns)
+    return _fitted(facts, builder, joined, rows, columns)
 
 
 def _fitted(
-    facts: Facts, builder: Builder, mask: ir.Value, rank: int, rows: Dim, columns: Dim
+    facts: Facts, builder: Builder, mask: ir.Value, rows: Dim, columns: Dim
 ) -> ir.Value | str:
     """The mask with two or four axes, the last two of them in full."""
-    shape = facts.shapes.of(mask)
-    if shape is None:
-        return "the mask's rank is not known"
-    if rank == 5 and len(shape) >= 3:
-        if shape[-3] != 1 or (len(shape) > 3 and shape[-4] != 1):
-            return "the mask differs from head to head of a group"
-        mask = builder.op("Squeeze", [mask, builder.ints(-3)])
-    elif rank == 3 and len(shape) == 3 and shape[0] != 1:
-        return "the mask has one axis for batch and heads"
     shape = facts.shapes.of(mask)
     assert shape is not None
     if len(shape) == 3:

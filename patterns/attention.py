@@ -8,12 +8,17 @@ Replaces
     (`analysis.views`): transposes, detours through flattened tensors, repeated key/value heads.
     Factors on q, on k, on both or on the scores become one scale. A Concat of past and new keys
     and values along the sequence moves into the node. The mask stays as the model computes it.
+    Scores may be viewed on the way, with masks and biases added to any view of them.
+
+    With a column of sinks joined to the scores, and dropped from the probabilities, the node is
+    onnxgen::SinkAttention (`onnxgen.functions.sink_attention`): the standard has no such operator.
 
 Declines
     scores: something unknown stands between the Softmax and q @ k, or before p @ v.
     layout: an operand cannot be read as batch, heads, rows and columns.
     groups: keys and values do not have the same heads, or these do not divide the queries'.
     mask: the mask cannot be brought to [.., S, T].
+    sinks: what is joined to the scores is not one number a head.
     cap-order: a mask is applied before the cap, where the operator applies it behind.
 
 Numerics
@@ -27,89 +32,126 @@ Seen in
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import TypeAlias
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import given, producer
-from onnxgen.analysis.scores import Scores, Stopped, attends, last_axis, walk_down, walk_up
+from onnxgen.analysis.graph import FLOATS, given, producer
+from onnxgen.analysis.layouts import layouts
+from onnxgen.analysis.probabilities import (
+    Down,
+    Normalized,
+    attends,
+    plain_condition,
+    softmax_of,
+    walk_down,
+)
+from onnxgen.analysis.scores import Mask, Scores, Stopped, constant_choice, walk_up
 from onnxgen.analysis.symbols import divide, product
 from onnxgen.analysis.views import Axis, canonical
 from onnxgen.patterns.attending import (
     Heads,
     attention,
     attention_mask,
-    cache_of,
+    caches_of,
     heads_of,
 )
 from onnxgen.patterns.building import Builder
+from onnxgen.patterns.masking import each_head
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
+
+Layouts: TypeAlias = Mapping[ir.Value, tuple[Axis, ...]]
 
 
 class SoftmaxAttention(Rule):
-    """Anchored at the Softmax."""
+    """Anchored at the Softmax, or at the sum or logarithm of one that is written out."""
 
     code = "ATT001"
     kind = "attention"
-    anchors = frozenset({"Softmax"})
+    anchors = frozenset({"Softmax", "LogSoftmax", "ReduceSum"})
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
-        up, down = walk_up(facts, given(node, 0)), walk_down(node)
+        softmax = softmax_of(facts, node)
+        if softmax is None:
+            return None
+        up = walk_up(facts, softmax.scores)
+        down = walk_down(facts, softmax.value, None if isinstance(up, Stopped) else up.sink)
         if (isinstance(up, Stopped) or isinstance(down, Stopped)) and not attends(facts, node):
             return None  # a router's Softmax, or a classifier's: nothing is attended to
         for stopped in (up, down):
             if isinstance(stopped, Stopped):
                 raise Declined(self, "scores", stopped.reason, stopped.node or node)
         assert isinstance(up, Scores)
-        assert isinstance(down, ir.Node)
-        if not last_axis(facts, node):
+        assert isinstance(down, Down)
+        if not softmax.last:
             raise Declined(self, "scores", "the Softmax is not over the last axis", node)
         if up.masks_before_cap:
             raise Declined(self, "cap-order", "a mask is applied before the cap", node)
-        q, k, v = self._operands(facts, up.contraction, down)
-        return self._emit(facts, builder, node, up, down, q, k, v)
+        scores = [step.outputs[0] for step, _ in reversed(up.steps)]
+        steps = [*scores, softmax.value, *down.steps]
+        layout = layouts(facts, up.contraction, steps)
+        if isinstance(layout, str):
+            raise Declined(self, "layout", layout, up.contraction)
+        scores_found = masked_again(up, down)
+        if scores_found is None:
+            raise Declined(self, "scores", "the probabilities are masked by another mask", node)
+        return self._emit(facts, builder, softmax, scores_found, down, layout)
 
     def _operands(
-        self, facts: Facts, contraction: ir.Node, down: ir.Node
+        self, facts: Facts, up: Scores, down: Down, layout: Layouts
     ) -> tuple[Heads, Heads, Heads]:
-        q_value, k_value, v_value = given(contraction, 0), given(contraction, 1), given(down, 1)
-        widened = producer(v_value, "Cast")
-        if widened is not None and given(widened, 0).dtype == q_value.dtype:
-            v_value = given(widened, 0)  # probabilities in float, as softmax_precision says
-        view, rank = facts.views.of(q_value), facts.shapes.rank(contraction.outputs[0])
-        if view is None or rank is None or len(view.axes) != rank or rank not in (3, 4, 5):
-            raise Declined(self, "layout", "the queries' axes are not known", contraction)
-        like = view.axes[:-2]
-        merged = 1 if rank == 3 and len(like[0]) > 1 else 0
+        """Queries, keys and values; with the heads as they are repeated where they cannot be shared."""
+        try:
+            return self._shared(facts, up, down, layout, shared=True)
+        except Declined as declined:
+            try:
+                return self._shared(facts, up, down, layout, shared=False)
+            except Declined:
+                raise declined from None
+
+    def _shared(
+        self, facts: Facts, up: Scores, down: Down, layout: Layouts, *, shared: bool
+    ) -> tuple[Heads, Heads, Heads]:
+        contraction = up.contraction
+        above, below = layout[contraction.outputs[0]], layout[given(down.product, 0)]
         found: list[Heads] = []
-        for name, value in (("queries", q_value), ("keys", k_value), ("values", v_value)):
-            heads = heads_of(
-                facts, value, [None] * len(like) if name == "queries" else list(like), merged
-            )
+        for name, value, axes in (
+            ("queries", given(contraction, 0), above),
+            ("keys", given(contraction, 1), above),
+            ("values", uncast(given(down.product, 1)), below),
+        ):
+            queries = found[0] if found else None
+            heads = heads_of(facts, value, axes, queries=queries, shared=shared)
             if isinstance(heads, str):
                 raise Declined(self, "layout", f"{name}: {heads}", contraction, value.producer())
             found.append(heads)
-        q, k, v = rows_to_heads(*found)
+        q, k, v = found
+        whole, k = rows_to_heads(q, k, above)
+        other, v = rows_to_heads(q, v, below)
+        if (whole.heads, whole.rows) != (other.heads, other.rows) or below[-1] != above[-1]:
+            raise Declined(self, "layout", "p @ v has other heads than q @ k", down.product)
         if k.groups != v.groups or k.count != v.count:
             raise Declined(self, "groups", "keys and values have different heads", contraction)
-        if divide(q.count, k.count) != k.groups:
+        if divide(whole.count, k.count) != k.groups:
             raise Declined(
-                self, "groups", f"{q.count} query heads on {k.count} key heads", contraction
+                self, "groups", f"{whole.count} query heads on {k.count} key heads", contraction
             )
-        return q, k, v
+        return whole, k, v
 
     def _emit(
         self,
         facts: Facts,
         builder: Builder,
-        node: ir.Node,
+        softmax: Normalized,
         up: Scores,
-        down: ir.Node,
-        q: Heads,
-        k: Heads,
-        v: Heads,
+        down: Down,
+        layout: Layouts,
     ) -> Rewrite:
+        q, k, v = self._operands(facts, up, down, layout)
         queries = q.arranged(facts, builder)
         keys = k.arranged(facts, builder, transposed=True)
         values = v.arranged(facts, builder)
@@ -119,6 +161,8 @@ class SoftmaxAttention(Rule):
         assert queries is not None
         assert keys is not None
         assert values is not None
+        dtype = given(up.contraction).dtype  # of the product of queries and keys
+        queries, keys, values = (cast(builder, each, dtype) for each in (queries, keys, values))
         scale = up.scale
         for heads, (_, inside) in ((q, queries), (k, keys)):
             view = facts.views.of(heads.value)
@@ -127,67 +171,109 @@ class SoftmaxAttention(Rule):
         value_view = facts.views.of(v.value)
         assert value_view is not None
         if value_view.scale != values[1]:
-            raise Declined(self, "layout", "the values are scaled on the way", down)
-        dtype = queries[0].dtype
+            raise Declined(self, "layout", "the values are scaled on the way", down.product)
         q_shape, k_shape = facts.shapes.of(queries[0]), facts.shapes.of(keys[0])
         assert dtype is not None
         assert q_shape is not None
         assert k_shape is not None
-        rank = facts.shapes.rank(up.contraction.outputs[0]) or 4
-        mask = attention_mask(facts, builder, up.masks, rank, q_shape[2], k_shape[2], dtype)
+        below = layout[given(down.product, 0)]
+        axes = (q.batch, q.heads, q.rows, below[-1])
+        mask = attention_mask(facts, builder, up.masks, layout, axes, q_shape[2], k_shape[2], dtype)
         if isinstance(mask, str):
-            raise Declined(self, "mask", mask, node)
-        key_cache, value_cache = cache_of(facts, keys[0]), cache_of(facts, values[0])
-        caches = (key_cache, value_cache) if key_cache and value_cache else None
+            raise Declined(self, "mask", mask, softmax.value.producer())
+        caches, cache = caches_of(facts, queries[0], keys[0], values[0], mask)
         attributes: dict[str, int | float] = {"scale": scale}
         if up.softcap:
             attributes["softcap"] = up.softcap
-        precision = given(node, 0).dtype
+        precision = softmax.scores.dtype
         if precision is not None and precision != dtype:
             attributes["softmax_precision"] = int(precision)
+        sinks: ir.Value | None = None
+        if up.sink is not None:
+            column = each_head(facts, builder, up.sink.value, layout[up.sink.at], axes, dtype)
+            if isinstance(column, str):
+                raise Declined(self, "sinks", column, softmax.value.producer())
+            sinks = column
         fused, y, replaced = attention(
-            builder, queries[0], keys[0], values[0], mask, caches, attributes
+            builder, queries[0], keys[0], values[0], mask, caches, attributes, sinks
         )
-        old = down.outputs[0]
-        q_rows = product(digit.size for digit in _axes(facts, up.contraction, 0)[-2])
+        old = down.product.outputs[0]
         if old.dtype is not None and old.dtype != dtype:
             y = builder.op("Cast", [y], {"to": int(old.dtype)})
-        if rank != 4 or product(digit.size for digit in q.rows) != q_rows:
+        if below != axes:
             shape = facts.shapes.of(old)
             target = None if shape is None else builder.target(y, list(shape))
             if target is None:
-                raise Declined(self, "layout", "the output's size cannot be computed", down)
+                raise Declined(self, "layout", "the output's size cannot be computed", down.product)
             y = builder.op("Reshape", [y, target])
         details: dict[str, str | int | float | bool] = {
             "heads": str(q.count),
             "kv_heads": str(k.count),
             "head_size": str(q_shape[3]),
             "scale": scale,
-            "cache": "concatenated" if caches else "none",
+            "cache": cache,
             "mask": "explicit" if mask is not None else "none",
         }
+        if sinks is not None:
+            details["sinks"] = "one a head"
         return Rewrite(fused, ((old, y), *replaced), details, mask)
 
 
-def rows_to_heads(q: Heads, k: Heads, v: Heads) -> tuple[Heads, Heads, Heads]:
+def uncast(value: ir.Value) -> ir.Value:
+    """What a value is cast from, if it is cast: repeated heads are seen through behind it."""
+    node = producer(value, "Cast")
+    return given(node) if node is not None and given(node).dtype in FLOATS else value
+
+
+def cast(
+    builder: Builder, arranged: tuple[ir.Value, float], dtype: ir.DataType | None
+) -> tuple[ir.Value, float]:
+    value, factor = arranged
+    if dtype is None or value.dtype == dtype:
+        return arranged
+    return builder.op("Cast", [value], {"to": int(dtype)}), factor
+
+
+def masked_again(up: Scores, down: Down) -> Scores | None:
+    """The scores with the masks that probabilities are masked by once more; None for others.
+
+    Where(keep, p, 0) behind Where(keep, s, fill) changes the rows that are masked everywhere: they
+    are zeros, as those that are filled with -inf are.
+    """
+    masks = list(up.masks)
+    for condition, inverted in down.kept:
+        for index, mask in enumerate(masks):
+            found = constant_choice(mask.value) if mask.fill is None else mask
+            if found is None or (mask.fill is None and mask.factor <= 0):
+                continue
+            if plain_condition(found.value, found.inverted) == (condition, inverted):
+                masks[index] = Mask(found.value, mask.at, -np.inf, found.inverted)
+                break
+        else:
+            return None
+    return replace(up, masks=masks)
+
+
+def rows_to_heads(q: Heads, other: Heads, axes: tuple[Axis, ...]) -> tuple[Heads, Heads]:
     """Query heads that an exporter put among the rows, where they share keys, made heads again.
 
     For one new token, [B, K, G, D] @ [B, K, D, T] computes G query heads on each key head without
     repeating it. The digits of the rows that come from the axes of heads and head size are heads.
+
+    Args:
+        q: the queries as they are read.
+        other: keys or values.
+        axes: the scores that are their product, or that they are multiplied by.
+
+    Returns:
+        The queries' heads and rows as these scores have them; keys or values with their groups.
     """
-    axes = {digit.axis for digit in (*q.heads, *q.columns)}
-    count = next((i for i, d in enumerate(q.rows) if d.axis not in axes), len(q.rows))
-    if not count:
-        return q, k, v
-    size = product(digit.size for digit in q.rows[:count])
-    heads = canonical((*q.heads, *q.rows[:count]))
+    heads = [digit for axis in axes[:-2] for digit in axis][len(q.batch) :]
+    rows = axes[-2]
+    own = {digit.axis for digit in (*q.heads, *q.columns)}
+    count = next((i for i, d in enumerate(rows) if d.axis not in own), len(rows))
+    size = product(digit.size for digit in rows[:count])
     return (
-        replace(q, heads=heads, rows=q.rows[count:]),
-        replace(k, groups=k.groups * size),
-        replace(v, groups=v.groups * size),
+        replace(q, heads=canonical((*heads, *rows[:count])), rows=rows[count:]),
+        replace(other, groups=other.groups * size),
     )
-
-
-def _axes(facts: Facts, node: ir.Node, index: int) -> tuple[Axis, ...]:
-    view = facts.views.of(given(node, index))
-    return () if view is None else view.axes

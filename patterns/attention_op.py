@@ -25,9 +25,9 @@ import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute
-from onnxgen.patterns.attending import attention, cache_of, heads_of
+from onnxgen.patterns.attending import attention, caches_of, heads_of
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.rule import Declined, Rewrite, Rule
+from onnxgen.patterns.rule import RULE, Declined, Rewrite, Rule
 
 
 class ExportedAttention(Rule):
@@ -40,19 +40,25 @@ class ExportedAttention(Rule):
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         if node.domain == "com.microsoft" or len(node.inputs) > 4 or len(node.outputs) > 1:
             return None
+        if RULE in node.metadata_props:
+            return None  # another rule's work, of which nothing is left to take inside
         q, k, v = node.inputs[:3]
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         view = facts.views.of(q) if q is not None else None
         if q is None or k is None or v is None or view is None or len(view.axes) != 4:
             return None
-        keys, values = (heads_of(facts, each, list(view.axes[:-2]), 0) for each in (k, v))
+        queries = heads_of(facts, q, view.axes, queries=None)
+        if isinstance(queries, str):
+            return None
+        keys, values = (heads_of(facts, each, view.axes, queries=queries) for each in (k, v))
         if isinstance(keys, str) or isinstance(values, str):
             raise Declined(self, "layout", f"keys: {keys}, values: {values}", node)
+        if (keys.count, keys.groups) != (values.count, values.groups):
+            return None
         plain_k, plain_v = keys.arranged(facts, builder), values.arranged(facts, builder)
         if plain_k is None or plain_v is None or (plain_k[1], plain_v[1]) != (1.0, 1.0):
             return None
-        key_cache, value_cache = cache_of(facts, plain_k[0]), cache_of(facts, plain_v[0])
-        caches = (key_cache, value_cache) if key_cache and value_cache else None
+        caches, cache = caches_of(facts, q, plain_k[0], plain_v[0], mask)
         if caches and attribute(node, "is_causal", 0):
             raise Declined(self, "causal", "is_causal with a concatenated cache", node)
         if caches is None and plain_k[0] is k and plain_v[0] is v:
@@ -62,7 +68,7 @@ class ExportedAttention(Rule):
         details = {
             "heads": str(facts.shapes.of(q)[1]),  # type: ignore[index]
             "kv_heads": str(keys.count),
-            "cache": "concatenated" if caches else "none",
+            "cache": cache,
             "mask": "none" if mask is None else "explicit",
         }
         return Rewrite(fused, ((node.outputs[0], y), *replaced), details, mask)

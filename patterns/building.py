@@ -61,10 +61,11 @@ class Builder:
         inputs: Sequence[ir.Value | None],
         attributes: dict[str, Any] | None = None,
         *,
+        domain: str = "",
         name: str = "",
     ) -> ir.Value:
         """A new node with one output; the output is returned."""
-        return self.ops(op_type, inputs, 1, attributes, name=name)[0]
+        return self.ops(op_type, inputs, 1, attributes, domain=domain, name=name)[0]
 
     def ops(
         self,
@@ -73,13 +74,25 @@ class Builder:
         outputs: int,
         attributes: dict[str, Any] | None = None,
         *,
+        domain: str = "",
         name: str = "",
+        overload: str = "",
     ) -> Sequence[ir.Value]:
-        """A new node; trailing inputs that are None are left out."""
+        """A new node; trailing inputs that are None are left out.
+
+        A node of the domain `onnxgen` is all that calls one of `onnxgen.functions`.
+        """
         given = list(inputs)
         while given and given[-1] is None:
             given.pop()
-        node = ir.node(op_type, given, attributes or {}, num_outputs=outputs)
+        node = ir.node(
+            op_type,
+            given,
+            attributes or {},
+            domain=domain,
+            overload=overload,
+            num_outputs=outputs,
+        )
         node.name = self.unique(name or f"onnxgen/{op_type}")
         for index, output in enumerate(node.outputs):
             output.name = self.unique(f"{node.name}:{index}" if index else f"{node.name}:out")
@@ -106,6 +119,29 @@ class Builder:
             self.graph.register_initializer(found)
             self._constants[key] = found
         return found
+
+    def joined(
+        self, parts: Sequence[ir.Value], axis: int, name: str = "onnxgen/packed"
+    ) -> ir.Value:
+        """An initializer that joins initializers along an axis; read when it is written."""
+        tensors = [part.const_value for part in parts if part.const_value is not None]
+        assert len(tensors) == len(parts)
+        sizes = list(tensors[0].shape.numpy())
+        sizes[axis] = sum(int(tensor.shape.numpy()[axis]) for tensor in tensors)
+        value = ir.Value(
+            name=self.unique(name), shape=ir.Shape(sizes), type=ir.TensorType(tensors[0].dtype)
+        )
+        value.const_value = ir.LazyTensor(
+            lambda: ir.tensor(
+                np.concatenate([tensor.numpy() for tensor in tensors], axis=axis),
+                dtype=tensors[0].dtype,
+            ),
+            dtype=tensors[0].dtype,
+            shape=ir.Shape(sizes),
+            name=value.name,
+        )
+        self.graph.register_initializer(value)
+        return value
 
     def ints(self, *numbers: int) -> ir.Value:
         """A constant int64 vector."""

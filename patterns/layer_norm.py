@@ -4,67 +4,88 @@ Replaces
     y = (x - mean(x)) * (variance(x) + epsilon)^(-1/2) * weight + bias    (Ba et al., 2016)
     -> LayerNormalization-17(x, weight, bias; axis, epsilon, stash_type)
 
-    The variance is the mean of (x - mean)^2, squared by Mul or Pow; the mean may be computed
-    twice. The root is any of RMS001's. Weight and bias may be missing. Casts to float and back
+    The variance is the mean of (x - mean)^2, or of x^2 less mean^2; means and roots are any of
+    RMS001's, and the mean may be computed twice. Weight and bias may be missing, and the product
+    be multiplied out: x * g + (bias - mean * g), with g = weight / root. Casts to float and back
     around it become stash_type.
 
 Declines
     epsilon-not-constant: what is added to the variance is computed.
+    epsilon-place: the epsilon is added to the root, or bounds the variance or the root from below.
     axes: the mean and the variance are not over the same last axes, or keep no dimensions.
 
 Numerics
     The same operations in the same precision; the order of products may differ (1 unit in the
-    last place).
+    last place). Where the variance was a difference of squares, the operator's is more exact.
 
 Seen in
-    TorchScript exports below opset 17; tf2onnx; hand-written graphs.
+    TorchScript exports below opset 17; tf2onnx (multiplied out); flax (a difference of squares);
+    hand-written graphs.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import producer
-from onnxgen.analysis.products import inverse_root_of, scaled_by, squared, trailing_axis
+from onnxgen.analysis.graph import other_input, producer, scalar
+from onnxgen.analysis.moments import REDUCTIONS, Mean, mean_by, mean_of
+from onnxgen.analysis.products import (
+    InverseRoot,
+    inverse_root_of,
+    only_user,
+    scaled_by,
+    scaled_with_weight,
+    squared,
+)
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.norms import norm_bias, norm_weight, ones, outside_casts
+from onnxgen.patterns.norms import fits, norm_bias, norm_weight, ones, outside_casts
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
 
 class LayerNorm(Rule):
-    """Anchored at the ReduceMean of the squared deviation."""
+    """Anchored at the reduction of the squared deviation, or of the square."""
 
     code = "LAY001"
     kind = "layer_norm"
-    anchors = frozenset({"ReduceMean"})
+    anchors = frozenset(REDUCTIONS)
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
-        deviation = squared(node.inputs[0])
-        centred = producer(deviation, "Sub")
-        mean = None if centred is None else producer(centred.inputs[1], "ReduceMean")
-        x = None if centred is None else centred.inputs[0]
-        if deviation is None or x is None or mean is None or mean.inputs[0] is not x:
+        found = _variance(facts, node)
+        if found is None:
             return None
-        root = inverse_root_of(node.outputs[0])
+        variance, mean = found
+        x, axis = variance.x, variance.axis if variance.axis == mean.axis else None
+        root = inverse_root_of(variance.value, rooted=variance.rooted)
         if root is None:
             return None
-        axis = trailing_axis(facts, node)
-        if axis is None or trailing_axis(facts, mean) != axis:
-            raise Declined(self, "axes", "the means are not over the same last axes", node, mean)
+        normalized = _scaled(facts, root, x, mean)
+        affine = _multiplied_out(facts, root, x, mean)
+        if normalized is None and affine is None:
+            return None
+        if root.bounded:
+            reason = "the epsilon is added to the root, or is a bound: the operator adds it inside"
+            raise Declined(self, "epsilon-place", reason, node)
+        if axis is None:
+            reason = "the means are not over the same last axes"
+            raise Declined(self, "axes", reason, node, mean.value.producer())
         if math.isnan(root.epsilon):
             raise Declined(
                 self, "epsilon-not-constant", "what is added to the variance is no constant", node
             )
-        normalized = scaled_by(root, deviation)
-        if normalized is None:
-            normalized = _scaled_twin(facts, root.value, x, axis, root.divides)
-        if normalized is None or facts.shapes.rank(normalized) != facts.shapes.rank(x):
+        weight: ir.Value | None
+        bias: ir.Value | None
+        if normalized is not None:
+            weight, result = norm_weight(facts, normalized, x, axis)
+            bias, result = norm_bias(facts, result, x, axis)
+        else:
+            assert affine is not None
+            weight, bias, result = affine
+        if facts.shapes.rank(result) != facts.shapes.rank(x):
             return None  # an epsilon with more axes than x gives the result more, too
-        weight, result = norm_weight(facts, normalized, x, axis)
-        bias, result = norm_bias(facts, result, x, axis)
         x, result, stash = outside_casts(x, result)
         if weight is None and bias is None:
             weight, result = norm_weight(facts, result, x, axis)
@@ -73,7 +94,7 @@ class LayerNorm(Rule):
             weight = ones(facts, builder, x, axis)
         if weight is None or x.dtype is None:
             raise Declined(self, "axes", "the size of the normalized axes is not known", node)
-        affine = [
+        operands = [
             operand
             if operand is None or operand.dtype == x.dtype
             else builder.op("Cast", [operand], {"to": int(x.dtype)})
@@ -81,7 +102,7 @@ class LayerNorm(Rule):
         ]
         y = builder.op(
             "LayerNormalization",
-            [x, *affine],
+            [x, *operands],
             {"axis": axis, "epsilon": root.epsilon, "stash_type": int(stash)},
         )
         fused = y.producer()
@@ -91,18 +112,89 @@ class LayerNorm(Rule):
         return Rewrite(fused, ((result, y),), {"epsilon": root.epsilon, "axis": axis})
 
 
-def _scaled_twin(
-    facts: Facts, root: ir.Value, x: ir.Value, axis: int, divides: bool
-) -> ir.Value | None:
-    """The product with a second x - mean(x), where an exporter computed it twice."""
-    for use in root.uses():
-        node = use.node
-        if node.op_type != ("Div" if divides else "Mul") or (divides and use.idx != 1):
+def _variance(facts: Facts, node: ir.Node) -> tuple[Mean, Mean] | None:
+    """The variance of x that a reduction is the heart of, and the mean of x that it is about."""
+    square = mean_by(facts, node)
+    if square is None or not square.squares:
+        return None
+    centred = producer(square.x, "Sub")
+    if centred is not None:
+        x, mean = centred.inputs[0], mean_of(facts, centred.inputs[1])
+        if mean is not None and mean.x is x and not mean.squares:
+            return replace(square, x=mean.x), mean
+    less = only_user(square.value, "Sub")
+    if less is None or less.inputs[0] is not square.value or square.rooted:
+        return None
+    mean = mean_of(facts, squared(less.inputs[1]))
+    if mean is None or mean.x is not square.x or mean.squares:
+        return None
+    value = less.outputs[0]
+    clamped = only_user(value, "Max") or only_user(value, "Relu")
+    if clamped is not None and (
+        clamped.op_type == "Relu" or scalar(other_input(clamped, value)) == 0.0
+    ):
+        value = clamped.outputs[0]  # what rounding makes of a variance is never below 0
+    return replace(square, value=value), mean
+
+
+def _deviation(facts: Facts, value: ir.Value | None, x: ir.Value, mean: Mean) -> bool:
+    """Whether a value is x less its mean."""
+    node = producer(value, "Sub")
+    return node is not None and node.inputs[0] is x and _is_mean(facts, node.inputs[1], mean)
+
+
+def _is_mean(facts: Facts, value: ir.Value | None, mean: Mean) -> bool:
+    """Whether a value is this mean, which may be computed again."""
+    if value is mean.value:
+        return True
+    other = mean_of(facts, value)
+    return other is not None and replace(other, value=mean.value) == mean and mean.axis is not None
+
+
+def _scaled(facts: Facts, root: InverseRoot, x: ir.Value, mean: Mean) -> ir.Value | None:
+    """The product of the inverse root with x less its mean, which may be computed again."""
+    for use in root.value.uses():
+        if use.node.op_type not in ("Mul", "Div") or len(use.node.inputs) != 2:
             continue
-        other = producer(node.inputs[1 - use.idx], "Sub")
-        if other is None or other.inputs[0] is not x:
-            continue
-        twin = producer(other.inputs[1], "ReduceMean")
-        if twin is not None and twin.inputs[0] is x and trailing_axis(facts, twin) == axis:
-            return node.outputs[0]
+        other = use.node.inputs[1 - use.idx]
+        if other is not None and _deviation(facts, other, x, mean):
+            found = scaled_by(root, other)
+            if found is not None:
+                return found
     return None
+
+
+def _multiplied_out(
+    facts: Facts, root: InverseRoot, x: ir.Value, mean: Mean
+) -> tuple[ir.Value | None, ir.Value | None, ir.Value] | None:
+    """(weight, bias, result) of x * g + (bias - mean * g), or x * g - mean * g."""
+    axis = mean.axis
+    grouped = scaled_with_weight(root, x, alone=False)
+    plain = scaled_by(root, x)
+    if grouped is not None and axis is not None and fits(facts, grouped[0], x, axis):
+        weight, turned = grouped[0], grouped[1]
+    elif plain is not None and not root.divides:
+        weight, turned = None, plain
+    else:
+        return None
+    product = turned.producer()
+    scale = None if product is None else other_input(product, x)
+    users = [use.node for use in turned.uses()]
+    if scale is None or len(users) != 1:
+        return None
+    (end,) = users
+    rest = other_input(end, turned) if end.op_type in ("Add", "Sub") else None
+    bias: ir.Value | None = None
+    if end.op_type == "Add":
+        less = producer(rest, "Sub")
+        if less is None or axis is None or not fits(facts, less.inputs[0], x, axis):
+            return None
+        bias, rest = less.inputs
+    elif end.inputs[0] is not turned:
+        return None
+    shift = producer(rest, "Mul")
+    if shift is None or scale not in shift.inputs:
+        return None
+    if not _is_mean(facts, other_input(shift, scale), mean):
+        return None
+    return weight, bias, end.outputs[0]

@@ -55,13 +55,19 @@ def _operand(
     if len(users) != 1 or users[0].op_type != op_type or y.is_graph_output():
         return None, y
     operand = other_input(users[0], y)
-    shape, whole = facts.shapes.of(operand), facts.shapes.of(x)
-    if operand is None or shape is None or whole is None or facts.is_activation(operand):
-        return None, y
     # Exactly the normalized axes: anything else is another product that follows the norm.
-    if not facts.shapes.same_shape(shape, whole[axis:]):
-        return None, y
-    return operand, users[0].outputs[0]
+    return (operand, users[0].outputs[0]) if fits(facts, operand, x, axis) else (None, y)
+
+
+def fits(facts: Facts, operand: ir.Value | None, x: ir.Value, axis: int) -> bool:
+    """Whether a value is a weight of exactly the normalized axes."""
+    whole = facts.shapes.of(x)
+    return (
+        operand is not None
+        and whole is not None
+        and not facts.is_activation(operand)
+        and facts.shapes.same_shape(facts.shapes.of(operand), whole[axis:])
+    )
 
 
 def ones(facts: Facts, builder: Builder, x: ir.Value, axis: int) -> ir.Value | None:

@@ -4,13 +4,15 @@ Replaces
     y = x * (mean(x^2, last axes) + epsilon)^(-1/2) * weight        (Zhang and Sennrich, 2019)
     -> RMSNormalization-23(x, weight; axis, epsilon, stash_type)
 
-    The square is Mul(x, x) or Pow(x, 2); the root is Reciprocal(Sqrt), Div by Sqrt, Pow(-0.5), or
-    Sqrt and Div; factors multiply in any order and grouping, with or without a weight, and casts
-    to float and back around the normalization become stash_type. Where only the result is
-    narrowed before the weight, the weight is widened instead and the product narrowed.
+    The square is Mul(x, x) or Pow(x, 2); the mean is any of `analysis.moments`; the root is
+    Reciprocal(Sqrt), Div by Sqrt, Pow(-0.5), or Sqrt and Div; factors multiply in any order and
+    grouping, with or without a weight, and casts to float and back around the normalization become
+    stash_type. Where only the result is narrowed before the weight, the weight is widened instead
+    and the product narrowed.
 
 Declines
     epsilon-not-constant: what is added to the mean is computed.
+    epsilon-place: the epsilon is added to the root, or bounds the mean or the root from below.
     axes: the mean is not over the last axes, or keeps no dimensions.
 
 Numerics
@@ -28,37 +30,48 @@ import math
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.products import inverse_root_of, scaled_by, squared, trailing_axis
+from onnxgen.analysis.moments import REDUCTIONS, mean_by
+from onnxgen.analysis.products import inverse_root_of, scaled_by, scaled_with_weight
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.norms import narrowed, norm_weight, ones, outside_casts
+from onnxgen.patterns.norms import fits, narrowed, norm_weight, ones, outside_casts
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
 
 class RMSNorm(Rule):
-    """Anchored at the ReduceMean of the square."""
+    """Anchored at the reduction of the square."""
 
     code = "RMS001"
     kind = "rms_norm"
-    anchors = frozenset({"ReduceMean"})
+    anchors = frozenset(REDUCTIONS)
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
-        x = squared(node.inputs[0])
-        if x is None:
+        mean = mean_by(facts, node)
+        if mean is None or not mean.squares:
             return None
-        root = inverse_root_of(node.outputs[0])
+        root = inverse_root_of(mean.value, rooted=mean.rooted)
         if root is None:
             return None
-        axis = trailing_axis(facts, node)
+        x, axis = mean.x, mean.axis
+        normalized, grouped = scaled_by(root, x), scaled_with_weight(root, x)
+        if normalized is None and grouped is None:
+            return None
+        if root.bounded:
+            reason = "the epsilon is added to the root, or is a bound: the operator adds it inside"
+            raise Declined(self, "epsilon-place", reason, node)
         if axis is None:
             raise Declined(self, "axes", "the mean is not over the last axes", node)
         if math.isnan(root.epsilon):
             raise Declined(
                 self, "epsilon-not-constant", "what is added to the mean is not a constant", node
             )
-        normalized = scaled_by(root, x)
-        if normalized is None or facts.shapes.rank(normalized) != facts.shapes.rank(x):
+        if normalized is not None:
+            weight, result = norm_weight(facts, normalized, x, axis)
+        elif grouped is not None and fits(facts, grouped[0], x, axis):
+            weight, result = grouped
+        else:
+            return None
+        if facts.shapes.rank(result) != facts.shapes.rank(x):
             return None  # an epsilon with more axes than x gives the result more, too
-        weight, result = norm_weight(facts, normalized, x, axis)
         x, result, stash = outside_casts(x, result)
         for step in (result, narrowed(result)):
             if weight is None and step is not None:

@@ -5,12 +5,16 @@ Replaces
     y[j] = x[j] * cos[i] + x[i] * sin[i]          (Su et al., RoFormer, 2021)
     -> RotaryEmbedding-23(x, cos, sin; interleaved, rotary_embedding_dim)
 
-    with j = i + R/2 (halves) or j = i + 1 (pairs, interleaved), over the first R of D lanes; the
-    lanes behind R pass. It is recognised from what happens to each lane (`analysis.lanes`), not
-    from slices and concatenations. Tables stay as the model computes them: any scaling is exact.
+    with any pairs (i, j) of R of the D lanes: halves, neighbours (interleaved), neighbours in and
+    halves out (DeepSeek), real and imaginary parts; the other lanes pass. It is recognised from
+    what happens to each lane (`analysis.lanes`), not from slices and concatenations. Lanes in
+    another order than the operator's are moved around it. Tables stay as the model computes them:
+    any scaling is exact.
 
 Declines
-    table-layout: the tables differ from head to head, or are not made of whole lanes.
+    lanes: x is mixed with tables as in a rotation, but its lanes make none.
+    table-layout: the tables differ from head to head.
+    element-type: the operator has no such type (float64).
     batch-unknown: the tables have to be repeated for a batch whose size cannot be computed.
 
 Numerics
@@ -22,27 +26,30 @@ Seen in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.lanes import Form, Lane, Lanes, candidates, lanes
-from onnxgen.analysis.rotary_tables import Tables
-from onnxgen.patterns.arranging import arranged
+from onnxgen.analysis.graph import producer
+from onnxgen.analysis.lanes import MAX_LANES, candidates, lanes
+from onnxgen.analysis.rotations import Rotation, recognise, resembles
+from onnxgen.analysis.symbols import Dim
 from onnxgen.patterns.building import Builder
+from onnxgen.patterns.rotary_layout import (
+    Layout,
+    find_layout,
+    picked,
+    reshape,
+    returned,
+    shown,
+    table,
+    varying,
+)
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
-
-@dataclass(frozen=True)
-class Rotation:
-    """What the lanes showed: `cos` and `sin` hold a lane of a table for each of R/2 pairs."""
-
-    size: int
-    interleaved: bool
-    cos: tuple[Lane, ...]
-    sin: tuple[Lane, ...]
-    sign: float
+_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
 class Rotary(Rule):
@@ -50,174 +57,164 @@ class Rotary(Rule):
 
     code = "ROT001"
     kind = "rotary"
-    anchors = frozenset({"Add", "Sub", "Concat", "Reshape"})
+    anchors = frozenset({"Add", "Sub", "Concat", "Reshape", "Gather", "MatMul"})
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         y = node.outputs[0]
-        shape = facts.shapes.of(y)
-        if shape is None or len(shape) not in (3, 4) or not facts.is_activation(y):
+        if not facts.is_activation(y):
             return None
-        if not isinstance(shape[-1], int) or shape[-1] < 2 or shape[-1] > 1024:
-            return None
-        for x in candidates(facts, y):
-            if facts.shapes.rank(x) != len(shape):
+        for leading, x in _over(facts, y):
+            written = lanes(facts, y, x, leading)
+            if written is None:
                 continue
-            written = lanes(facts, y, x)
-            rotation = None if written is None else recognise(facts, written, x)
-            if rotation is not None:
-                return self._emit(facts, builder, node, x, rotation)
+            found = recognise(facts, written, x)
+            if found is not None:
+                if not found.leads and _has_inner(facts, y, x, leading):
+                    return None
+                return _Emission(self, facts, builder, node, x, found, leading).rewrite()
+            if resembles(written, x) and node.op_type in ("Add", "Sub", "Concat"):
+                if _has_inner(facts, y, x, leading):
+                    return None
+                reason = "it is mixed with tables as in a rotation, but its lanes make none"
+                raise Declined(self, "lanes", f"{x.name!r}: {reason}", node)
         return None
 
-    def _emit(
-        self, facts: Facts, builder: Builder, node: ir.Node, x: ir.Value, rotation: Rotation
-    ) -> Rewrite:
-        y, shape = node.outputs[0], facts.shapes.of(x)
-        assert shape is not None
-        head = self._head_axis(facts, node, rotation, len(shape), shape[1] == 1)
-        order = [0, 2, 1, 3]
-        inner = builder.op("Transpose", [x], {"perm": order}) if head == 2 else x
-        attributes: dict[str, int] = {"interleaved": int(rotation.interleaved)}
-        heads = 1 if head is None else shape[head]
-        if rotation.size != shape[-1]:
-            attributes["rotary_embedding_dim"] = rotation.size
-        if isinstance(heads, int) and (head is None or rotation.size != shape[-1]):
-            attributes["num_heads"] = heads
-        batch, new = shape[0], shape[1] if head in (None, 2) else shape[2]
-        tables = [
-            self._table(facts, builder, node, table, head, (batch, new), sign)
-            for table, sign in ((rotation.cos, 1.0), (rotation.sin, rotation.sign))
-        ]
-        rotated = builder.op("RotaryEmbedding", [inner, *tables], attributes)
-        fused = rotated.producer()
-        assert fused is not None
-        if head == 2:
-            rotated = builder.op("Transpose", [rotated], {"perm": order})
-        details = {"rotary_dim": rotation.size, "interleaved": rotation.interleaved}
-        return Rewrite(fused, ((y, rotated),), details)
 
-    def _head_axis(
-        self, facts: Facts, node: ir.Node, rotation: Rotation, rank: int, one_new: bool
-    ) -> int | None:
-        """The axis of x that the tables do not vary along; None for x without heads."""
-        if rank == 3:
-            return None
-        varies = {1: False, 2: False}
-        for value in {lane[0] for lane in (*rotation.cos, *rotation.sin)}:
-            shape = facts.shapes.of(value)
-            assert shape is not None
-            for axis in varies:
-                position = axis - rank + len(shape)
-                varies[axis] |= position >= 0 and shape[position] != 1
-        if all(varies.values()):
-            raise Declined(self, "table-layout", "the tables differ from head to head", node)
-        if not any(varies.values()):  # one new token: either axis will do
-            return 2 if one_new else 1
-        return 2 if varies[1] else 1
+def _over(facts: Facts, y: ir.Value) -> Iterator[tuple[int, ir.Value]]:
+    """What y may be rotated from, with the number of axes before the lanes."""
+    shape = facts.shapes.of(y)
+    if shape is None or not shape or not isinstance(shape[-1], int) or shape[-1] > MAX_LANES:
+        return
+    options = [len(shape) - 1] if 2 <= len(shape) <= 5 and shape[-1] > 1 else []
+    if 3 <= len(shape) <= 6 and 2 in shape[-2:]:
+        options.append(len(shape) - 2)
+    if not options:
+        return
+    found = candidates(facts, y)
+    for leading in options:
+        for x in found:
+            whole = facts.shapes.of(x)
+            if whole is None or len(whole) <= leading:
+                continue
+            # Of one rank, tables may have a batch of their own; what is reshaped keeps its own.
+            if len(whole) == len(shape) or facts.shapes.same_shape(
+                whole[:leading], shape[:leading]
+            ):
+                yield leading, x
 
-    def _table(
+
+def _has_inner(facts: Facts, y: ir.Value, x: ir.Value, leading: int) -> bool:
+    """Whether a part that is joined with others is itself rotated: it is found on its own."""
+    node = producer(y)
+    while node is not None and node.op_type in ("Reshape", "Transpose", "Gather"):
+        node = producer(node.inputs[0])
+    if node is None or node.op_type != "Concat":
+        return False
+    for part in node.inputs:
+        written = None if part is None else lanes(facts, part, x, leading)
+        if written is None:
+            continue
+        if recognise(facts, written, x) is not None or resembles(written, x):
+            return True
+    return False
+
+
+class _Emission:
+    """The nodes for one rotation of x, whose first `leading` axes are no lanes."""
+
+    def __init__(
         self,
+        rule: Rule,
         facts: Facts,
         builder: Builder,
         node: ir.Node,
-        table: tuple[Lane, ...],
-        head: int | None,
-        rows: tuple[object, object],
-        sign: float,
-    ) -> ir.Value:
-        """The table's lanes as [B, S, R/2]."""
-        value = table[0][0]
-        indices = [index for _, index in table]
-        if any(lane[0] is not value for lane in table):
-            raise Declined(self, "table-layout", "a table is made of several tensors", node)
-        result = self._rows(facts, builder, value, head)
-        shape = facts.shapes.of(result)
+        x: ir.Value,
+        rotation: Rotation,
+        leading: int,
+    ) -> None:
+        self._rule, self._facts, self._builder, self._node = rule, facts, builder, node
+        self._x, self._rotation = x, rotation
+        self._leading = self._shape(x)[:leading]
+        lanes_of_x = self._shape(x)[leading:]
+        self._count = math.prod(size for size in lanes_of_x if isinstance(size, int))
+
+    def rewrite(self) -> Rewrite:
+        """The nodes as a rewrite.
+
+        Raises:
+            Declined: with the rule's codes.
+        """
+        builder, rotation, y = self._builder, self._rotation, self._node.outputs[0]
+        if y.dtype not in _TYPES:
+            raise self._declined("element-type", f"the operator has no {y.dtype}")
+        varies = varying(self._facts, rotation.cos + rotation.sin, len(self._leading))
+        layout = find_layout(self._leading, varies)
+        if layout is None:
+            raise self._declined("table-layout", "the tables differ from head to head")
+        x = self._x
+        if x.dtype != y.dtype:
+            x = builder.op("Cast", [x], {"to": int(y.dtype)})
+        x = self._known(reshape(builder, x, (*self._leading, self._count)))
+        whole = rotation.leads and rotation.size + len(rotation.passing) == self._count
+        if whole and (rotation.size == self._count or isinstance(layout.heads, int)):
+            fused, result = self._operator(x, layout)
+        else:
+            fused, turned = self._operator(picked(builder, x, rotation.taken), layout)
+            result = self._joined(x, turned)
+        result_lanes = self._shape(y)[len(self._leading) :]
+        result = self._known(reshape(builder, result, (*self._leading, *result_lanes)))
+        details = {"rotary_dim": rotation.size, "interleaved": rotation.interleaved}
+        return Rewrite(fused, ((y, result),), details)
+
+    def _operator(self, x: ir.Value, layout: Layout) -> tuple[ir.Node, ir.Value]:
+        """RotaryEmbedding of x [leading.., lanes], all of them or the first."""
+        builder, rotation, shape = self._builder, self._rotation, self._shape(x)
+        attributes: dict[str, int] = {"interleaved": int(rotation.interleaved)}
+        inner = self._known(shown(builder, x, layout))
+        partial = rotation.size != shape[-1]
+        if partial:
+            attributes["rotary_embedding_dim"] = rotation.size
+        if isinstance(layout.heads, int) and (partial or len(self._shape(inner)) == 3):
+            attributes["num_heads"] = layout.heads
+        cos, sin = (
+            self._known(table(self._facts, builder, lanes_, layout, len(self._leading)))
+            for lanes_ in (rotation.cos, rotation.sin)
+        )
+        if rotation.sign < 0:
+            sin = builder.op("Neg", [sin])
+        y = builder.op("RotaryEmbedding", [inner, cos, sin], attributes)
+        fused = y.producer()
+        assert fused is not None
+        return fused, self._known(returned(builder, y, layout, shape))
+
+    def _joined(self, x: ir.Value, turned: ir.Value) -> ir.Value:
+        """The turned lanes where they belong, with those of x that pass."""
+        builder, given, passing = self._builder, self._rotation.given, self._rotation.passing
+        first, stop = given[0], given[0] + len(given)
+        if given == tuple(range(first, stop)):
+            ends = [[lane for lane in passing if lane < first], [n for n in passing if n >= stop]]
+            before, after = (
+                [picked(builder, x, [passing[lane] for lane in sorted(end)])] if end else []
+                for end in ends
+            )
+            parts = [*before, turned, *after]
+            return turned if len(parts) == 1 else builder.op("Concat", parts, {"axis": -1})
+        held = list(given)
+        if passing:
+            rest = picked(builder, x, list(passing.values()))
+            turned = builder.op("Concat", [turned, rest], {"axis": -1})
+            held += list(passing)
+        return picked(builder, turned, [held.index(lane) for lane in range(len(held))])
+
+    def _shape(self, value: ir.Value) -> tuple[Dim, ...]:
+        shape = self._facts.shapes.of(value)
         assert shape is not None
-        step = indices[1] - indices[0] if len(indices) > 1 else 1
-        stop = indices[0] + step * len(indices)
-        if step < 1 or indices != list(range(indices[0], stop, step)):
-            result = builder.op("Gather", [result, builder.ints(*indices)], {"axis": -1})
-        elif len(indices) != shape[-1]:
-            bounds = (indices[0], stop, -1, step)
-            result = builder.op("Slice", [result, *(builder.ints(n) for n in bounds)])
-        if sign < 0:
-            result = builder.op("Neg", [result])
-        wanted = (*rows, len(indices))
-        # The operator does not broadcast, and position_ids of batch 1 are legal: `tidy` takes the
-        # Expand out again where the sizes are equal whatever is fed.
-        target = builder.sizes(wanted)  # type: ignore[arg-type]
-        if target is None:
-            raise Declined(self, "batch-unknown", "the size of the batch cannot be computed", node)
-        return builder.op("Expand", [result, target])
+        return shape
 
-    def _rows(self, facts: Facts, builder: Builder, table: ir.Value, head: int | None) -> ir.Value:
-        """The table without its axis of heads, as [B, S, lanes] or with sizes of 1."""
-        view = facts.views.of(table)
-        assert view is not None
-        axes = list(view.axes)
-        if head is not None and len(axes) > 4 - head:
-            del axes[head - 4]
-        axes = [()] * (3 - len(axes)) + axes
-        found = arranged(facts, builder, table, tuple(axes))
-        if found is not None and found[1] == view.scale:
-            return found[0]
-        result = table
-        if head is not None and len(view.axes) > 4 - head:
-            result = builder.op("Squeeze", [result, builder.ints(head - 4)])
-        missing = 3 - (facts.shapes.rank(result) or 3)
-        if missing > 0:
-            result = builder.op("Unsqueeze", [result, builder.ints(*range(missing))])
-        return result
+    def _known(self, value: ir.Value | None) -> ir.Value:
+        if value is None:
+            raise self._declined("batch-unknown", "the size of the batch cannot be computed")
+        return value
 
-
-def recognise(facts: Facts, written: Lanes, x: ir.Value) -> Rotation | None:
-    """The rotation that the lanes of y describe; None where they are no rotation."""
-    if written.ndim != 1:
-        return None
-    count = written.size
-    size = next((i for i in range(count) if set(written[i]) == {((x, i),)}), count)
-    if size < 2 or size % 2:
-        return None
-    if any(dict(written[i]) != {((x, i),): 1.0} for i in range(size, count)):
-        return None
-    half = size // 2
-    tables = Tables(facts)
-    for interleaved in (False, True):
-        pairs = [(2 * i, 2 * i + 1) if interleaved else (i, i + half) for i in range(half)]
-        found = [_pair(tables, written[i], written[j], x, i, j) for i, j in pairs]
-        if all(each is not None for each in found):
-            known = [each for each in found if each is not None]
-            signs = {sign for _, _, sign in known}
-            if len(signs) == 1:
-                cos, sin = tuple(c for c, _, _ in known), tuple(s for _, s, _ in known)
-                return Rotation(size, interleaved, cos, sin, signs.pop())
-    return None
-
-
-def _pair(
-    tables: Tables, first: Form, second: Form, x: ir.Value, i: int, j: int
-) -> tuple[Lane, Lane, float] | None:
-    """(cos, sin, sign) where x[i] and x[j] are rotated by them; sign -1 turns the other way."""
-    a, b = _terms(first, x), _terms(second, x)
-    if set(a) != {i, j} or set(b) != {i, j}:
-        return None
-    (cos, cos_sign), (sin, sin_sign) = a[i], a[j]
-    (other_cos, other_cos_sign), (other_sin, other_sin_sign) = b[j], b[i]
-    if cos_sign != 1.0 or other_cos_sign != 1.0:
-        return None
-    if (sin_sign, other_sin_sign) not in ((-1.0, 1.0), (1.0, -1.0)):
-        return None
-    if not tables.same(cos, other_cos) or not tables.same(sin, other_sin):
-        return None
-    return cos, sin, other_sin_sign
-
-
-def _terms(form: Form, x: ir.Value) -> dict[int, tuple[Lane, float]]:
-    """For a sum of x[i] * table: lane of x -> (lane of the table, factor); {} for any other."""
-    result: dict[int, tuple[Lane, float]] = {}
-    for term, factor in form.items():
-        of_x = [index for value, index in term if value is x]
-        rest = [lane for lane in term if lane[0] is not x]
-        if len(of_x) != 1 or len(rest) != 1 or of_x[0] in result:
-            return {}
-        result[of_x[0]] = (rest[0], factor)
-    return result
+    def _declined(self, code: str, reason: str) -> Declined:
+        return Declined(self._rule, code, reason, self._node)

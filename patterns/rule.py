@@ -19,6 +19,9 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.patterns.building import Builder
 from onnxgen.report.values import Decline
 
+# Metadata of a node that a rule made: the rule's code.
+RULE = "onnxgen.rule"
+
 Details = Mapping[str, str | int | float | bool]
 
 
@@ -32,12 +35,17 @@ class Rewrite:
         details: what was found, for the report.
         mask: for attention: the mask, bool or additive. Rows that it masks everywhere are
             nobody's answer: runtimes and decompositions give them zeros, a mean, or NaN.
+        repairs: what it replaces runs for one sequence only; it is compared there.
+        counts: for a cache that is written, int64 [B]: tokens of each row. Places of the cache,
+            [B,K,L,D], behind them are nobody's.
     """
 
     node: ir.Node
     outputs: tuple[tuple[ir.Value, ir.Value], ...]
     details: Details = field(default_factory=dict)
     mask: ir.Value | None = None
+    repairs: bool = False
+    counts: ir.Value | None = None
 
 
 class Declined(Exception):

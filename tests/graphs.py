@@ -280,7 +280,7 @@ def feeds_of(model: onnx.ModelProto, lengths: Mapping[str, int], seed: int = 0) 
             values = rng.integers(0, 11, shape)
         else:
             values = rng.standard_normal(shape)
-        feeds[value.name] = np.ascontiguousarray(values.astype(dtype))
+        feeds[value.name] = np.ascontiguousarray(values.astype(dtype)).reshape(shape)
     return feeds
 
 
@@ -338,7 +338,12 @@ class Raised:
         return sum(node.op_type == op_type for node in self.after.graph.node)
 
 
-def raised(before: str | onnx.ModelProto, *, opset: int = 20) -> Raised:
+def raised(
+    before: str | onnx.ModelProto,
+    *,
+    opset: int = 20,
+    lengths: Sequence[Mapping[str, int]] = LENGTHS,
+) -> Raised:
     """Normalize, raise with every rewrite checked, tidy; both run and compared."""
     proto = parse(before, opset=opset) if isinstance(before, str) else before
     normal, _ = normalized(proto)
@@ -349,7 +354,7 @@ def raised(before: str | onnx.ModelProto, *, opset: int = 20) -> Raised:
     tidy(model)
     tidy(normal)
     result = Raised(proto, ir.to_proto(normal), ir.to_proto(model), sites, checker)
-    assert_same_numbers(proto, result.after)
+    assert_same_numbers(proto, result.after, lengths)
     return result
 
 
@@ -385,9 +390,16 @@ def assert_raised(
     return result
 
 
-def assert_kept(before: str | onnx.ModelProto, rule: str, code: str, *, opset: int = 20) -> Decline:
+def assert_kept(
+    before: str | onnx.ModelProto,
+    rule: str,
+    code: str,
+    *,
+    opset: int = 20,
+    lengths: Sequence[Mapping[str, int]] = LENGTHS,
+) -> Decline:
     """The rule's only site is kept, for this reason, and the graph is as it was."""
-    result = raised(before, opset=opset)
+    result = raised(before, opset=opset, lengths=lengths)
     assert {site.status for site in result.sites} == {"kept"}, result.sites
     (decline,) = [site.decline for site in result.sites if site.rule == rule]
     assert decline is not None

@@ -107,8 +107,8 @@ class Graph:
                 yield node
             elif node.op_type == "Div":
                 top, bottom = (self.behind(name) for name in node.input)
-                parts = [each.op_type if each else "" for each in (top, bottom)]
-                if parts == ["Exp", "ReduceSum"] and self.behind(bottom.input[0]) is top:
+                divided = top and bottom and (top.op_type, bottom.op_type) == ("Exp", "ReduceSum")
+                if divided and self.behind(bottom.input[0]) is top:
                     yield node
 
     def behind(self, name: str) -> onnx.NodeProto | None:

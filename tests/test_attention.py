@@ -6,6 +6,7 @@ Six query heads, three key/value heads, head size 20: B 2, S 5, P 7, T 12 when i
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import onnx
 import pytest
@@ -104,6 +105,14 @@ def assert_fused(
     return result
 
 
+def shape_of(result: Raised, index: int) -> list[Any]:
+    """The shape of an input of the Attention, as ONNX infers it."""
+    name = result.node("Attention").input[index]
+    known = onnx.shape_inference.infer_shapes(result.after).graph
+    (info,) = [each for each in (*known.value_info, *known.input) if each.name == name]
+    return [dim.dim_param or dim.dim_value for dim in info.type.tensor_type.shape.dim]
+
+
 def test_the_graph_before_and_after() -> None:
     result = assert_raised(block(), None, "ATT001")
     details = result.sites[0].details
@@ -200,6 +209,22 @@ def test_a_head_for_each() -> None:
             repeated="kr = Identity(kc)  vr = Identity(vc)",
         )
     )
+    assert (result.sites[0].details["heads"], result.sites[0].details["kv_heads"]) == ("6", "6")
+
+
+def test_queries_that_are_repeated() -> None:
+    """Three query heads, each on two key heads: they are what they are repeated to."""
+    signature = SIGNATURE.replace("[b,3,", "[b,6,").replace("50,60]", "50,120]")
+    signature = signature.replace("float[50,120] wq", "float[50,60] wq")
+    projected = PROJECTED.replace("[0, 0, 3, 20]", "[0, 0, 6, 20]")
+    projected = projected.replace("qp, [0, 0, 6, 20]", "qp, [0, 0, 3, 20]")
+    projected = projected.replace("  q = T", "  q0 = T") + (
+        "  qu = Unsqueeze(q0, [2])  qe = Expand(qu, [1, 1, 2, 1, 1])"
+        "  sq = Shape<start = 1, end = 2>(x)  bq = Shape<start = 0, end = 1>(x)"
+        "  fq = Concat<axis = 0>(bq, [6], sq, [20])  q = Reshape(qe, fq)"
+    )
+    repeated = "kr = Identity(kc)  vr = Identity(vc)"
+    result = assert_fused(block(signature=signature, projected=projected, repeated=repeated))
     assert (result.sites[0].details["heads"], result.sites[0].details["kv_heads"]) == ("6", "6")
 
 
@@ -371,6 +396,52 @@ def test_the_guard_against_nan() -> None:
     assert result.count("IsNaN") == 0
 
 
+def test_a_mask_for_batch_and_heads_together() -> None:
+    weights = WEIGHTS.replace("<", "<float[12,5,5] bias, ")
+    signature = f"(int64[2,5] ids) => (float[2,5,50] y) {weights}"
+    scaled = (
+        "s0 = Shape<start = 1, end = 2>(x)  f1 = Concat<axis = 0>([-1], s0, [20])"
+        "  qm = Reshape(q, f1)  km = Reshape(kr, f1)  vm = Reshape(vr, f1)"
+        "  kt = Transpose<perm = [0, 2, 1]>(km)  s3 = MatMul(qm, kt)  s1 = Mul(s3, 0.2236068)"
+    )
+    values = (
+        "o3 = MatMul(p, vm)  b0 = Shape<start = 0, end = 1>(x)"
+        "  f2 = Concat<axis = 0>(b0, [6], s0, [20])  o = Reshape(o3, f2)"
+        "  ot = Transpose<perm = [0, 2, 1, 3]>(o)  om = Reshape(ot, [0, 0, 120])"
+        "  y = MatMul(om, wo)"
+    )
+    text = block(
+        signature=signature,
+        cached="kc = Identity(k)  vc = Identity(v)",
+        keep="",
+        scaled=scaled,
+        masked="s2 = Add(s1, bias)",
+        values=values,
+    )
+    result = assert_fused(text, cache=False)
+    assert shape_of(result, 3) == [2, 6, 5, 5]
+
+
+def test_a_mask_that_differs_in_a_group() -> None:
+    scaled = (
+        "s0 = Shape<start = 1, end = 2>(x)  b0 = Shape<start = 0, end = 1>(x)"
+        "  f1 = Concat<axis = 0>(b0, [3, 2], s0, [20])  q5 = Reshape(q, f1)"
+        "  k5 = Unsqueeze(kc, [2])  v5 = Unsqueeze(vc, [2])"
+        "  kt = Transpose<perm = [0, 1, 2, 4, 3]>(k5)  s3 = MatMul(q5, kt)"
+        "  s1 = Mul(s3, 0.2236068)"
+    )
+    values = (
+        "o5 = MatMul(p, v5)  f2 = Concat<axis = 0>(b0, [6], s0, [20])  o = Reshape(o5, f2)"
+        "  ot = Transpose<perm = [0, 2, 1, 3]>(o)  om = Reshape(ot, [0, 0, 120])"
+        "  y = MatMul(om, wo)"
+    )
+    masked = "k6 = Unsqueeze(keep, [1])  s1a = Add(s1, sp)  s2 = Where(k6, s1a, -inf)"
+    signature = SIGNATURE.replace("<float[37,50]", "<float[2,1,1] sp, float[37,50]")
+    text = block(signature=signature, repeated="", scaled=scaled, masked=masked, values=values)
+    result = assert_fused(text)
+    assert shape_of(result, 3)[1] == 6
+
+
 # --- caches and layouts -------------------------------------------------------------------------
 
 
@@ -522,11 +593,6 @@ SCORES = {
         "masked": "c1 = Tanh(s1)  c2 = Mul(c1, 30.0)  c3 = Relu(c2)  s2 = Where(keep, c3, -inf)"
     },
     "another axis": {"softmax": "p = Softmax<axis = 2>(s2)"},
-    "sinks": {
-        "softmax": "sk = MatMul(q, sw)  sc = Concat<axis = -1>(s2, sk)  pc = Softmax<axis = -1>(sc)"
-        "  te = Shape<start = -1>(s2)  p = Slice(pc, [0], te, [-1])",
-        "signature": SIGNATURE.replace("<float[37,50]", "<float[20,1] sw, float[37,50]"),
-    },
 }
 
 
@@ -542,9 +608,10 @@ def test_probabilities_that_are_read_again() -> None:
 
 
 def test_heads_that_are_repeated_the_other_way() -> None:
-    """Tile puts whole turns of heads one after the other: head 0 1 2 0 1 2."""
+    """Head 0 1 2 0 1 2: no head is shared by neighbours, so they stay repeated."""
     tiled = "kr = Tile(kc, [1, 2, 1, 1])  vr = Tile(vc, [1, 2, 1, 1])"
-    assert_kept(block(repeated=tiled), "ATT001", "layout")
+    result = assert_fused(block(repeated=tiled), cache=False)
+    assert result.sites[0].details["kv_heads"] == "6"
 
 
 def test_values_that_are_scaled() -> None:
@@ -560,32 +627,27 @@ def test_keys_and_values_of_different_heads() -> None:
     signature = SIGNATURE.replace("[b,3,p,20] past_v", "[b,2,p,20] past_v")
     signature = signature.replace("[b,3,t,20] present_v", "[b,2,t,20] present_v")
     signature = signature.replace("float[50,60] wv", "float[50,40] wv")
-    assert_kept(
+    result = assert_fused(
         block(
             signature=signature,
             projected=PROJECTED.replace("vp, [0, 0, 3, 20]", "vp, [0, 0, 2, 20]"),
             repeated=REPEATED.replace("Expand(vu, [1, 1, 2, 1, 1])", "Expand(vu, [1, 1, 3, 1, 1])"),
         ),
-        "ATT001",
-        "groups",
+        cache=False,
     )
+    assert result.sites[0].details["kv_heads"] == "6"
 
 
-def test_queries_that_are_repeated() -> None:
-    """Three query heads on six key heads."""
-    signature = SIGNATURE.replace("[b,3,", "[b,6,").replace("50,60]", "50,120]")
-    signature = signature.replace("float[50,120] wq", "float[50,60] wq")
-    projected = PROJECTED.replace("[0, 0, 3, 20]", "[0, 0, 6, 20]")
-    projected = projected.replace("qp, [0, 0, 6, 20]", "qp, [0, 0, 3, 20]")
-    projected = projected.replace("  q = T", "  q0 = T") + (
-        "  qu = Unsqueeze(q0, [2])  qe = Expand(qu, [1, 1, 2, 1, 1])"
-        "  sq = Shape<start = 1, end = 2>(x)  bq = Shape<start = 0, end = 1>(x)"
-        "  fq = Concat<axis = 0>(bq, [6], sq, [20])  q = Reshape(qe, fq)"
+def test_one_key_head_and_a_value_head_for_each() -> None:
+    signature = SIGNATURE.replace("[b,3,p,20] past_k", "[b,1,p,20] past_k")
+    signature = signature.replace("[b,3,t,20] present_k", "[b,1,t,20] present_k")
+    signature = signature.replace("float[50,60] wk", "float[50,20] wk")
+    text = block(
+        signature=signature,
+        projected=PROJECTED.replace("kp, [0, 0, 3, 20]", "kp, [0, 0, 1, 20]"),
+        repeated="kr = Identity(kc)" + REPEATED[REPEATED.index("  vu") :],
     )
-    repeated = "kr = Identity(kc)  vr = Identity(vc)"
-    assert_kept(
-        block(signature=signature, projected=projected, repeated=repeated), "ATT001", "groups"
-    )
+    assert_kept(text, "ATT001", "groups")
 
 
 def test_a_mask_before_the_cap() -> None:
@@ -602,51 +664,7 @@ def test_a_mask_of_unknown_rank() -> None:
         "w1 = Sub(which, which)  m0 = Where(keep, 0.0, -inf)  mu = Unsqueeze(m0, [0])"
         "  mz = Squeeze(mu, w1)  s2 = Add(s1, mz)"
     )
-    assert_kept(block(signature=signature, masked=masked), "ATT001", "mask")
-
-
-def test_a_mask_for_batch_and_heads_together() -> None:
-    weights = WEIGHTS.replace("<", "<float[12,5,5] bias, ")
-    signature = f"(int64[2,5] ids) => (float[2,5,50] y) {weights}"
-    scaled = (
-        "s0 = Shape<start = 1, end = 2>(x)  f1 = Concat<axis = 0>([-1], s0, [20])"
-        "  qm = Reshape(q, f1)  km = Reshape(kr, f1)  vm = Reshape(vr, f1)"
-        "  kt = Transpose<perm = [0, 2, 1]>(km)  s3 = MatMul(qm, kt)  s1 = Mul(s3, 0.2236068)"
-    )
-    values = (
-        "o3 = MatMul(p, vm)  b0 = Shape<start = 0, end = 1>(x)"
-        "  f2 = Concat<axis = 0>(b0, [6], s0, [20])  o = Reshape(o3, f2)"
-        "  ot = Transpose<perm = [0, 2, 1, 3]>(o)  om = Reshape(ot, [0, 0, 120])"
-        "  y = MatMul(om, wo)"
-    )
-    text = block(
-        signature=signature,
-        cached="kc = Identity(k)  vc = Identity(v)",
-        keep="",
-        scaled=scaled,
-        masked="s2 = Add(s1, bias)",
-        values=values,
-    )
-    assert_kept(text, "ATT001", "mask")
-
-
-def test_a_mask_that_differs_in_a_group() -> None:
-    scaled = (
-        "s0 = Shape<start = 1, end = 2>(x)  b0 = Shape<start = 0, end = 1>(x)"
-        "  f1 = Concat<axis = 0>(b0, [3, 2], s0, [20])  q5 = Reshape(q, f1)"
-        "  k5 = Unsqueeze(kc, [2])  v5 = Unsqueeze(vc, [2])"
-        "  kt = Transpose<perm = [0, 1, 2, 4, 3]>(k5)  s3 = MatMul(q5, kt)"
-        "  s1 = Mul(s3, 0.2236068)"
-    )
-    values = (
-        "o5 = MatMul(p, v5)  f2 = Concat<axis = 0>(b0, [6], s0, [20])  o = Reshape(o5, f2)"
-        "  ot = Transpose<perm = [0, 2, 1, 3]>(o)  om = Reshape(ot, [0, 0, 120])"
-        "  y = MatMul(om, wo)"
-    )
-    masked = "k6 = Unsqueeze(keep, [1])  s1a = Add(s1, sp)  s2 = Where(k6, s1a, -inf)"
-    signature = SIGNATURE.replace("<float[37,50]", "<float[2,1,1] sp, float[37,50]")
-    text = block(signature=signature, repeated="", scaled=scaled, masked=masked, values=values)
-    assert_kept(text, "ATT001", "mask")
+    assert_kept(block(signature=signature, masked=masked), "ATT001", "layout")
 
 
 def test_a_mask_whose_rows_cannot_be_counted() -> None:

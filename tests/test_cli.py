@@ -36,6 +36,8 @@ ROOT = Path(__file__).resolve().parent.parent
 class FuseOptions:
     output: Path | None = None
     target: str = "onnx"
+    padding: str = "any"
+    max_length: int | None = None
     verify: bool = True
     disable: tuple[str, ...] = ()
     opset: int | None = None
@@ -109,11 +111,14 @@ def test_fuse_says_what_it_did(pipeline: FakePipeline) -> None:
 
 
 def test_every_option_reaches_the_pipeline(pipeline: FakePipeline) -> None:
-    words = "-o out.onnx --target onnx --no-verify --disable ATT001 --disable NRM002 --opset 23"
+    words = "-o out.onnx --target ort --padding right --max-length 96 --no-verify --disable ATT001 --disable NRM002 --opset 23"
     result = run("fuse", "m.onnx", *words.split(), "--inline", "--role", "a=b=ids", "--force")
     assert result.exit_code == 0, result.stderr
     options = FuseOptions(
         output=Path("out.onnx"),
+        target="ort",
+        padding="right",
+        max_length=96,
         verify=False,
         disable=("ATT001", "NRM002"),
         opset=23,

@@ -6,9 +6,10 @@ import itertools
 
 import pytest
 
+from onnxgen.analysis.lane_forms import Lane
 from onnxgen.analysis.lanes import candidates, lanes
 from onnxgen.analysis.rotary_tables import Tables
-from onnxgen.patterns.rotary import Rotation, recognise
+from onnxgen.analysis.rotations import Rotation, recognise
 from tests.graphs import facts_of
 
 # h is an activation [B, S, 6]; c and n are tables.
@@ -29,7 +30,7 @@ def forms(
         return None
     return [
         {
-            tuple(sorted(f"{value.name}[{i}]" for value, i in term)): number
+            tuple(sorted(f"{value.name}[{i}]" for value, i, _ in term)): number
             for term, number in form.items()
         }
         for form in found.flat
@@ -123,10 +124,10 @@ def test_halves_are_recognised(turn: str, total: str) -> None:
     found = rotation(f"{DOUBLED}  {TURNS[turn]}  {SUMS[total]}", HALF)
     assert found is not None
     assert (found.size, found.interleaved, found.sign) == (6, False, 1.0)
-    assert [index for _, index in found.cos] == [0, 1, 2]
-    assert [index for _, index in found.sin] == [0, 1, 2]
-    assert {value.name for value, _ in found.cos} == {"cc"}
-    assert {value.name for value, _ in found.sin} == {"nn"}
+    assert [index for _, index, _ in found.cos] == [0, 1, 2]
+    assert [index for _, index, _ in found.sin] == [0, 1, 2]
+    assert {value.name for value, _, _ in found.cos} == {"cc"}
+    assert {value.name for value, _, _ in found.sin} == {"nn"}
 
 
 def test_pairs_are_recognised() -> None:
@@ -220,6 +221,7 @@ def test_what_is_no_rotation(body: str) -> None:
             False,
         ),
         ("d = Concat<axis = -1>(c, c, n)  t = Slice(d, [1], [9], [-1])", 0, 3, True),
+        ("d = Concat<axis = -1>(c, c)  t = Slice(d, [1], [6], [-1], [3])", 0, 1, True),
         ("d = Concat<axis = -1>(c, c)  e, t = Split<axis = -1>(d, [2, 4])", 0, 1, False),
         ("d = Concat<axis = -1>(c, c)  e, t = Split<axis = -1>(d, [1, 5])", 0, 3, True),
     ],
@@ -227,5 +229,5 @@ def test_what_is_no_rotation(body: str) -> None:
 def test_lanes_of_tables_with_one_origin_are_equal(body: str, a: int, b: int, same: bool) -> None:
     facts, values = facts_of(f"{HALF} {{ {START}  {body}  y = Add(h, h) }}")
     tables = Tables(facts)
-    assert tables.same((values["t"], a), (values["t"], b)) is same
-    assert (tables.origin((values["t"], a)) == tables.origin((values["t"], b))) is same
+    assert tables.same(Lane(values["t"], a), Lane(values["t"], b)) is same
+    assert (tables.origin(Lane(values["t"], a)) == tables.origin(Lane(values["t"], b))) is same

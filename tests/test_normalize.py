@@ -227,6 +227,7 @@ NOTHING = {
     "whole-slice": "h = Slice(r, [0], [9223372036854775807], [1])",
     "slice-of-a-known-size": "h = Slice(r, [0], [12], [2], [1])",
     "dropout": "h = Dropout(r)",
+    "dropout-told-so": "t = Cast<to = 9>(0)  h = Dropout(r, 0.5, t)",
     "identity": "h = Identity(r)",
     "twice-transposed": "a = Transpose<perm = [2, 0, 1]>(r)  h = Transpose<perm = [1, 2, 0]>(a)",
 }
@@ -291,6 +292,18 @@ def test_dead_nodes_go_and_outputs_stay() -> None:
     model, _ = normalized(parse(text))
     assert [value.name for value in model.graph.outputs] == ["y", "z"]
     assert not {"Exp", "Neg"} & {node.op_type for node in model.graph}
+
+
+def test_an_output_that_repeats_a_value_is_that_value() -> None:
+    """Its name is the interface and stays; the node that copied goes."""
+    model, _ = normalized(
+        parse("(float[b,12] x) => (float[b,12] y) { r = Relu(x)  y = Cast<to = 1>(r) }")
+    )
+    assert [(node.op_type, node.outputs[0].name) for node in model.graph] == [("Relu", "y")]
+    text = "(float[b,12] x) => (float[b,12] r, float[b,12] y) { r = Relu(x)  y = Cast<to = 1>(r) }"
+    both, _ = normalized(parse(text))
+    assert [output.name for output in both.graph.outputs] == ["r", "y"]
+    assert [node.op_type for node in both.graph] == ["Relu", "Cast"]
 
 
 def test_an_output_that_is_an_input_stays() -> None:

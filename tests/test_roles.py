@@ -241,3 +241,64 @@ def test_a_symbol_that_is_a_number_is_fixed() -> None:
         g (int64[b,s] ids) => (float[b,s,8] y) <float[50,8] table> { y = Gather(table, ids) }""")
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = "2"
     assert dict(find_roles(ir.serde.deserialize_model(model)).fixed) == {"B": 2}
+
+
+STATIC = (
+    '<ir_version: 10, opset_import: ["" : 20]>'
+    " g (int64[b,s] tokens, float[b,3,24,8] c, {at}) => (float[b,3,24,8] n)"
+    " <float[50,24] table, int64[4] split = {{0, 0, 3, 8}}, int64[1] last = {{-1}},"
+    " int64[1] one = {{1}}, int64[2] two = {{1, 2}}, int64[3] three = {{0, 1, 3}}, int64 zero = {{0}},"
+    " int64 step = {{1}}, int64 long = {{24}}, int64[1] first = {{0}}, int64[1] end = {{24}},"
+    " int64[1] along = {{2}}> {{ x = Gather(table, tokens)  y = Reshape(x, split)"
+    "  k = Transpose<perm = [0, 2, 1, 3]>(y)  sl = Shape<start = 1, end = 2>(tokens)"
+    "  ss = Squeeze(sl)  row = Range(zero, ss, step)  bl = Shape<start = 0, end = 1>(tokens)"
+    "  bb = Squeeze(bl)  batch = Range(zero, bb, step)  {write} }}"
+)
+WRITES = {
+    # Columns for batch, head and place: what the input says is the last.
+    "int64 at": "p = Add(row, at)  full = Concat<axis = 0>(bl, along, sl)"
+    "  b1 = Unsqueeze(batch, two)  b2 = Expand(b1, full)  b3 = Unsqueeze(b2, last)"
+    "  h3 = Sub(b3, b3)  p2 = Expand(p, full)  p3 = Unsqueeze(p2, last)"
+    "  i = Concat<axis = -1>(b3, h3, p3)  n = ScatterND(c, i, k)",
+    "int64[] at": "all = Range(zero, long, step)  e = Equal(all, at)  u = Unsqueeze(e, three)"
+    "  n = Where(u, k, c)",
+    "int64[1] at": "stop = Add(at, sl)  a = Slice(c, first, at, along)"
+    "  z = Slice(c, stop, end, along)  n = Concat<axis = 2>(a, k, z)",
+    "int64[b] at": "u = Unsqueeze(at, one)  p = Add(u, row)  p1 = Unsqueeze(p, last)"
+    "  b1 = Unsqueeze(batch, one)  two2 = Concat<axis = 0>(bl, sl)  b2 = Expand(b1, two2)"
+    "  b3 = Unsqueeze(b2, last)  i = Concat<axis = -1>(b3, p1)"
+    "  t = Transpose<perm = [0, 2, 1, 3]>(c)  w = ScatterND(t, i, y)"
+    "  n = Transpose<perm = [0, 2, 1, 3]>(w)",
+}
+
+
+@pytest.mark.parametrize("at", WRITES)
+def test_a_static_cache_is_known_by_its_write(at: str) -> None:
+    text = STATIC.format(at=at.replace("[]", ""), write=WRITES[at])
+    roles = roles_of(text)
+    assert [(p.past, p.present, p.axis, p.static) for p in roles.pairs] == [("c", "n", 2, True)]
+    assert roles.inputs["c"].axes == ("B", "K", "L", "D")
+    assert roles.inputs["at"].role == ("cache_position" if "[1]" in at else "cache_length")
+    assert roles.inputs["at"].axes == {"[1]": ("S",), "[b]": ("B",)}.get(at[5:8], ())
+    assert roles.static_room == 24
+
+
+def test_tensor_scatter_is_a_write() -> None:
+    roles = roles_of("""
+        <ir_version: 10, opset_import: ["" : 24]>
+        g (int64[b,s] tokens, float[b,24,3,8] c, int64 at) => (float[b,24,3,8] n)
+        <float[50,24] table, int64[4] split = {0, 0, 3, 8}>
+        { x = Gather(table, tokens)  k = Reshape(x, split)  bl = Shape<start = 0, end = 1>(tokens)
+          start = Expand(at, bl)  n = TensorScatter<axis = 1>(c, k, start) }""")
+    assert [(p.past, p.present, p.axis, p.static) for p in roles.pairs] == [("c", "n", 1, True)]
+    assert roles.inputs["at"].role == "cache_length"
+
+
+def test_a_quantized_cache_is_a_cache() -> None:
+    roles = roles_of("""
+        <ir_version: 10, opset_import: ["" : 20]>
+        g (int64[b,s] tokens, int8[b,3,p,8] c) => (float[b,3,t,8] n)
+        <float[50,24] table, int64[4] split = {0, 0, 3, 8}, float scale>
+        { x = Gather(table, tokens)  y = Reshape(x, split)  k = Transpose<perm = [0, 2, 1, 3]>(y)
+          d = DequantizeLinear(c, scale)  n = Concat<axis = 2>(d, k) }""")
+    assert [(p.past, p.present, p.axis, p.static) for p in roles.pairs] == [("c", "n", 2, False)]

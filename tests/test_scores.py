@@ -5,15 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from onnxgen.analysis.scores import (
-    Scores,
-    Stopped,
-    attends,
-    constant_choice,
-    last_axis,
-    walk_down,
-    walk_up,
-)
+from onnxgen.analysis.probabilities import attends, softmax_of, walk_down
+from onnxgen.analysis.scores import Scores, Stopped, constant_choice, walk_up
 from tests.graphs import facts_of
 
 SIGNATURE = (
@@ -42,19 +35,15 @@ def found(body: str) -> Scores:
 @pytest.mark.parametrize(
     ("body", "scale"),
     [
-        ("s = Identity(qk)", None),
+        ("s = Identity(qk)", 1.0),
         ("s = Mul(qk, 0.25)", 0.25),
         ("s = Div(qk, 8.0)", 0.125),
         ("a = Mul(0.5, qk)  s = Mul(a, [0.5])", 0.25),
         ("a = Cast<to = 11>(qk)  c = Cast<to = 1>(a)  s = Mul(c, 3.0)", 3.0),
     ],
 )
-def test_scales(body: str, scale: float | None) -> None:
-    scores = up(body)
-    if scale is None:  # normalize takes Identity out before anyone walks
-        assert isinstance(scores, Stopped)
-        return
-    assert isinstance(scores, Scores)
+def test_scales(body: str, scale: float) -> None:
+    scores = found(body)
     assert scores.scale == pytest.approx(scale)
     assert (scores.masks, scores.softcap) == ([], 0.0)
 
@@ -115,7 +104,7 @@ def test_a_mask_before_the_cap_is_noted() -> None:
         ("d = Tanh(qk)  e = Mul(d, 20.0)  s = Mul(e, 0.5)", "Mul"),
         ("d = Tanh(qk)  e = Mul(d, 20.0)  g = Tanh(e)  s = Mul(g, 30.0)", "Tanh"),
         ("s = MatMul(x, wq)", "MatMul"),
-        ("s = Sub(qk, fr)", "Sub"),
+        ("s = Sub(fr, qk)", "Sub"),
     ],
 )
 def test_what_stops_the_walk_up(body: str, stopper: str) -> None:
@@ -143,16 +132,15 @@ DOWN = {
 @pytest.mark.parametrize("body", DOWN)
 def test_down_to_the_values(body: str) -> None:
     facts, values = facts_of(f"{SIGNATURE} {{ {START}  p = Softmax(qk)  {body} }}")
-    del facts
     softmax = values["p"].producer()
     assert softmax is not None
-    end = walk_down(softmax)
+    end = walk_down(facts, values["p"])
     if not DOWN[body]:
         assert isinstance(end, Stopped)
         assert end.reason
     else:
         assert not isinstance(end, Stopped)
-        assert end.outputs[0].name == "y"
+        assert end.product.outputs[0].name == "y"
 
 
 @pytest.mark.parametrize(
@@ -165,7 +153,9 @@ def test_last_axis(attribute: str, last: bool) -> None:
     )
     softmax = values["p"].producer()
     assert softmax is not None
-    assert last_axis(facts, softmax) is last
+    found = softmax_of(facts, softmax)
+    assert found is not None
+    assert found.last is last
 
 
 @pytest.mark.parametrize(

@@ -141,11 +141,16 @@ CASES = {
     "  y = Range(0, m, 1) }": "s",
     "(float[b,s,12] x) => (int64 y) { n = Shape<start = 1, end = 2>(x)  m = Squeeze(n)"
     "  y = Range(3, m, 2) }": "max(0,(s-2)/2)",
+    "(float[b,s,12] x) => (float y) { y = Range(0.5, 6.0, 1.0) }": "6",
+    "(float[b,s,12] x) => (int64 y) { y = Range(90, -10, -1) }": "100",
     "(float[b,s,12] x, float[b,12,n] z) => (float y)"
     '{ y = Einsum<equation = "bsd,bdn->nsb">(x, z) }': "n s b",
     "(float[b,s,12] x, float[s,1] z) => (float y) { y = Add(x, z) }": "b s 12",
     "(float[b,12,9] x) => (float y) <float[7,12,3] w>"
     "{ y = Conv<strides = [2], pads = [1, 1]>(x, w) }": "b 7 5",
+    "(float[b,s,12] x) => (float y) { y = Pad(x, [0, 2, -1, 0, 3, 5]) }": "b s+5 16",
+    "(float[b,s,12] x) => (float y) { n = Shape<start = 1, end = 2>(x)  m = Sub([20], n)"
+    "  p = Concat<axis = 0>([0], m)  y = Pad(x, p, , [1]) }": "b 20 12",
     "(float[b,6,s,20] q, float[b,3,t,20] k, float[b,3,t,10] v) => (float y)"
     "{ y = Attention(q, k, v) }": "b 6 s 10",
     "(float[b,s,120] q, float[b,t,60] k, float[b,t,30] v) => (float y)"
@@ -175,6 +180,9 @@ CONTENTS = {
     "n = Shape(x)  m = Gather(n, 1)  y = Add(m, 3)": "s+3",
     "n = Shape(x)  y = Slice(n, [-2], [9])": "s 12",
     "n = Shape<end = 1>(x)  y = Concat<axis = 0>(n, [3, -1])": "b 3 -1",
+    "n = Shape(x)  y = Slice(n, [-1], [-9223372036854775807], [0], [-1])": "12 s b",
+    "n = Shape(x)  y = Slice(n, [2], [0], [0], [-1])": "12 s",
+    "n = Shape(x)  y = ScatterElements<axis = 0>(n, [2, 0], [7, 5])": "5 s 7",
     "n = Size(x)  y = Div(n, 12)": "b*s",
     "n = Shape<end = 1>(x)  m = Cast<to = 6>(n)  y = Cast<to = 7>(m)": "b",
     "n = Shape(x)  e = Equal(n, [-1, -1, -1])  y = Where(e, [1, 1, 1], n)": "b s 12",

@@ -132,6 +132,16 @@ def test_broadcasting_is_numpys(a: Dim, b: Dim, binding: dict[str, int]) -> None
     assert broadcast(a, b) == broadcast(b, a)
 
 
+def test_what_is_at_least_one_is_broadcast_away() -> None:
+    """`max(n, 1)`, as exporters broadcast sizes, serves n or is 1 where n is 0."""
+    for n in (0, 1, 5):
+        wanted = n if max(n, 1) == 1 else max(n, 1)
+        assert value(broadcast(maximum(S, 1), S), {"s": n}) == wanted
+    assert broadcast(maximum(S, 1), S) == S
+    assert broadcast(maximum(S, 2), S) != S
+    assert broadcast(maximum(S, 1), P) != P
+
+
 def test_broadcasting_once_more_changes_nothing() -> None:
     both = broadcast(B, S)
     assert broadcast(both, B) == both

@@ -121,14 +121,45 @@ def _content_reshape(shapes: Shapes, node: ir.Node) -> Content | None:
 
 def _content_slice(shapes: Shapes, node: ir.Node) -> Content | None:
     content, bounds = shapes.content(node.inputs[0]), slice_bounds(shapes, node)
-    if content is None or bounds is None:
+    if content is None:
         return None
+    if bounds is None:
+        return _content_slice_back(shapes, node, content)
     index = [slice(None)] * content.ndim
     for axis, start, length, step in bounds:
         if not isinstance(start, int) or not isinstance(length, int):
             return None
         index[axis] = slice(start, start + length * step, step)
     return content[tuple(index)]
+
+
+def _content_slice_back(shapes: Shapes, node: ir.Node, content: Content) -> Content | None:
+    """With steps below zero: how exporters turn the pairs of a Pad around."""
+    given = [shapes.content(value) for value in node.inputs[1:]]
+    if len(given) != 4 or any(each is None for each in given):
+        return None
+    index: list[Any] = [slice(None)] * content.ndim
+    for start, end, axis, step in zip(
+        *(each.flat for each in given if each is not None), strict=True
+    ):
+        if not all(isinstance(each, int) for each in (start, end, axis, step)):
+            return None
+        size = content.shape[axis]
+        last = None if step < 0 and end < -size else end
+        index[axis] = slice(start, last, step)
+    found: Content = content[tuple(index)]
+    return found
+
+
+def _content_scatter(shapes: Shapes, node: ir.Node) -> Content | None:
+    """Elements of a vector replaced at known places."""
+    contents = _contents(shapes, node)
+    if contents is None or contents[0].ndim != 1 or attribute(node, "reduction", "none") != "none":
+        return None
+    result: Content = contents[0].copy()
+    for index, element in zip(contents[1].flat, contents[2].flat, strict=True):
+        result[int(index)] = element
+    return result
 
 
 def _content_range(shapes: Shapes, node: ir.Node) -> Content | None:
@@ -206,6 +237,7 @@ _CONTENT_RULES: dict[str, Callable[[Shapes, ir.Node], Content | None]] = {
     ),
     "Transpose": _content_by_numpy(lambda node, c: np.transpose(c[0], attribute(node, "perm"))),
     "Range": _content_range,
+    "ScatterElements": _content_scatter,
     "ConstantOfShape": _content_constant_of_shape,
     "ReduceProd": _content_reduce(product),
     "ReduceSum": _content_reduce(lambda elements: sum(elements, start=0)),

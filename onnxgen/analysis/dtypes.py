@@ -7,6 +7,7 @@ import functools
 import onnx
 import onnx_ir as ir
 
+from onnxgen.analysis import contrib_shapes
 from onnxgen.analysis.graph import attribute
 
 _TYPE_ATTRIBUTES = {"Cast": "to", "ConstantOfShape": "value", "Constant": "value"}
@@ -23,10 +24,11 @@ def output_dtypes(node: ir.Node, opset: int) -> list[ir.DataType | None]:
     if node.op_type == "ConstantOfShape":
         tensor = attribute(node, "value")
         return [ir.DataType.FLOAT if tensor is None else tensor.dtype]
+    if node.op_type in ("DequantizeLinear", "QuantizeLinear") and node.domain in ("", "ai.onnx"):
+        return [_quantized(node)]
     schema = _schema(node.op_type, node.domain, opset)
-    if schema is None:  # of a domain onnx does not know: most operators keep their input's type
-        first = node.inputs[0].dtype if node.inputs and node.inputs[0] is not None else None
-        return [output.dtype or first for output in node.outputs]
+    if schema is None:  # of a domain onnx does not know
+        return contrib_shapes.output_dtypes(node)
     input_types, output_types = schema
     bound: dict[str, ir.DataType] = {}
     for index, value in enumerate(node.inputs):
@@ -40,6 +42,17 @@ def output_dtypes(node: ir.Node, opset: int) -> list[ir.DataType | None]:
             strict=True,
         )
     ]
+
+
+def _quantized(node: ir.Node) -> ir.DataType | None:
+    """What an attribute says; else the scale's type back, and the zero point's type there."""
+    given = attribute(node, "output_dtype", 0)
+    if given:
+        return ir.DataType(given)
+    if node.op_type == "DequantizeLinear":
+        return None if node.inputs[1] is None else node.inputs[1].dtype
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    return ir.DataType.UINT8 if zero is None else zero.dtype
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir import serde
 
+from onnxgen import functions
 from onnxgen.analysis.graph import ancestors
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -75,7 +76,11 @@ def cut(
             raise CutError(f"it depends on {value.name!r}, which was not given")
     graph.output.extend(_info(value) for value in outputs)
     model = onnx.ModelProto(ir_version=10, graph=graph)
-    for domain, version in opsets.items():
+    model.functions.extend(functions.called(nodes, opsets.get("", 24)))
+    imports = dict(opsets)
+    if model.functions:
+        imports[functions.DOMAIN] = functions.VERSION
+    for domain, version in imports.items():
         model.opset_import.add(domain=domain, version=version)
     return model
 

@@ -38,6 +38,11 @@ class Facts:
         for index, node in enumerate(graph):
             self.added(node, index)
 
+    @property
+    def roles(self) -> Roles:
+        """What the graph's inputs and outputs are for; nothing is known where none were given."""
+        return Roles({}, {}) if self._roles is None else self._roles
+
     def added(self, node: ir.Node, order: int) -> None:
         """Take note of a new node at a place (its shapes are inferred by whoever made it)."""
         self._order[node] = order
@@ -47,6 +52,10 @@ class Facts:
         """Where in the graph a value is made, -1 for inputs: later ones depend on earlier ones."""
         node = value.producer()
         return -1 if node is None else self._order.get(node, -1)
+
+    def known(self, node: ir.Node) -> bool:
+        """Whether a node has its place in the graph; one that is only being made has none yet."""
+        return node in self._order
 
     def is_activation(self, value: ir.Value | None) -> bool:
         """Whether a value carries activations: it went through a weight matrix or a cache.
@@ -59,12 +68,13 @@ class Facts:
         if value not in self._activations:
             self._activations[value] = (
                 value.is_graph_input()
-                and value.dtype in FLOATS
-                and self._role(value) not in ("mask", "encoder_mask")
+                and (value.dtype in FLOATS or self.role(value) in _CACHES)
+                and self.role(value) not in ("mask", "encoder_mask")
             )
         return self._activations[value]
 
-    def _role(self, value: ir.Value) -> str:
+    def role(self, value: ir.Value) -> str:
+        """What a graph input is for, "unknown" where nobody said."""
         role = None if self._roles is None else self._roles.inputs.get(value.name or "")
         return "unknown" if role is None else role.role
 
@@ -103,7 +113,8 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
 
     Exporters read the same length off whichever input is at hand, so that nothing in the graph
     alone says that the batch of the ids and of a cache are one. Its users do: these equations hold
-    in every run that the roles describe. Caches cropped to one length share one of their own.
+    in every run that the roles describe. Caches cropped to one length share one of their own,
+    and a counted cache may hold more places than tokens.
     """
     if roles is None:
         return {}
@@ -113,14 +124,20 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
         pair = roles.pair_of(name)
         for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):
             cap = pair.cap if letter == "P" and pair is not None else None
+            own = letter == "P" and pair is not None and pair.window
             if isinstance(size, int):  # some exporters name a fixed size's symbol "6"
                 sizes[f"{name}[{axis}]"] = size
                 continue
             if letter not in ("B", "S", "P", "E"):
                 continue
+            if own:
+                continue
             kind = letter if cap is None else f"{letter} up to {cap}"
             sizes[f"{name}[{axis}]"] = first.setdefault(kind, atom(f"{name}[{axis}]"))
-    if "S" in first and not any(pair.static or pair.cap for pair in roles.pairs):
+    # What may be a cache nobody understood could hold tokens too.
+    unsaid = any(r.role == "unknown" and len(r.shape) > 2 for r in roles.inputs.values())
+    apart = any(pair.static or pair.cap or pair.counted for pair in roles.pairs)
+    if "S" in first and not unsaid and not apart:
         total = first["S"] + first.get("P", 0)
         for name, role in roles.inputs.items():
             for axis, (letter, size) in enumerate(zip(role.axes, role.shape, strict=False)):
@@ -129,6 +146,7 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
     return sizes
 
 
+_CACHES = frozenset({"past", "static_past", "cross_past"})  # quantized ones hold integers
 _CONTRACTIONS = names(
     """
     MatMul Gemm Conv Einsum MatMulInteger MatMulNBits QLinearMatMul FusedMatMul

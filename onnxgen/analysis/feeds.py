@@ -38,6 +38,7 @@ class RunShape:
             wherever there are several rows.
         padding: where the padding stands.
         pads: padded places of each row; by default uneven, the second row of a batch with none.
+        spare: places of the caches behind the tokens, past and new, where the graph counts them.
 
     Raises:
         ValueError: lengths below what a run needs, or padding that leaves a row no new token.
@@ -49,6 +50,7 @@ class RunShape:
     padding: Padding = "none"
     pads: tuple[int, ...] = ()
     encoder: int = 7
+    spare: int = 0
 
     def __post_init__(self) -> None:
         if self.batch < 1 or self.new < 1 or self.past < 0 or self.encoder < 1:
@@ -85,13 +87,16 @@ class RunShape:
         """bool [B,S]: new rows that hold a real token."""
         return self.real[:, self.past :]
 
-    def real_kept(self, length: int) -> npt.NDArray[np.bool_]:
+    def real_kept(self, length: int, *, counted: bool = False) -> npt.NDArray[np.bool_]:
         """bool [B,length]: the places of a cache that is T long, cropped, or static.
 
         A cropped cache holds the last places. A static one holds the first, and what was
-        there before behind them.
+        there before behind them. A counted one holds each row's real tokens at its first places.
         """
         real, spare = self.real, length - self.total
+        if counted:
+            counts: npt.NDArray[np.int64] = real.sum(axis=1, keepdims=True)
+            return np.less(np.arange(length), counts)
         if spare > 0:
             return np.pad(real, ((0, 0), (0, spare)), constant_values=True)
         return real[:, -spare:]
@@ -146,13 +151,22 @@ def misfit(roles: Roles, shape: RunShape) -> str:
         held = roles.inputs[pair.past].shape[pair.axis]
         if pair.cap is not None and isinstance(held, int) and shape.past < held:
             return f"the graph fixes its cropped caches at {held} tokens"
-    if roles.static_length is not None and shape.total > roles.static_length:
-        return f"the graph's caches hold {roles.static_length} tokens"
+    if roles.static_room is not None and shape.total > roles.static_room:
+        return f"the graph's caches hold {roles.static_room} tokens"
     if shape.past and not roles.pairs:
         return "the graph takes no past"
     if shape.padding != "none" and not roles.named("mask"):
         return "the graph takes no mask"
+    if roles.counted and shape.padding == "left":
+        return "the graph counts tokens from the left: padding can only stand behind them"
+    if shape.spare and not (roles.counted and _grows_by_mask(roles)):
+        return "the graph's caches are as long as their tokens"
     return ""
+
+
+def _grows_by_mask(roles: Roles) -> bool:
+    """Whether an input of its own says how many tokens there are."""
+    return any("T" in each.axes for each in roles.inputs.values())
 
 
 def forced_shape(roles: Roles, shape: RunShape) -> RunShape | None:
@@ -174,19 +188,29 @@ def forced_shape(roles: Roles, shape: RunShape) -> RunShape | None:
     if len(pads) != batch or not any(pads):
         pads = ()
     try:
-        found = RunShape(batch, new, past, shape.padding, pads, shape.encoder)
+        found = RunShape(batch, new, past, shape.padding, pads, shape.encoder, shape.spare)
     except ValueError:  # no room for its padding
         return None
     return None if misfit(roles, found) else found
 
 
-def nearest_shape(roles: Roles, shape: RunShape) -> RunShape | None:
-    """The shape as far as the graph takes it: its lengths, or without a past, or no padding."""
+def nearest_shape(roles: Roles, shape: RunShape, spare: int = 0) -> RunShape | None:
+    """The shape as far as the graph takes it: its lengths, or without a past, or no padding.
+
+    Args:
+        spare: places of a static cache that are to stay free.
+    """
     past = shape.past if roles.pairs else 0
     new = shape.new if roles.pairs else min(shape.total, 300)
+    if roles.static_room is not None and past + new > roles.static_room - spare:
+        room = max(roles.static_room - spare, 1)
+        new = min(roles.fixed.get("S", new), max(room - bool(past), 1))
+        past = min(past, room - new)
     for padding in dict.fromkeys((shape.padding, "none")):
         try:
-            wanted = RunShape(shape.batch, new, past, padding, encoder=shape.encoder)
+            wanted = RunShape(
+                shape.batch, new, past, padding, encoder=shape.encoder, spare=shape.spare
+            )
         except ValueError:
             continue
         found = forced_shape(roles, wanted)
@@ -207,7 +231,9 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
         case "cache_position":
             values = np.broadcast_to(shape.past + np.arange(shape.new), dims)
         case "cache_length":
-            values = np.full(dims, shape.past)
+            # Sequences of one batch may have come less far.
+            late = np.arange(shape.batch) % 3 if "B" in each.axes and dims != (1,) else 0
+            values = np.broadcast_to(np.maximum(shape.past - late, 0), dims)
         case "mask":
             values = _mask(each, dims, bool(roles.pairs), shape)
         case "encoder_mask":
@@ -220,6 +246,9 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
             values = np.full(dims, shape.past > 0)
         case _ if each.dtype.is_floating_point():
             values = rng.standard_normal(dims, dtype=np.float32)
+        case "past" | "static_past" | "cross_past":  # quantized
+            info = np.iinfo(each.dtype.numpy())
+            values = rng.integers(info.min, info.max, dims, endpoint=True)
         case _:
             values = np.ones(dims)
     return np.ascontiguousarray(values.astype(each.dtype.numpy())).reshape(dims)
@@ -247,6 +276,8 @@ def _dims(each: InputRole, roles: Roles, shape: RunShape) -> tuple[int, ...]:
     pair = roles.pair_of(each.name)
     if pair is not None and pair.cap is not None:
         past = min(past, pair.cap)
+    if pair is not None and pair.counted and (shape.spare or pair.window):
+        past = max(total + shape.spare, pair.window)
     if roles.static_length is not None:
         total = roles.static_length
     sizes = {"B": shape.batch, "S": shape.new, "P": past, "T": total, "E": shape.encoder}

@@ -17,6 +17,9 @@ def names(text: str) -> frozenset[str]:
 FLOATS = frozenset(
     {ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE}
 )
+CONTRIB = "com.microsoft"
+"""The domain of ONNX Runtime's own operators."""
+
 # A node whose output is no function of its inputs alone is never folded, merged or cut out.
 NONDETERMINISTIC = names(
     """
@@ -37,6 +40,11 @@ def producer(value: ir.Value | None, *op_types: str) -> ir.Node | None:
     if node is None or node.domain not in ("", "ai.onnx"):
         return None
     return node if not op_types or node.op_type in op_types else None
+
+
+def optional(node: ir.Node, index: int) -> ir.Value | None:
+    """An input that may be missing."""
+    return node.inputs[index] if index < len(node.inputs) else None
 
 
 def has_subgraph(node: ir.Node) -> bool:
@@ -61,6 +69,23 @@ def scalar(value: ir.Value | None) -> float | None:
     if found is None or found.size != 1 or found.dtype.kind not in "fiuV":
         return None
     return float(found.reshape(()).astype(np.float64))
+
+
+def uniform(value: ir.Value | None) -> float | None:
+    """The number that every element of a tensor is, however it is spread out; None otherwise."""
+    for _ in range(8):
+        number = scalar(value)
+        node = producer(value, *_SPREADS)
+        if number is not None or node is None:
+            return number
+        if node.op_type == "ConstantOfShape":
+            tensor = attribute(node, "value")
+            return 0.0 if tensor is None else float(tensor.numpy().reshape(()).astype(np.float64))
+        value = node.inputs[0]
+    return None
+
+
+_SPREADS = ("ConstantOfShape", "Expand", "Tile", "Reshape", "Unsqueeze", "Squeeze", "Identity")
 
 
 def given(node: ir.Node, index: int = 0) -> ir.Value:

@@ -9,6 +9,8 @@ grid of batches, lengths, pasts and paddings, and fitted to a family:
     chunked C   ... and j // C == i // C
     band R      key j is seen where |i - j| <= R
 
+    ALiBi       any of them, and every head h adds slope[h] * j to what it sees
+
 each with or without key padding (keys of padded tokens are not seen). A family is named only if
 it agrees on every probe, in every row of a real token; anything else is "general": the mask is
 right as it is written, and nothing is concluded from it.
@@ -16,7 +18,7 @@ right as it is written, and nothing is concluded from it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,16 +52,19 @@ class MaskFamily:
         size: W of a window (the token itself counts), C of chunks, R of a band; else 0.
         padding: whether keys of padded tokens are hidden.
         reason: for "general": why no family fits.
+        slopes: for ALiBi: what each head adds to a score for every key further on; else none.
     """
 
     kind: str
     size: int = 0
     padding: bool = False
     reason: str = ""
+    slopes: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         name = f"{self.kind} {self.size}" if self.size else self.kind
-        return f"{name}, key padding" if self.padding else name
+        name = f"{name}, key padding" if self.padding else name
+        return f"{name}, alibi" if self.slopes else name
 
     def sees(self, queries: Any, keys: Any) -> Any:
         """bool [S, T]: which keys a token at each position sees, padding aside."""
@@ -76,6 +81,10 @@ class MaskFamily:
         return seen
 
 
+# Operators whose fourth input is a mask on the scores.
+_ATTENTIONS = {("", "Attention"), ("ai.onnx", "Attention"), ("onnxgen", "SinkAttention")}
+
+
 @dataclass(frozen=True)
 class _Probe:
     shape: RunShape
@@ -87,7 +96,7 @@ def mask_families(graph: ir.Graph, sampler: Sampler) -> dict[str, MaskFamily]:
     families: dict[ir.Value, MaskFamily] = {}
     result: dict[str, MaskFamily] = {}
     for node in graph:
-        if node.op_type != "Attention" or node.domain not in ("", "ai.onnx"):
+        if (node.domain, node.op_type) not in _ATTENTIONS:
             continue
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         if mask is None:
@@ -108,12 +117,16 @@ def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
     except CutError as error:
         return MaskFamily("general", reason=f"it cannot be run alone: {error}")
     probes: list[_Probe] = []
+    slopes: tuple[float, ...] = ()
     for shape, found in samples:
         seen = found if found.dtype == bool else found > MASKED
-        if found.dtype != bool and np.unique(found[seen]).size > 1:
-            return MaskFamily("general", reason="it adds a bias that differs from key to key")
+        if found.dtype != bool and (slopes or np.unique(found[seen]).size > 1):
+            tilted = _slopes(found, seen)
+            if tilted is None or (slopes and not _alike(slopes, tilted)):
+                return MaskFamily("general", reason="it adds a bias that differs from key to key")
+            slopes = slopes or tilted
         while seen.ndim > 3:
-            if seen.shape[1] != 1:
+            if (seen != seen[:, :1]).any():
                 return MaskFamily("general", reason="it differs from head to head")
             seen = seen[:, 0]
         if not seen.all() and seen.shape[-2] not in (1, shape.new):
@@ -121,6 +134,11 @@ def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
         probes.append(_Probe(shape, np.broadcast_to(seen, (shape.batch, *seen.shape[-2:]))))
     if not probes:
         return MaskFamily("general", reason="no probe could be run")
+    return replace(_fit(probes), slopes=slopes)
+
+
+def _fit(probes: list[_Probe]) -> MaskFamily:
+    """The first family that agrees with every probe."""
     if all(probe.seen.all() for probe in probes):
         return MaskFamily("full")
     for family in _candidates(probes[0]):
@@ -129,6 +147,45 @@ def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
             if all(_agrees(fitted, probe) for probe in probes):
                 return fitted
     return MaskFamily("general", reason="no family agrees with every probe")
+
+
+def _slopes(bias: Any, seen: Any) -> tuple[float, ...] | None:
+    """The slope along the keys that each head's bias has in every row; None where one has none.
+
+    What a whole row has in common does not count: a Softmax does not notice it. Keys that are not
+    seen do not count either: the positions of padded ones may stand still. NaN where a head has no
+    row with two keys.
+    """
+    while bias.ndim < 4:
+        bias, seen = bias[None], seen[None]
+    precision = 8 * float(np.finfo(bias.dtype).eps)
+    result: list[float] = []
+    for head in range(bias.shape[1]):
+        found: list[float] = []
+        width = bias.shape[-1]
+        for row, shown in zip(
+            bias[:, head].reshape(-1, width), seen[:, head].reshape(-1, width), strict=True
+        ):
+            keys = np.flatnonzero(shown)
+            if keys.size < 2:
+                continue
+            numbers = row[keys].astype(np.float64)
+            slope = (numbers[-1] - numbers[0]) / (keys[-1] - keys[0])
+            line = numbers[0] + slope * (keys - keys[0])
+            if np.abs(numbers - line).max() > precision * np.abs(numbers).max():
+                return None
+            found.append(slope)
+        if not _alike(found[1:], found[:1] * (len(found) - 1)):
+            return None
+        result.append(found[0] if found else np.nan)
+    return tuple(result)
+
+
+def _alike(a: Sequence[float], b: Sequence[float]) -> bool:
+    """Whether slopes are equal up to rounding, where both are known."""
+    x, y = np.array(a), np.array(b)
+    known = ~(np.isnan(x) | np.isnan(y)) if x.shape == y.shape else np.array(False)
+    return x.shape == y.shape and bool(np.allclose(x[known], y[known], rtol=1e-2))
 
 
 def _positions(probe: _Probe) -> tuple[Any, Any]:

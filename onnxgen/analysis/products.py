@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import attribute, constant, other_input, producer, scalar
+from onnxgen.analysis.graph import other_input, producer, scalar
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,14 @@ class InverseRoot:
         value: the root.
         epsilon: what was added under the root; NaN where it is no constant.
         divides: `value` is the plain root, which its users divide by.
+        bounded: the epsilon stands elsewhere: it is added to the root, or bounds the mean or the
+            root from below.
     """
 
     value: ir.Value
     epsilon: float
     divides: bool = False
+    bounded: bool = False
 
 
 def squared(value: ir.Value | None) -> ir.Value | None:
@@ -36,37 +38,57 @@ def squared(value: ir.Value | None) -> ir.Value | None:
     return node.inputs[0] if node.inputs[0] is node.inputs[1] else None
 
 
-def inverse_root_of(mean: ir.Value) -> InverseRoot | None:
-    """The inverse square root that is taken of a mean, an epsilon added, in any spelling."""
+def inverse_root_of(mean: ir.Value, *, rooted: bool = False) -> InverseRoot | None:
+    """The inverse square root that is taken of a mean, an epsilon added, in any spelling.
+
+    Args:
+        rooted: the mean is its root already.
+    """
+    if rooted:
+        return _inverted(mean, 0.0, bounded=False)
     under, epsilon = mean, 0.0
-    added = _only_user(mean, "Add")
+    added, bound = only_user(mean, "Add"), _bound(mean)
     if added is not None:
         number = scalar(other_input(added, mean))
         under, epsilon = added.outputs[0], math.nan if number is None else number
-    power = _only_user(under, "Pow")
+    elif bound is not None:
+        under = bound
+    bounded = bound is not None
+    power = only_user(under, "Pow")
     if power is not None and power.inputs[0] is under:
         exponent = scalar(power.inputs[1])
         if exponent == -0.5:
-            return InverseRoot(power.outputs[0], epsilon)
-        return _inverted(power.outputs[0], epsilon) if exponent == 0.5 else None
-    root = _only_user(under, "Sqrt")
-    return None if root is None else _inverted(root.outputs[0], epsilon)
+            return InverseRoot(power.outputs[0], epsilon, bounded=bounded)
+        return _inverted(power.outputs[0], epsilon, bounded) if exponent == 0.5 else None
+    root = only_user(under, "Sqrt")
+    return None if root is None else _inverted(root.outputs[0], epsilon, bounded)
 
 
-def _inverted(root: ir.Value, epsilon: float) -> InverseRoot:
-    reciprocal = _only_user(root, "Reciprocal")
+def _bound(value: ir.Value) -> ir.Value | None:
+    """The value, bounded from below."""
+    node = only_user(value, "Max") or only_user(value, "Clip")
+    return None if node is None else node.outputs[0]
+
+
+def _inverted(root: ir.Value, epsilon: float, bounded: bool) -> InverseRoot:
+    added, bound = only_user(root, "Add"), _bound(root)
+    if added is not None and scalar(other_input(added, root)) is not None:
+        root, bounded = added.outputs[0], True
+    elif bound is not None:
+        root, bounded = bound, True
+    reciprocal = only_user(root, "Reciprocal")
     if reciprocal is not None:
-        return InverseRoot(reciprocal.outputs[0], epsilon)
-    division = _only_user(root, "Div")
+        return InverseRoot(reciprocal.outputs[0], epsilon, bounded=bounded)
+    division = only_user(root, "Div")
     if division is not None and division.inputs[1] is root and scalar(division.inputs[0]) == 1.0:
-        return InverseRoot(division.outputs[0], epsilon)
-    power = _only_user(root, "Pow")
+        return InverseRoot(division.outputs[0], epsilon, bounded=bounded)
+    power = only_user(root, "Pow")
     if power is not None and power.inputs[0] is root and scalar(power.inputs[1]) == -1.0:
-        return InverseRoot(power.outputs[0], epsilon)
-    return InverseRoot(root, epsilon, divides=True)
+        return InverseRoot(power.outputs[0], epsilon, bounded=bounded)
+    return InverseRoot(root, epsilon, divides=True, bounded=bounded)
 
 
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
     """The node that alone reads a value, if it is of this type."""
     users = {use.node for use in value.uses()}
     if len(users) != 1:
@@ -86,16 +108,23 @@ def scaled_by(root: InverseRoot, x: ir.Value) -> ir.Value | None:
     return None
 
 
-def trailing_axis(facts: Facts, node: ir.Node) -> int | None:
-    """The first of the last axes, from the end, that a Reduce runs over and keeps; else None."""
-    rank = facts.shapes.rank(node.inputs[0])
-    axes = attribute(node, "axes")
-    if axes is None and len(node.inputs) > 1:
-        found = constant(node.inputs[1])
-        axes = None if found is None else found.reshape(-1).tolist()
-    if not axes or not attribute(node, "keepdims", 1):
-        return None
-    if rank is None:
-        return -1 if list(axes) == [-1] else None
-    wanted = sorted(int(axis) % rank - rank for axis in axes)
-    return wanted[0] if wanted == list(range(-len(wanted), 0)) else None
+def scaled_with_weight(
+    root: InverseRoot, x: ir.Value, *, alone: bool = True
+) -> tuple[ir.Value, ir.Value] | None:
+    """(weight, product) where the inverse root is multiplied by a weight before it meets x.
+
+    Args:
+        alone: nothing else reads the weighted root.
+    """
+    for use in root.value.uses():
+        node = use.node
+        divided = node.op_type == "Div" and use.idx == 1
+        if (node.op_type != "Mul" or root.divides) and not (divided and root.divides):
+            continue
+        weight, scale = node.inputs[1 - use.idx], node.outputs[0]
+        if weight is None or (alone and len(scale.uses()) != 1):
+            continue
+        for met in scale.uses():
+            if met.node.op_type == "Mul" and met.node.inputs[1 - met.idx] is x:
+                return weight, met.node.outputs[0]
+    return None

@@ -12,16 +12,22 @@ from onnxgen.analysis.role_uses import SCATTERS, VIEWS
 # Past input of each present output.
 _CACHES: dict[tuple[str, str], dict[int, int]] = {
     ("", "Attention"): {1: 4, 2: 5},
+    ("onnxgen", "SinkAttention"): {1: 4, 2: 5},
     ("com.microsoft", "Attention"): {1: 4},
     ("com.microsoft", "MultiHeadAttention"): {1: 6, 2: 7},
     ("com.microsoft", "GroupQueryAttention"): {1: 3, 2: 4},
     ("com.microsoft", "DecoderMaskedMultiHeadAttention"): {1: 5, 2: 6},
 }
+# A cache may be kept in fewer bits than it is computed with.
+_CODED = ("QuantizeLinear", "DequantizeLinear")
 
 
 @dataclass(frozen=True)
 class Join:
-    """An output that continues an input; `grows` is false where it merely passes it through."""
+    """An output that continues an input; `grows` is false where it merely passes it through.
+
+    `writer` is the node that writes into a static cache; see `CachePair` for the others.
+    """
 
     past: str
     present: str
@@ -29,6 +35,9 @@ class Join:
     grows: bool
     static: bool
     cap: int | None
+    writer: ir.Node | None = None
+    counted: bool = False
+    window: int = 0
 
 
 # The nodes between an input and an output, each with the input by which it is entered.
@@ -77,7 +86,9 @@ def _sources(node: ir.Node, value: ir.Value, way: _Way) -> list[tuple[ir.Value, 
         return [(body.outputs[at], way) for body in bodies]
     elif op in ("Concat", "Where"):
         indices = range(len(node.inputs))
-    elif op in SCATTERS or (op in VIEWS and op not in ("Expand", "Tile", "GatherND")):
+    elif (
+        op in SCATTERS or op in _CODED or (op in VIEWS and op not in ("Expand", "Tile", "GatherND"))
+    ):
         indices = [0]
     else:
         return []
@@ -90,21 +101,38 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
     rank = len(past.shape) if past.shape is not None else 4
     axes: list[int | None] = list(range(rank))
     axis: int | None = None
-    grows = static = False
+    grows = static = counted = False
+    window = 0
     cap: int | None = None
+    writer: ir.Node | None = None
     for node, index in way:
         op = node.op_type
         joined: int | None = None
-        if op == "Concat" and len(node.inputs) > 1:
+        if op == "Concat" and _around_new(node):
+            grows = static = True
+            writer, joined = node, node.attributes["axis"].as_int()
+        elif op == "Concat" and len(node.inputs) > 1:
             joined = node.attributes["axis"].as_int()
             # Layers stacked into one output are no growth.
             grows = grows or _lengthens(node, index)
         elif op in SCATTERS:
-            grows = static = True
-            default = 0 if op == "ScatterND" else -2
-            joined = node.attributes.get_int("axis", default) if op != "ScatterND" else 0
+            # What was lengthened first has places for as many tokens as come.
+            counted = grows and op == "TensorScatter"
+            grows, static = True, not counted
+            writer = node
+            default = -2 if op == "TensorScatter" else 0
+            given = op != "ScatterND"
+            joined = node.attributes.get_int("axis", default) if given else _written_axis(node)
+        elif op == "Where" and index > 0:
+            row = _chosen_axis(node, len(axes))
+            if row is not None and _lengthens(node, index, 1):
+                grows = static = True
+                writer, joined = node, row
         elif (node.domain, op) in _CACHES:
             grows, joined = True, len(axes) - 2
+            counted = op == "GroupQueryAttention" and _holds_input(node.inputs[5])
+            if node.attributes.get_int("sliding_window_cache", 0):
+                window = node.attributes.get_int("local_window_size", 0)
         elif op == "Slice":
             cap = _kept(node) or cap
         else:
@@ -113,14 +141,85 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
             axis = axes[joined]
     if axis is None:
         axis = _differing(past, present)
-    return Join(str(past.name), str(present.name), axis, grows, static, None if static else cap)
-
-
-def _lengthens(node: ir.Node, index: int) -> bool:
-    # New keys and values are computed; a constant or a second input is not new.
-    return any(
-        v is not None and v.producer() is not None for i, v in enumerate(node.inputs) if i != index
+    kept = None if static else cap
+    return Join(
+        str(past.name), str(present.name), axis, grows, static, kept, writer, counted, window
     )
+
+
+def _lengthens(node: ir.Node, index: int, first: int = 0) -> bool:
+    # New keys and values are computed; a constant or a second input is not new.
+    others = [v for i, v in enumerate(node.inputs) if i != index and i >= first and v is not None]
+    makers = [maker for value in others if (maker := value.producer()) is not None]
+    return any(maker.op_type not in ("Constant", "ConstantOfShape") for maker in makers)
+
+
+def _around_new(node: ir.Node) -> bool:
+    """True for `Concat(past[:start], new, past[end:])`."""
+    if len(node.inputs) != 3:
+        return False
+    makers = [None if value is None else value.producer() for value in node.inputs]
+    outer = [maker for maker in (makers[0], makers[2]) if maker is not None]
+    return len(outer) == 2 and all(
+        maker.op_type == "Slice" and maker.inputs[0] is outer[0].inputs[0] for maker in outer
+    )
+
+
+def _written_axis(node: ir.Node) -> int:
+    """The axis that a ScatterND writes in part, where its indices are columns for many axes.
+
+    The other columns count over whole axes: they follow from sizes, not from what inputs hold.
+    """
+    indices = node.inputs[1]
+    maker = None if indices is None else indices.producer()
+    while maker is not None and maker.op_type in ("Cast", "Identity"):
+        indices = maker.inputs[0]
+        maker = None if indices is None else indices.producer()
+    if maker is None or maker.op_type != "Concat":
+        return 0
+    told = [index for index, column in enumerate(maker.inputs) if _holds_input(column)]
+    return told[-1] if told else len(maker.inputs) - 1
+
+
+def _holds_input(value: ir.Value | None) -> bool:
+    """Whether a value follows from what graph inputs hold, not from their sizes alone."""
+    pending, seen = [value], set()
+    while pending:
+        each = pending.pop()
+        if each is None or each in seen:
+            continue
+        seen.add(each)
+        maker = each.producer()
+        if maker is None:
+            if each.is_graph_input() and not each.is_initializer():
+                return True
+        elif maker.op_type not in ("Shape", "Size"):
+            pending.extend(maker.inputs)
+    return False
+
+
+def _chosen_axis(node: ir.Node, rank: int) -> int | None:
+    """The one axis along which a Where's condition `arange == position` varies."""
+    way: list[ir.Node] = []
+    value = node.inputs[0]
+    while value is not None and (maker := value.producer()) is not None:
+        if maker.op_type == "Equal":
+            break
+        if maker.op_type not in (*VIEWS, "Not"):
+            return None
+        way.insert(0, maker)
+        value = maker.inputs[0]
+    if value is None or value.producer() is None:
+        return None
+    shape = None if node.inputs[0] is None else node.inputs[0].shape
+    if shape is not None:
+        long = [index for index, size in enumerate(shape) if size != 1]
+        if len(long) == 1:
+            return rank - len(shape) + long[0]
+    axes: list[int | None] = [0]
+    for step in way:
+        axes = _viewed(step, axes)
+    return rank - len(axes) + axes.index(0) if 0 in axes and len(axes) <= rank else None
 
 
 def _viewed(node: ir.Node, axes: list[int | None]) -> list[int | None]:
@@ -130,7 +229,8 @@ def _viewed(node: ir.Node, axes: list[int | None]) -> list[int | None]:
             return [axes[i] for i in perm] if len(perm) == len(axes) else axes
         case "Unsqueeze":
             for at in sorted(_ints(node, 1)):
-                axes = [*axes[:at], None, *axes[at:]] if at >= 0 else axes
+                at = at if at >= 0 else at + len(axes) + 1
+                axes = [*axes[:at], None, *axes[at:]]
             return axes
         case "Squeeze":
             gone = {at % len(axes) for at in _ints(node, 1)} if axes else set()

@@ -6,10 +6,12 @@ Softmax, a convolution, a place in a cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
+
+from onnxgen.analysis.graph import ancestors, given
 
 
 def _ops(names: str) -> frozenset[str]:
@@ -38,6 +40,7 @@ SCATTERS = {"ScatterND": 1, "ScatterElements": 1, "Scatter": 1, "TensorScatter":
 # Operators that hold a whole attention: what each of their inputs is for.
 _ATTENTIONS: dict[tuple[str, str], dict[int, str]] = {
     ("", "Attention"): {1: "key", 2: "key", 3: "score", 4: "key", 5: "key", 6: "length"},
+    ("onnxgen", "SinkAttention"): {1: "key", 2: "key", 3: "score", 4: "key", 5: "key"},
     ("com.microsoft", "Attention"): {3: "score", 4: "key", 5: "score"},
     ("com.microsoft", "MultiHeadAttention"): {1: "key", 2: "key", 4: "score", 5: "score"},
     ("com.microsoft", "GroupQueryAttention"): {5: "length", 6: "length", 9: "angle", 10: "score"},
@@ -63,6 +66,7 @@ class Evidence:
         scores: the Softmax and Attention nodes it has a say in.
         lengths: it counts keys for a fused attention.
         writes: it says where a cache is written.
+        apart: rows of new tokens are counted from it: it holds a number for each sequence.
         branch: it is the condition of an If.
         convolved, projected, normed, added, attended: what a float input meets.
         any_use: what it holds is used.
@@ -74,6 +78,7 @@ class Evidence:
     scores: list[ir.Node] = field(default_factory=list)
     lengths: bool = False
     writes: bool = False
+    apart: bool = False
     branch: bool = False
     convolved: bool = False
     projected: bool = False
@@ -87,8 +92,10 @@ class Evidence:
 class Uses:
     """Walks over one graph (without function calls; If and Loop bodies included)."""
 
-    def __init__(self, graph: ir.Graph) -> None:
+    def __init__(self, graph: ir.Graph, writers: Collection[ir.Node] = ()) -> None:
+        """Look at a graph, in which `writers` write into static caches."""
         self.graph = graph
+        self._writers = writers
         self.inputs = {v: str(v.name) for v in graph.inputs if v.name not in graph.initializers}
         self._live = self._reach(self.inputs)
 
@@ -153,10 +160,12 @@ class Uses:
             self._note_embedding(node, index, direct, found)
         elif op in ("Gather", "GatherElements", "GatherBlockQuantized") and index == 1:
             self._note_table(node, direct, found)
-        elif SCATTERS.get(op) == index:
+        elif SCATTERS.get(op) == index or self._places(node, index):
             found.writes = True
         elif op in _PRODUCTS:
             return self._product(node, index, direct, is_float, found)
+        elif op == "Slice" and index in (1, 2) and not is_float:
+            return False
         elif op in VIEWS:
             return direct if index == 0 else None
         elif op == "Where":
@@ -168,21 +177,40 @@ class Uses:
             mixed = any(v in self._live for v in others if v is not None)
             if mixed and op in ("Add", "Sum"):
                 found.added = True
-            # `cumsum(mask) * mask` is made of the mask, but no longer it.
-            return direct and not (mixed and op != "Concat")
+            if op == "Add" and not mixed and _is_column(node.inputs[index]):
+                found.apart = True
+            # `cumsum(mask) * mask` is made of the mask, but no longer it. Positions times
+            # frequencies that depend on the longest of them (longrope) are angles.
+            turned = op == "Mul" and _is_real(given(node, index))
+            return direct and not (mixed and op != "Concat" and not turned)
         return None
+
+    def _places(self, node: ir.Node, index: int) -> bool:
+        """Whether an input of a node says where a row of a static cache is chosen or cut."""
+        if node.op_type == "Where":
+            return index == 0 and node in self._writers
+        if node.op_type == "Slice" and index in (1, 2):
+            return any(user in self._writers for user, _ in node.outputs[0].uses())
+        return False
 
     def _product(
         self, node: ir.Node, index: int, direct: bool, is_float: bool, found: Evidence
     ) -> bool | None:
         others = [v for i, v in enumerate(node.inputs) if i != index and v is not None]
         if any(value in self._live for value in others):
+            if direct and not is_float and self._apart(others):
+                return direct  # frequencies that depend on the longest position (longrope)
             found.attended = True
             return None
         if is_float:
             found.projected = True
             return None
         return direct  # positions times inverse frequencies
+
+    def _apart(self, values: Iterable[ir.Value]) -> bool:
+        """Whether no weights or states are in these values, only what follows from numbers."""
+        found = list(ancestors(values, frozenset()))
+        return not any(node.op_type in _PRODUCTS or node.op_type == "Softmax" for node in found)
 
     def _note_attention(self, node: ir.Node, use: str, direct: bool, found: Evidence) -> None:
         if use == "score":
@@ -239,6 +267,21 @@ class Uses:
         return scaled
 
 
+def _is_column(value: ir.Value | None) -> bool:
+    """True for a vector with an axis behind it: [B] as [B, 1]."""
+    node = None if value is None else value.producer()
+    while node is not None and node.op_type in ("Cast", "Identity"):
+        value = node.inputs[0]
+        node = None if value is None else value.producer()
+    if node is None or node.op_type != "Unsqueeze" or node.inputs[0] is None:
+        return False
+    axes = node.inputs[1] if len(node.inputs) > 1 else None
+    tensor = None if axes is None else ir.convenience.get_const_tensor(axes)
+    shape = node.inputs[0].shape
+    vector = shape is not None and len(shape) == 1
+    return vector and tensor is not None and tensor.numpy().ravel().tolist() in ([1], [-1])
+
+
 def _rows(table: ir.Value | None) -> int:
     """Rows of a constant table, through the views and scales it is stored behind."""
     for _ in range(8):
@@ -251,6 +294,19 @@ def _rows(table: ir.Value | None) -> int:
         node = table.producer()
         table = node.inputs[0] if node is not None and node.inputs else None
     return 0
+
+
+def _is_real(value: ir.Value) -> bool:
+    """Whether a value that was followed from whole numbers has become a real one."""
+    step: ir.Value | None = value
+    while step is not None and step.dtype is None:
+        node = step.producer()
+        if node is None or node.op_type not in VIEWS:
+            return False
+        if node.op_type == "Cast":
+            return ir.DataType(node.attributes["to"].as_int()).is_floating_point()
+        step = node.inputs[0]
+    return step is not None and step.dtype is not None and step.dtype.is_floating_point()
 
 
 def _note_angle(found: Evidence, direct: bool) -> None:

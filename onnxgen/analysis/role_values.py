@@ -21,7 +21,7 @@ ROLES: Mapping[str, str] = {
     "past": "float [B,K,P,D]: a cache that a present output continues by growing",
     "static_past": "float [B,K,L,D]: a cache of fixed length that is written in place",
     "cache_position": "int [S]: where a static cache is written",
-    "cache_length": "int [] or [1]: how many tokens a static cache holds",
+    "cache_length": "int [], [1] or [B]: how many tokens a static cache holds",
     "embeds": "float [B,S,H]: what the embedding table would have given",
     "pixels": "float: an image or video that meets a convolution",
     "features": "float: audio or other features of an encoder",
@@ -67,6 +67,10 @@ class CachePair:
         axis: the axis that grows (P), or that is written to (L, static).
         static: the cache has a fixed length and is written in place.
         cap: the longest present of a cropped sliding cache (window - 1), None where it is free.
+        counted: each row's tokens stand at its first places, as many as a count says that the
+            mask, or another input, holds; what is behind them is nobody's. Such a cache may be
+            longer than its tokens: then new ones are written in place.
+        window: for a counted cache that may be shorter than its tokens: the places it needs.
         heads, head_size: K and D where they are fixed and the cache has rank 4, else 0.
     """
 
@@ -77,6 +81,8 @@ class CachePair:
     cap: int | None = None
     heads: int = 0
     head_size: int = 0
+    counted: bool = False
+    window: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +130,20 @@ class Roles:
         return next((pair for pair in self.pairs if name in (pair.past, pair.present)), None)
 
     @property
+    def counted(self) -> bool:
+        """Whether tokens are counted, not masked: padding can only stand behind them."""
+        return any(pair.counted for pair in self.pairs)
+
+    @property
     def static_length(self) -> int | None:
-        """L: the length of the static caches, None where caches grow."""
+        """L: the length of the longest static cache, None where caches grow."""
         return self.fixed.get("L")
+
+    @property
+    def static_room(self) -> int | None:
+        """How many tokens every static cache can hold, None where caches grow.
+
+        Layers with a window may have shorter caches than the others.
+        """
+        held = [self.inputs[p.past].shape[p.axis] for p in self.pairs if p.static]
+        return min((length for length in held if isinstance(length, int)), default=None)

@@ -14,6 +14,7 @@ The values, and the letters that stand for axes, are those of `analysis.role_val
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -24,9 +25,12 @@ from onnx_ir.passes.common import InlinePass
 from onnxgen.analysis.role_joins import Join, find_joins
 from onnxgen.analysis.role_uses import Evidence, Uses
 from onnxgen.analysis.role_values import ROLES, CachePair, Dim, InputRole, OutputRole, Roles
+from onnxgen.analysis.shapes import Shapes
 from onnxgen.errors import UsageError
 
-__all__ = ["ROLES", "CachePair", "InputRole", "OutputRole", "Roles", "find_roles"]
+__all__ = ["ROLES", "CachePair", "InputRole", "OutputRole", "Roles", "find_roles", "write_roles"]
+
+KEY = "onnxgen.roles"
 
 # Asked last, the first that fits: where structure leaves several readings, or none.
 _NAMES = (
@@ -43,12 +47,13 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
     """What every input and output of the model is for. The model is not changed.
 
     Args:
-        overrides: roles given by the user, by input name; they win.
+        overrides: roles given by the user, by input name; they win. Next come those that a file
+            we wrote says of itself.
 
     Raises:
         UsageError: an override names no input, or no role.
     """
-    overrides = overrides or {}
+    overrides = {**_written(model), **(overrides or {})}
     if model.functions:
         model = model.clone()
         InlinePass()(model)
@@ -56,8 +61,8 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
     inputs = [value for value in graph.inputs if value.name not in graph.initializers]
     _check(overrides, [str(value.name) for value in inputs])
 
-    uses = Uses(graph)
     joins = find_joins(graph)
+    uses = Uses(graph, [join.writer for join in joins if join.writer is not None])
     found = {str(value.name): uses.of(value) for value in inputs}
     roles = _structural(inputs, found, joins)
     _separate_tables(roles, found)
@@ -67,9 +72,10 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
 
     grown = {j.past: j for j in joins if roles.get(j.past) in ("past", "static_past")}
     named: dict[str, InputRole] = {}
+    fixed_sizes = _sizes_of_caches(graph, grown)
     for value in inputs:
         name = str(value.name)
-        shape = _shape(value) or ()
+        shape = fixed_sizes.get(name) or _shape(value) or ()
         dtype = value.dtype or ir.DataType.UNDEFINED
         axes = _axes(roles[name], shape, grown.get(name))
         added = bool(found[name].scores) and dtype.is_floating_point() and len(shape) > 2
@@ -85,6 +91,21 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
         output = _output(value, pairs, copies, symbols, named)
         outputs[output.name] = output
     return Roles(named, outputs, pairs, fixed, symbols)
+
+
+def write_roles(model: ir.Model, roles: Roles) -> None:
+    """Leave in a model's metadata what its inputs are for: fused, some show it no more."""
+    model.metadata_props[KEY] = json.dumps({each.name: each.role for each in roles.inputs.values()})
+
+
+def _written(model: ir.Model) -> dict[str, str]:
+    """The roles that `write_roles` left, of inputs that are still there."""
+    try:
+        found = json.loads(model.metadata_props[KEY])
+        names = {str(value.name) for value in model.graph.inputs}
+        return {n: r for n, r in found.items() if n in names and r in ROLES and r != "unknown"}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}
 
 
 def _check(overrides: Mapping[str, str], names: Sequence[str]) -> None:
@@ -127,7 +148,7 @@ def _integer_role(value: ir.Value, uses: Evidence) -> str:
     if any(table.direct for table in uses.tables):
         return "ids"  # or type_ids, or positions: separated below
     if uses.writes and rank is not None and rank < 2:
-        return "cache_length" if rank == 0 else "cache_position"
+        return "cache_length" if rank == 0 or uses.apart else "cache_position"
     if uses.angles == "direct":
         return "cache_length" if rank == 0 else "positions"
     if uses.scores or uses.lengths or uses.tables or uses.angles:
@@ -219,6 +240,8 @@ def _axes(role: str, shape: tuple[Dim, ...], join: Join | None) -> tuple[str, ..
         return ("B", "S", long)[-rank:] if rank == 3 else ("B", long)[-rank:] if rank else ()
     if role in ("ids", "type_ids", "positions"):
         return ("",) * (rank - 2) + ("B", "S")[-rank:] if rank else ()
+    if role == "cache_length" and rank == 1:
+        return ("B",)
     if role == "cache_position":
         return ("",) * (rank - 1) + ("S",)
     if role in ("embeds", "encoder_states"):
@@ -229,6 +252,24 @@ def _axes(role: str, shape: tuple[Dim, ...], join: Join | None) -> tuple[str, ..
     if role in ("pixels", "features") and rank:
         return ("B",) + ("",) * (rank - 1)
     return ("",) * rank
+
+
+def _sizes_of_caches(graph: ir.Graph, grown: Collection[str]) -> dict[str, tuple[Dim, ...]]:
+    """The shapes of caches whose heads' size a file leaves free, as their attention needs it."""
+    caches = [value for value in graph.inputs if value.name in grown]
+    free = [v for v in caches if v.shape and not isinstance(v.shape[-1], int)]
+    if not free:
+        return {}
+    shapes = Shapes(graph)
+    return {
+        str(value.name): tuple(
+            needed if isinstance(needed, int) else size
+            for size, needed in zip(
+                _shape(value) or (), map(shapes.resolve, shapes.of(value) or ()), strict=True
+            )
+        )
+        for value in free
+    }
 
 
 def _lengths(
@@ -280,6 +321,8 @@ def _pair(join: Join, past: InputRole) -> CachePair:
         join.cap,
         sizes.get("K", 0),
         sizes.get("D", 0),
+        join.counted,
+        join.window,
     )
 
 

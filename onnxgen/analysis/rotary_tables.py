@@ -6,10 +6,10 @@ from collections.abc import Hashable
 
 import onnx_ir as ir
 
-from onnxgen.analysis.evaluate import CutError
+from onnxgen.analysis.evaluate import Array, CutError
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import attribute, constant, given, producer, scalar
-from onnxgen.analysis.lanes import Lane
+from onnxgen.analysis.graph import attribute, constant, given, names, producer, scalar
+from onnxgen.analysis.lane_forms import Lane
 from onnxgen.analysis.shape_rules import slice_bounds
 from onnxgen.analysis.views import VIEW_OPS
 
@@ -28,96 +28,192 @@ class Tables:
     def origin(self, lane: Lane) -> Hashable:
         """A key that is equal for two lanes of one origin."""
         if lane not in self._known:
-            self._known[lane] = self._follow(*lane)
+            self._known[lane] = self._follow(lane)
         return self._known[lane]
 
-    def same(self, a: Lane, b: Lane) -> bool:
-        """Whether two lanes hold the same numbers: one origin, or equal wherever they are run."""
-        if self.origin(a) == self.origin(b):
+    def same(self, a: Lane, b: Lane, *, opposite: bool = False) -> bool:
+        """Whether two lanes hold the same numbers, or numbers of opposite sign.
+
+        They do with one origin, or where they are equal in every run.
+        """
+        origins = [self.origin(a), self.origin(b)]
+        if opposite:
+            for one, other in (origins, origins[::-1]):
+                if one == ("Neg", other):
+                    return True
+        elif origins[0] == origins[1]:
             return True
-        sampler = self._facts.sampler
-        if sampler is None or any(map(self._facts.is_activation, (a[0], b[0]))):
-            return False
-        try:
-            runs = [
-                (one[..., a[1]], other[..., b[1]])
-                for (_, one), (_, other) in zip(
-                    sampler.samples(a[0]), sampler.samples(b[0]), strict=True
-                )
-            ]
-        except CutError:
-            return False
-        return bool(runs) and all(
-            one.shape == other.shape and (one == other).all() for one, other in runs
+        runs = [self._runs(a), self._runs(b)]
+        return (
+            bool(runs[0])
+            and len(runs[0]) == len(runs[1])
+            and all(
+                one.shape == other.shape and (one == (-other if opposite else other)).all()
+                for one, other in zip(*runs, strict=True)
+            )
         )
 
-    def _follow(self, value: ir.Value, index: int) -> Hashable:
+    def _runs(self, lane: Lane) -> list[Array]:
+        """What a lane holds, in each run; nothing where it cannot be run."""
+        elements, sampler = constant(lane.value), self._facts.sampler
+        if elements is not None:
+            return [_lane(elements, lane)]
+        if sampler is None or self._facts.is_activation(lane.value):
+            return []
+        try:
+            return [_lane(array, lane) for _, array in sampler.samples(lane.value)]
+        except CutError:
+            return []
+
+    def _follow(self, lane: Lane) -> Hashable:
+        value, index, axes = lane
+        if axes > 1:
+            return self._through_view(lane)
         elements = constant(value)
         if elements is not None and elements.ndim:
             return ("constant", elements[..., index].tobytes(), elements.shape[:-1])
         node = producer(value)
         rank = self._facts.shapes.rank(value)
         if node is None or rank is None:
-            return (value, index)
+            return lane
         last = rank - 1
-        match node.op_type:
-            case "Cos" | "Sin" | "Identity" | "Cast" | "Neg" | "Exp" | "Sqrt":
-                inner = self.origin((given(node), index))
-                return inner if node.op_type == "Identity" else (node.op_type, inner)
-            case "Mul" | "Add" | "Sub" | "Div":
-                operands = [self._operand(v, index) for v in node.inputs if v is not None]
-                return (node.op_type, *operands)
-            case "Concat" if attribute(node, "axis") % rank == last:
-                for part in node.inputs:
-                    size = self._last(part)
-                    if part is None or size is None:
-                        break
-                    if index < size:
-                        return self.origin((part, index))
-                    index -= size
-            case "Slice":
-                bounds = slice_bounds(self._facts.shapes, node)
-                if bounds is not None and len(bounds) == 1 and bounds[0][0] == last:
-                    start, step = bounds[0][1], bounds[0][3]
-                    if isinstance(start, int):
-                        return self.origin((given(node), start + index * step))
-            case "Split" if attribute(node, "axis", 0) % rank == last:
-                for output in node.outputs:
-                    size = self._last(output)
-                    if output is value or size is None:
-                        break
-                    index += size
-                if size is not None:
-                    return self.origin((given(node), index))
-            case _ if node.op_type in VIEW_OPS:
-                return self._through_view(value, index)
-        return (value, index)
+        op = node.op_type
+        if op == "Identity":
+            return self.origin(Lane(given(node), index))
+        if op == "Neg":
+            return ("Neg", self.origin(Lane(given(node), index)))
+        if op in _ELEMENTWISE:
+            operands = [None if v is None else self._operand(v, index) for v in node.inputs]
+            return (op, _attributes(node), *operands)
+        if op == "Concat":
+            return self._part(node, lane, last)
+        if op == "Slice":
+            return self._sliced(node, lane, last)
+        if op == "Split":
+            return self._split(node, lane, last)
+        if op == "Gather":
+            return self._gathered(node, lane)
+        return self._through_view(lane) if op in VIEW_OPS else lane
 
-    def _through_view(self, value: ir.Value, index: int) -> Hashable:
-        """The lane of a view's source that a lane shows, where the last axis runs over no other."""
+    def _part(self, node: ir.Node, lane: Lane, last: int) -> Hashable:
+        index, axis = lane.at, attribute(node, "axis") % (last + 1)
+        if axis != last:
+            return (
+                "Concat",
+                axis,
+                *(self.origin(Lane(given(node, i), index)) for i in range(len(node.inputs))),
+            )
+        for part in node.inputs:
+            size = self._last(part)
+            if part is None or size is None:
+                break
+            if index < size:
+                return self.origin(Lane(part, index))
+            index -= size
+        return lane
+
+    def _sliced(self, node: ir.Node, lane: Lane, last: int) -> Hashable:
+        """A slice of the lanes; or of other axes, the same for every lane."""
+        bounds = slice_bounds(self._facts.shapes, node)
+        if bounds is None:
+            return lane
+        at, rest = lane.at, []
+        for axis, start, length, step in bounds:
+            if axis == last and not isinstance(start, int):
+                return lane
+            if axis == last and isinstance(start, int):
+                at = start + at * step
+            else:
+                rest.append((axis, start, length, step))
+        inner = self.origin(Lane(given(node), at))
+        return ("Slice", tuple(rest), inner) if rest else inner
+
+    def _split(self, node: ir.Node, lane: Lane, last: int) -> Hashable:
+        if attribute(node, "axis", 0) % (last + 1) != last:
+            return self._elsewhere(node, lane.at, lane.value.index())
+        index = lane.at
+        for output in node.outputs:
+            if output is lane.value:
+                return self.origin(Lane(given(node), index))
+            size = self._last(output)
+            if size is None:
+                break
+            index += size
+        return lane
+
+    def _gathered(self, node: ir.Node, lane: Lane) -> Hashable:
+        """A Gather of lanes by constants; or along another axis, the same for every lane."""
+        source = given(node)
+        rank = self._facts.shapes.rank(source)
+        indices = constant(node.inputs[1])
+        if rank is None:
+            return lane
+        axis = attribute(node, "axis", 0) % rank
+        if axis != rank - 1:
+            return self._elsewhere(node, lane.at)
+        size = self._last(source)
+        if indices is None or indices.ndim != 1 or size is None:
+            return lane
+        return self.origin(Lane(source, int(indices[lane.at]) % size))
+
+    def _elsewhere(self, node: ir.Node, index: int, output: int | None = 0) -> Hashable:
+        """What a node does to other axes, the same for every lane, and the lane it does it to."""
+        others = tuple(map(self._identity, node.inputs[1:]))
+        inner = self.origin(Lane(given(node), index))
+        return (node.op_type, _attributes(node), output, others, inner)
+
+    def _identity(self, value: ir.Value | None) -> Hashable:
+        elements = constant(value, 1024)
+        return value if elements is None else (elements.tobytes(), elements.shape)
+
+    def _through_view(self, lane: Lane) -> Hashable:
+        """The lane of a view's source that a lane shows, where the lanes run over no other axis."""
+        value, index, axes = lane
         view = self._facts.views.of(value)
         rank = None if view is None else self._facts.shapes.rank(view.source)
-        if view is None or rank is None or view.source is value:
-            return (value, index)
+        if view is None or rank is None or (view.source is value and axes == 1):
+            return lane
         source_lane = 0
-        for digit in reversed(view.axes[-1]):
+        for digit in reversed([digit for axis in view.axes[-axes:] for digit in axis]):
             if not isinstance(digit.size, int) or not isinstance(digit.stride, int):
-                return (value, index)
+                return lane
             index, part = divmod(index, digit.size)
             if digit.axis == rank - 1:
                 source_lane += part * digit.stride
             elif not digit.repeats:
-                return (value, index)
-        if any(digit.axis == rank - 1 for axis in view.axes[:-1] for digit in axis):
-            return (value, index)
-        return ("view", view.axes[:-1], view.scale, self.origin((view.source, source_lane)))
+                return lane
+        leading = view.axes[:-axes]
+        if any(digit.axis == rank - 1 for axis in leading for digit in axis):
+            return lane
+        return ("view", leading, view.scale, self.origin(Lane(view.source, source_lane)))
 
     def _operand(self, value: ir.Value, index: int) -> Hashable:
         size = self._last(value)
-        if scalar(value) is not None or size is None:
-            return value
-        return self.origin((value, index if size > 1 else 0))
+        number = scalar(value)
+        if number is not None or size is None:
+            return value if number is None else number
+        return self.origin(Lane(value, index if size > 1 else 0))
 
     def _last(self, value: ir.Value | None) -> int | None:
         shape = self._facts.shapes.of(value)
         return shape[-1] if shape and isinstance(shape[-1], int) else None
+
+
+# Operators that work on each element alone. Neg is told apart: signs are compared.
+_ELEMENTWISE = names(
+    """
+    Abs Add Cast Ceil Clip Cos Div Equal Exp Floor Greater GreaterOrEqual Less LessOrEqual Log Max
+    Min Mod Mul Not Pow Reciprocal Round Sin Sqrt Sub Where
+    """
+)
+
+
+def _attributes(node: ir.Node) -> Hashable:
+    return tuple(sorted((name, str(found.value)) for name, found in node.attributes.items()))
+
+
+def _lane(array: Array, lane: Lane) -> Array:
+    """One lane of a table that was run."""
+    leading = array.shape[: array.ndim - lane.axes]
+    found: Array = array.reshape(*leading, -1)[..., lane.at]
+    return found

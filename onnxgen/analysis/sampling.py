@@ -48,6 +48,27 @@ class Sampler:
             self._known[key] = self._run(value, shapes)
         return self._known[key]
 
+    def along(self, value: ir.Value, positions: str, length: int) -> list[Array]:
+        """The value for positions 0 to length-1 of one row; none where that cannot be run.
+
+        Only the positions are fed: lengths that an export fixes elsewhere do not matter.
+        """
+        given = next(each for each in self._graph.inputs if each.name == positions)
+        dims = self.roles.inputs[positions].axes
+        feed = np.arange(length, dtype=given.dtype.numpy() if given.dtype else np.int64)
+        try:
+            part = cut([given], [value], self._graph.opset_imports)
+            session = self._runtime.load(part.SerializeToString())
+        except (CutError, RuntimeFailure):
+            return []
+        try:
+            feeds = {positions: feed.reshape((1,) * (len(dims) - 1) + (length,))}
+            return [self._runtime.run(session, feeds)[value.name or ""]]
+        except RuntimeFailure:
+            return []
+        finally:
+            self._runtime.unload(session)
+
     def _run(self, value: ir.Value, shapes: Sequence[RunShape]) -> list[tuple[RunShape, Array]]:
         inputs = [each for each in self._graph.inputs if each.name in self.roles.inputs]
         part = cut(inputs, [value], self._graph.opset_imports)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import attribute, names
+from onnxgen.analysis import contrib_shapes
+from onnxgen.analysis.graph import CONTRIB, attribute, names, scalar
 from onnxgen.analysis.symbols import (
     Dim,
     broadcast,
@@ -49,7 +50,8 @@ LIKE_FIRST = names(
 
 
 def output_shapes(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None] | None:
-    rule = _SHAPE_RULES.get(node.op_type)
+    contrib = contrib_shapes.RULES.get(node.op_type) if node.domain == CONTRIB else None
+    rule = contrib or _SHAPE_RULES.get(node.op_type)
     if rule is not None:
         return rule(shapes, node)
     if node.op_type in LIKE_FIRST:
@@ -141,6 +143,21 @@ def _tile(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     if source is None or repeats is None:
         return [None]
     return [tuple(size * times for size, times in zip(source, repeats.flat, strict=True))]
+
+
+def _pad(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source, pads = shapes.of(node.inputs[0]), shapes.content(node.inputs[1])
+    if source is None:
+        return [None]
+    axes = shapes.content(node.inputs[3]) if len(node.inputs) > 3 else np.arange(len(source))
+    if pads is None or axes is None or pads.size != 2 * axes.size:
+        return [tuple(shapes.unknown("dim") for _ in source)]
+    result = list(source)
+    for axis, before, after in zip(
+        axes.flat, pads.flat[: axes.size], pads.flat[axes.size :], strict=True
+    ):
+        result[int(axis)] = result[int(axis)] + before + after
+    return [tuple(result)]
 
 
 def _transpose(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
@@ -292,17 +309,18 @@ def _matmul(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [None if batch is None else (*batch, a[-2], b[-1])]
 
 
+def _last(shapes: Shapes, node: ir.Node, size: int) -> Shape | None:
+    """The first input's shape with another size of its last axis."""
+    source = shapes.of(node.inputs[0])
+    return None if not source else (*source[:-1], size)
+
+
 def _gemm(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     a, b = shapes.of(node.inputs[0]), shapes.of(node.inputs[1])
     if a is None or b is None:
         return [None]
     rows = a[1] if attribute(node, "transA", 0) else a[0]
     return [(rows, b[0] if attribute(node, "transB", 0) else b[1])]
-
-
-def _matmul_nbits(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
-    x, columns = shapes.of(node.inputs[0]), attribute(node, "N")
-    return [None if x is None or columns is None else (*x[:-1], columns)]
 
 
 def _conv(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
@@ -334,10 +352,17 @@ def _reduce(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
 
 
 def _range(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    numbers = [scalar(value) for value in node.inputs]
+    known = [number for number in numbers if number is not None]
+    if len(known) == 3 and known[2]:
+        start, limit, step = known
+        return [(max(0, int(np.ceil((limit - start) / step))),)]
     ends = [shapes.content(value) for value in node.inputs]
     if any(end is None or end.size != 1 for end in ends):
         return [(shapes.unknown("dim"),)]
     start, limit, step = (end.flat[0] for end in ends if end is not None)
+    if not isinstance(step, (int, np.integer)) or step < 1:
+        return [(shapes.unknown("dim"),)]
     length = limit - start if step == 1 else floor_divide(limit - start + step - 1, step)
     return [(length if never_negative(length) else maximum(0, length),)]
 
@@ -347,18 +372,39 @@ def _constant_of_shape(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [None if target is None else tuple(target)]
 
 
+def einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str] | None:
+    """The letters of the operands and of the result, an ellipsis spelled out; None where implicit."""
+    left, arrow, result = equation.replace(" ", "").partition("->")
+    operands = left.split(",")
+    if not arrow or len(operands) != len(ranks):
+        return None
+    hidden = [
+        rank - len(each.replace("...", "")) for each, rank in zip(operands, ranks, strict=True)
+    ]
+    most = max(hidden)
+    if min(hidden) < 0 or any(n and "..." not in o for n, o in zip(hidden, operands, strict=True)):
+        return None
+    spare = [str(axis) for axis in range(most)]  # no letters: none of the equation's
+    spelled = [
+        each.replace("...", "".join(spare[most - count :]))
+        for each, count in zip(operands, hidden, strict=True)
+    ]
+    return spelled, result.replace("...", "".join(spare))
+
+
 def _einsum(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
-    terms, _, result = attribute(node, "equation").replace(" ", "").partition("->")
-    if not result or "." in terms:
+    operands = [shapes.of(value) for value in node.inputs]
+    known = [shape for shape in operands if shape is not None]
+    if len(known) != len(operands):
+        return [None]
+    spelled = einsum_terms(attribute(node, "equation"), list(map(len, known)))
+    if spelled is None:
         return [None]
     sizes: dict[str, Dim] = {}
-    for letters, value in zip(terms.split(","), node.inputs, strict=True):
-        shape = shapes.of(value)
-        if shape is None:
-            return [None]
+    for letters, shape in zip(spelled[0], known, strict=True):
         for letter, size in zip(letters, shape, strict=True):
             sizes[letter] = broadcast(sizes.get(letter, 1), size)
-    return [tuple(sizes[letter] for letter in result)]
+    return [tuple(sizes[letter] for letter in spelled[1])]
 
 
 def _shape(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
@@ -417,15 +463,19 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "GatherElements": lambda shapes, node: [shapes.of(node.inputs[1])],
     "MatMul": _matmul,
     "Gemm": _gemm,
-    "MatMulNBits": _matmul_nbits,
+    "FusedGemm": _gemm,
     "Conv": _conv,
+    "FusedConv": _conv,
     "Range": _range,
     "ConstantOfShape": _constant_of_shape,
+    "Pad": _pad,
     "Einsum": _einsum,
+    "MatMulNBits": lambda shapes, node: [_last(shapes, node, attribute(node, "N"))],
     "Shape": _shape,
     "Size": lambda shapes, node: [()],
     "TopK": _top_k,
     "Attention": _attention,
+    "SinkAttention": _attention,
     **dict.fromkeys(
         names(
             """

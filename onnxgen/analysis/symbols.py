@@ -213,7 +213,7 @@ def broadcast(a: Dim, b: Dim) -> Dim:
     # Whatever was broadcast once more does not change: a set of operands. A table cut to a length
     # (`table[:, :S]` is min(S, rows) long) serves that length or fails.
     operands = {*_broadcast_operands(a), *_broadcast_operands(b)}
-    operands -= {each for each in operands if _cut_to(each) & operands}
+    operands -= {each for each in operands if (_cut_to(each) | _at_least_one(each)) & operands}
     return atom("bcast", *sorted(operands, key=str)) if len(operands) > 1 else operands.pop()
 
 
@@ -225,6 +225,16 @@ def _cut_to(dim: Dim) -> set[Dim]:
         numbers = [each for each in only.arguments if isinstance(each, int)]
         if only.name == "min" and numbers and min(numbers) > 1:
             return {each for each in only.arguments if not isinstance(each, int)}
+    return set()
+
+
+def _at_least_one(dim: Dim) -> set[Dim]:
+    """The free sizes n of which `dim` is max(n, 1): broadcast with n both are n, if 0 too."""
+    terms = terms_of(dim)
+    if len(terms) == 1 and terms[0][1] == 1 and len(terms[0][0]) == 1:
+        only = terms[0][0][0]
+        if only.name == "max" and len(only.arguments) == 2 and 1 in only.arguments:
+            return {each for each in only.arguments if each != 1}
     return set()
 
 

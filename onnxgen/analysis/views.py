@@ -77,6 +77,11 @@ class Views:
             self._known[each] = self._compose(each)
         return self._known[value]
 
+    def through(self, node: ir.Node, axes: tuple[Axis, ...]) -> tuple[Axis, ...] | None:
+        """The axes of a view node's output, given those of what it views; None if not known."""
+        found = self._apply(node, axes, node.outputs[0])
+        return None if found is None else tuple(map(canonical, found))
+
     def forget(self) -> None:
         """Answers are remembered until the graph changes."""
         self._known.clear()
@@ -135,6 +140,10 @@ class Views:
                 return self._tile(node, axes)
             case "Gather":
                 return self._gather(node, axes)
+            case "Concat" if _of_one(node):
+                axis = attribute(node, "axis") % len(axes)
+                repeated = (Digit(None, 1, len(node.inputs)), *axes[axis])
+                return [*axes[:axis], repeated, *axes[axis + 1 :]]
         return None
 
     def _reshape(self, digits: list[Digit], shape: Sequence[Dim]) -> list[Axis] | None:
@@ -211,10 +220,15 @@ def viewed(value: ir.Value) -> ir.Value | None:
     node = value.producer()
     if node is None or value.index() != 0:
         return None
-    if node.op_type in VIEW_OPS:
+    if node.op_type in VIEW_OPS or _of_one(node):
         return node.inputs[0]
     factor = scalar_factor(node)
     return None if factor is None else factor[0]
+
+
+def _of_one(node: ir.Node) -> bool:
+    """Whether a node joins one tensor with itself, which repeats it."""
+    return node.op_type == "Concat" and len(node.inputs) > 1 and len(set(node.inputs)) == 1
 
 
 def scalar_factor(node: ir.Node) -> tuple[ir.Value, float] | None:

@@ -23,6 +23,10 @@ _NAMES = {
     "rms_norm": "RMS norm",
     "layer_norm": "layer norm",
     "rotary": "rotary embedding",
+    "projection": "projections of queries, keys and values",
+    "norm": "norms with their residual",
+    "cache": "cache write",
+    "unattended": "rows that see nothing",
 }
 _STYLES = {"proven": "green", "differs": "red", "unproven": "yellow", "unverifiable": "red"}
 
@@ -46,9 +50,14 @@ def render_report(report: Report) -> RenderableType:
         parts.append(Text("Nothing was found to fuse.", "yellow"))
     parts += _fused(report.sites)
     parts += _not_fused(report.sites)
+    parts += _lowered(report.lowered)
+    if report.contract:
+        parts.append(_labelled("Contract", report.contract, "bold"))
     parts.append(render_proof(report.proof))
     parts += [_labelled("Warning", warning, "yellow") for warning in report.warnings]
     parts.append(_footer(report))
+    if report.beside:
+        parts.append(Text(f"Beside it: {', '.join(report.beside)}"))
     return Group(*parts)
 
 
@@ -58,7 +67,7 @@ def render_proof(proof: Proof | None) -> RenderableType:
         reason = proof.reason if proof is not None and proof.reason else "nothing was run"
         return _labelled("Unproven", reason, _STYLES["unproven"])
     lines: list[RenderableType] = []
-    ran = [case for case in proof.cases if not case.skipped]
+    ran = [case for case in proof.cases if case.compared]
     status = proof.status.capitalize()
     said = [proof.reason] if proof.reason else []
     if ran:
@@ -75,12 +84,22 @@ def render_proof(proof: Proof | None) -> RenderableType:
             )
         )
     skipped: dict[str, list[Case]] = {}
+    if proof.note:
+        lines.append(Text(f"  {proof.note}"))
     for case in proof.cases:
         if case.skipped:
             skipped.setdefault(case.skipped, []).append(case)
     for reason, cases in skipped.items():
         names = _some(case.name for case in cases)
         lines.append(Text(f"  {_many(len(cases), 'case')} skipped ({names}): {reason}", "yellow"))
+    outside = [case for case in proof.cases if case.outside]
+    if outside:
+        names = _some(case.name for case in outside)
+        lines.append(
+            Text(
+                f"  {_many(len(outside), 'case')} outside the contract fail as they must ({names})"
+            )
+        )
     return Group(*lines)
 
 
@@ -135,6 +154,19 @@ def _fused(sites: Sequence[Site]) -> Iterator[Text]:
         if count > GROUPS_SHOWN:
             more = _many(count - GROUPS_SHOWN, "other form")
             yield Text(f"Fused {_NAMES.get(kind, kind)}: and {more} (--json lists all)")
+
+
+def _lowered(sites: Sequence[Site]) -> Iterator[Text]:
+    """What became the target's own operators, one line a kind, and what did not and why."""
+    groups: dict[str, list[Site]] = {}
+    for site in sites:
+        groups.setdefault(site.kind, []).append(site)
+    for kind, group in groups.items():
+        done = [site for site in group if site.status == "fused"]
+        details = {", ".join(f"{k} {v}" for k, v in site.details.items()) for site in done}
+        said = f": {'; '.join(sorted(details))}" if any(details) else ""
+        yield Text(f"Lowered {_NAMES.get(kind, kind)} ({len(done)} of {len(group)}){said}")
+    yield from _not_fused(sites)
 
 
 def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:

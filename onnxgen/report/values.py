@@ -34,7 +34,8 @@ class Site:
     """One place in the model that a rule looked at.
 
     Attributes:
-        kind: "attention", "rms_norm", "layer_norm" or "rotary".
+        kind: "attention", "rms_norm", "layer_norm", "rotary" or "cache"; lowered: "attention",
+            "projection" or "norm".
         rule: the code of the rule that fused it, or came nearest.
         node: name of the fused node, or of the anchor node that was kept.
         scope: the module path that the exporter left, "" where it left none.
@@ -67,6 +68,7 @@ class Case:
             original output, over every output; NaN never occurs: a NaN on one side counts as inf.
         output: the output where the largest difference is.
         skipped: why the case could not be run (the original itself fails on it), else "".
+        outside: what the model's contract says against it, where it failed as it must; else "".
     """
 
     name: str
@@ -77,6 +79,12 @@ class Case:
     difference: float = 0.0
     output: str = ""
     skipped: str = ""
+    outside: str = ""
+
+    @property
+    def compared(self) -> bool:
+        """Whether the two models' outputs were compared."""
+        return not self.skipped and not self.outside
 
 
 @dataclass
@@ -91,6 +99,7 @@ class Proof:
         structures: how many distinct rewrites among them were run (equal ones once).
         rewrite_difference: the largest difference seen in those checks.
         reason: one sentence where the status is not "proven".
+        note: one sentence where the compared models are not what is written, bit for bit.
         twins: whether float32 twins were run in the place of models that hold bfloat16.
     """
 
@@ -101,12 +110,13 @@ class Proof:
     structures: int = 0
     rewrite_difference: float = 0.0
     reason: str = ""
+    note: str = ""
     twins: bool = False
 
     @property
     def worst(self) -> Case | None:
         """The case with the largest difference, None when no case ran."""
-        ran = [case for case in self.cases if not case.skipped]
+        ran = [case for case in self.cases if case.compared]
         return max(ran, key=lambda case: case.difference, default=None)
 
 
@@ -116,12 +126,15 @@ class Report:
 
     Attributes:
         input, output: paths as given; output is "" when nothing was written.
-        target: "onnx".
+        beside: names of the files that were written beside the output.
+        target: "onnx" or "ort".
+        contract: what the written model assumes, as text; "" where it assumes nothing.
         opset_before, opset_after: versions of the default domain.
         nodes_before: nodes of the model as read, functions' bodies included once a call.
         nodes_after: nodes of the model as written.
         ops_before, ops_after: how many nodes of each op type.
         sites: every place a rule looked at, in graph order.
+        lowered: the same for the target's rules, which start from what raising gave.
         warnings: one sentence each.
         seconds: wall time by stage ("read", "normalize", "raise", "verify", "write").
     """
@@ -136,6 +149,9 @@ class Report:
     ops_before: dict[str, int] = field(default_factory=dict)
     ops_after: dict[str, int] = field(default_factory=dict)
     sites: list[Site] = field(default_factory=list)
+    lowered: list[Site] = field(default_factory=list)
+    contract: str = ""
+    beside: list[str] = field(default_factory=list)
     proof: Proof | None = None
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import onnx
 import onnx_ir as ir
 
+from onnxgen.analysis.graph import is_read
 from onnxgen.errors import UsageError
 
 # Attention, RMSNormalization and RotaryEmbedding are of opset 23; 24 is what we normalize to.
@@ -32,10 +33,14 @@ def opset_for(before: int, wanted: int | None) -> int:
     return wanted
 
 
-def finish(model: ir.Model, version: str) -> None:
+def finish(model: ir.Model, version: str, target: str = "onnx") -> None:
     """State what wrote the model, in a form that the installed runtimes read."""
     opset = model.graph.opset_imports.get("", DEFAULT)
     needed = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", opset)])
     model.ir_version = max(needed, min(model.ir_version or needed, HIGHEST_IR))
+    for node in model.graph:
+        for output in node.outputs[1:]:
+            if node.domain == "com.microsoft" and not is_read(output):
+                output.name = ""  # asked for by nobody; some cannot be computed at all
     model.metadata_props["onnxgen.version"] = version
-    model.metadata_props["onnxgen.target"] = "onnx"
+    model.metadata_props["onnxgen.target"] = target

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from onnxgen.analysis.feeds import RunShape, forced_shape, misfit
+from onnxgen.analysis.feeds import RunShape, forced_shape, misfit, nearest_shape
 from onnxgen.analysis.roles import Roles
 
 LONGEST = 8192
@@ -71,6 +71,8 @@ def plan(roles: Roles, edges: Iterable[int] = ()) -> list[Run]:
         )
         lengths = (7, 400) if free else (7,)
         shapes = [RunShape(batch, encoder=length) for length in lengths for batch in (1, 2, 3)]
+    if roles.counted:
+        shapes += _COUNTED
     runs = _fitting(roles, [Run("", shape) for shape in shapes])
     runs += _fitting(roles, _edge_runs(roles, edges))
     if roles.pairs and (roles.named("ids") or roles.named("embeds")):
@@ -97,6 +99,7 @@ _SHAPES = (
     RunShape(1, 3, 7),
     RunShape(2, 3, 5),
     RunShape(2, 3, 7, padding="left"),
+    RunShape(1, 4, 6, padding="left"),  # all that some kernels take over a past
     RunShape(2, 4, 2, padding="left", pads=(4, 1)),  # longer than the past
     RunShape(2, 4, 7, padding="right"),
     RunShape(1, 1),
@@ -105,6 +108,15 @@ _SHAPES = (
     RunShape(2, 1, 8, padding="left", encoder=5),
     RunShape(3, 1, 9, padding="left", pads=(0, 5, 8)),
     RunShape(2, 1, 7, padding="right"),
+)
+# Caches with places to spare, and rows of very different lengths.
+_COUNTED = (
+    RunShape(2, 5, spare=4),
+    RunShape(2, 5, padding="right", spare=1),
+    RunShape(1, 3, 7, spare=5),
+    RunShape(1, 3, 7, padding="right"),
+    RunShape(3, 1, 9, padding="right", pads=(0, 5, 8)),
+    RunShape(3, 1, 9, padding="right", pads=(2, 0, 7), spare=3),
 )
 # Greedy steps start from the first of these that the original can run.
 _CHAINS = (
@@ -168,9 +180,13 @@ def _fitting(roles: Roles, runs: Sequence[Run]) -> list[Run]:
             kept.append(run)
             continue
         shape = forced_shape(roles, run.shape)
+        # A static cache that is too short for a run is run as far as it goes.
+        cut = roles.static_room is not None and (shape is None or _stuck(roles, shape))
+        if cut and (shape is None or run.steps):
+            shape = nearest_shape(roles, run.shape, 4 if run.steps else 0)
         if shape is None:
             continue
-        if run.steps and (shape.new != run.shape.new or _stuck(roles, shape)):
+        if run.steps and ((shape.new != run.shape.new and not cut) or _stuck(roles, shape)):
             continue
         kept.append(replace(run, shape=shape))
     return kept
@@ -202,6 +218,8 @@ def _name(roles: Roles, run: Run) -> str:
         name += f", batch {shape.batch}"
     if shape.padding != "none":
         name += f", {shape.padding} padding {'/'.join(map(str, shape.pads))}"
+    if shape.spare:
+        name += f", {shape.spare} places to spare"
     return name
 
 

@@ -25,9 +25,11 @@ from onnxgen.errors import FileError
 from onnxgen.model_io import read_model
 from onnxgen.report.values import Case, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.targets.contract import Contract, read_contract
 from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.cases import Run, find_edges, plan
 from onnxgen.verify.difference import NotANumberError, output_difference
+from onnxgen.verify.precision import NOTE, in_full_precision, rounds_activations
 
 Array = npt.NDArray[Any]
 Source = Path | bytes
@@ -56,7 +58,8 @@ def verify_models(
     whatever the outputs have: a float16 model with float32 logits is held to 1e-2. Models that
     hold bfloat16, which ONNX Runtime's CPU cannot run, are compared as float32 twins. A case on
     which the original itself fails is skipped and says so; one on which only the rewritten
-    model fails counts as different.
+    model fails counts as different. Outside the contract that stands in the rewritten model's
+    metadata it must fail, or answer as the original does.
 
     Args:
         original, rewritten: paths, or serialized models.
@@ -91,9 +94,11 @@ def verify_models(
     # The original is what its nodes say; the rewritten one runs as it will for a user. Both
     # optimised by the runtime could be one and the same graph in the end, right or wrong.
     sides = (
-        _Side(runtime, original, as_written=True),
-        _Side(runtime, rewritten, as_written=False),
+        _Side(runtime, original, as_written=True, full=rounds_activations(model)),
+        _Side(runtime, rewritten, as_written=False, full=rounds_activations(model)),
     )
+    if sides[0].full:
+        proof.note = NOTE
     try:
         sides[0].load()
     except RuntimeFailure as error:
@@ -107,12 +112,12 @@ def verify_models(
         proof.reason = f"ONNX Runtime cannot load the rewritten model: {error}"
         return proof
     try:
-        comparison = _Comparison(found, *sides)
+        comparison = _Comparison(found, *sides, read_contract(other))
         runs = plan(found, [*edges, *own_edges])
         for number, run in enumerate(runs, 1):
             progress(f"comparing {number}/{len(runs)}: {run.name}")
             case = comparison.case(run)
-            if run.steps and not case.skipped:
+            if run.steps and case.compared:
                 proof.cases.append(case)
                 break
             if not run.steps or run is runs[-1]:
@@ -158,20 +163,24 @@ def _conclude(proof: Proof, failures: Mapping[str, str]) -> None:
 class _Side:
     """One of the two models; loaded again when a crash took its session along."""
 
-    def __init__(self, runtime: Runtime, source: Source, *, as_written: bool) -> None:
+    def __init__(
+        self, runtime: Runtime, source: Source, *, as_written: bool, full: bool = False
+    ) -> None:
         self.runtime = runtime
         self.source = source
+        self.full = full
         self.session = 0
         self._as_written = as_written
 
     def load(self) -> None:
+        source, folder = in_full_precision(self.source) if self.full else (self.source, None)
         if self._as_written:
             try:
-                self.session = self.runtime.load(self.source, optimize=False)
+                self.session = self.runtime.load(source, optimize=False, folder=folder)
                 return
             except RuntimeFailure:
                 self._as_written = False  # some graphs load only with their constants folded
-        self.session = self.runtime.load(self.source, optimize=True)
+        self.session = self.runtime.load(source, optimize=True, folder=folder)
 
     def unload(self) -> None:
         self.runtime.unload(self.session)
@@ -201,7 +210,8 @@ class _Comparison:
         failures: ONNX Runtime's words where only the rewritten model failed, by case name.
     """
 
-    def __init__(self, roles: Roles, original: _Side, rewritten: _Side) -> None:
+    def __init__(self, roles: Roles, original: _Side, rewritten: _Side, contract: Contract) -> None:
+        self.contract = contract
         self.roles = roles
         self.original = original
         self.rewritten = rewritten
@@ -225,6 +235,9 @@ class _Comparison:
             try:
                 got = self.rewritten.run(step.feeds[1])
             except RuntimeFailure as error:
+                outside = self.contract.refuses(step.shape)
+                if outside:
+                    return replace(case, outside=outside)
                 self.failures[run.name] = str(error)
                 return replace(case, difference=math.inf)
             try:

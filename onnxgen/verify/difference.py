@@ -58,7 +58,7 @@ def _compared(
         length = original.shape[pair.axis]
         if original.shape[at[0]] != shape.batch:
             return both
-        kept = shape.real_kept(length)
+        kept = shape.real_kept(length, counted=pair.counted)
         first = shape.past if pair.static else max(length - shape.new, 0)
         new = np.zeros(length, np.bool_)
         new[first : first + shape.new] = True

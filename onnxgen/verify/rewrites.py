@@ -9,8 +9,8 @@ as a user would feed them. Parts of one structure are run once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,6 +26,7 @@ from onnxgen.analysis.scores import MASKED
 from onnxgen.analysis.symbols import evaluate
 from onnxgen.patterns.rule import Rewrite
 from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.targets.contract import Contract
 from onnxgen.verify.compare import TOLERANCES
 
 # Lengths that are different from one another and from 1, so that a swapped axis cannot pass.
@@ -33,6 +34,19 @@ SHAPES = (
     RunShape(batch=2, new=5, past=7),
     RunShape(batch=2, new=5, past=3, padding="left"),
     RunShape(batch=3, new=1, past=11),
+)
+# For targets that do not take several new tokens over a past for several sequences.
+ONE_SEQUENCE = (
+    RunShape(batch=1, new=5, past=7),
+    RunShape(batch=1, new=5, past=3, padding="left"),
+    RunShape(batch=2, new=5),
+    RunShape(batch=2, new=5, padding="left"),
+)
+# For caches that GroupQueryAttention counts: rows of different lengths, places to spare.
+COUNTED = (
+    RunShape(batch=1, new=5, past=7),
+    RunShape(batch=3, new=1, past=9, padding="right"),
+    RunShape(batch=2, new=1, past=7, spare=3),
 )
 SMALL = 256  # elements: constants up to here are written into a part, larger ones are fed
 
@@ -48,13 +62,22 @@ class RewriteChecker:
 
     def __init__(self, runtime: Runtime, roles: Roles) -> None:
         self._runtime = runtime
+        self._fed: dict[RunShape, tuple[dict[str, Any], dict[str, int]]] = {}
         self._roles = roles
         self._verdicts: dict[str, str | None] = {}
-        self._fed: dict[RunShape, tuple[dict[str, Any], dict[str, int]]] = {}
-        fitting = [nearest_shape(roles, shape) for shape in SHAPES]
-        self._shapes = list(dict.fromkeys(shape for shape in fitting if shape is not None))
         self.rewrites = 0
         self.difference = 0.0
+        self.within(Contract())
+
+    def within(self, contract: Contract) -> None:
+        """From here on compare only runs that the contract takes, of real tokens only where
+        padding behind a prompt may get any answer.
+        """
+        shapes = [*SHAPES, *(COUNTED if self._roles.counted else ())]
+        shapes += () if contract.chunked_batches else ONE_SEQUENCE
+        single = [replace(shape, batch=1, pads=()) for shape in SHAPES]
+        self._shapes = [s for s in _fitting(self._roles, shapes) if not contract.refuses(s)]
+        self._single = [s for s in _fitting(self._roles, single) if not contract.refuses(s)]
 
     @property
     def structures(self) -> int:
@@ -88,7 +111,8 @@ class RewriteChecker:
         self, facts: Facts, rewrite: Rewrite, part: _Part, sessions: Sequence[int]
     ) -> str | None:
         failures: list[str] = []
-        for seed, shape in enumerate(self._shapes):
+        shapes = self._single if rewrite.repairs else self._shapes
+        for seed, shape in enumerate(shapes):
             feeds = self._feeds(facts, shape, part, np.random.default_rng(seed))
             if isinstance(feeds, str):
                 failures.append(feeds)
@@ -105,7 +129,7 @@ class RewriteChecker:
             reason = self._compare(rewrite, old, new)
             if reason is not None:
                 return reason
-        if len(failures) == len(self._shapes):
+        if len(failures) == len(shapes):
             return f"its check cannot be run: {failures[0] if failures else 'no length fits'}"
         return None
 
@@ -132,7 +156,8 @@ class RewriteChecker:
         inputs, binding = self._inputs(shape)
         feeds: dict[str, Any] = {}
         for name, value in part.free.items():
-            if name in inputs and not facts.is_activation(value):
+            whole = value.dtype is not None and not value.dtype.is_floating_point()
+            if name in inputs and (whole or not facts.is_activation(value)):
                 feeds[name] = inputs[name]
                 continue
             if value.const_value is not None and value not in part.weights:
@@ -161,6 +186,7 @@ class RewriteChecker:
         attended = None
         if rewrite.mask is not None:
             attended = _attended(new[rewrite.mask.name or ""])
+        counts = None if rewrite.counts is None else new[rewrite.counts.name or ""]
         for index, (old_value, new_value) in enumerate(rewrite.outputs):
             a, b = old[old_value.name or ""], new[new_value.name or ""]
             if a.shape != b.shape:
@@ -172,6 +198,8 @@ class RewriteChecker:
             valid = np.isfinite(a)  # an unguarded row that is masked everywhere is NaN
             if attended is not None and index == 0:
                 valid &= _rows_like(attended, a)
+            if counts is not None and index > 0:
+                valid &= (np.arange(a.shape[2]) < counts[:, None])[:, None, :, None]
             if not valid.any():
                 continue
             if not np.isfinite(b[valid]).all():
@@ -228,8 +256,9 @@ class _Part:
                     stop[node.outputs[0]] = None
         opsets = facts.graph.opset_imports
         new = [new for _, new in rewrite.outputs]
-        if rewrite.mask is not None and rewrite.mask not in new:
-            new.append(rewrite.mask)
+        for each in (rewrite.mask, rewrite.counts):
+            if each is not None and each not in new:
+                new.append(each)
         before = cut(stop, old, opsets, max_nodes=600)
         after = cut(stop, new, opsets, max_nodes=600)
         read_before = {each.name for each in before.graph.input}
@@ -246,6 +275,12 @@ class _Part:
         return "".join([_structure(self.before), _structure(self.after), *sizes])
 
 
+def _fitting(roles: Roles, shapes: Iterable[RunShape]) -> list[RunShape]:
+    """The shapes nearest to these that the model takes, each once."""
+    fitting = (nearest_shape(roles, shape) for shape in shapes)
+    return list(dict.fromkeys(shape for shape in fitting if shape is not None))
+
+
 def _elements(value: ir.Value) -> int:
     """How many elements a constant has; 0 for what is no constant."""
     if value.const_value is None or value.is_graph_input():
@@ -260,7 +295,10 @@ def _attended(mask: Any) -> Any:
 
 
 def _rows_like(attended: Any, output: Any) -> Any:
-    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes merged."""
+    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes merged.
+
+    Merged are batch and heads, [B*H,S,D], or heads and columns, [B,S,H*D].
+    """
     if output.ndim == 4:
         return np.broadcast_to(attended, output.shape)
     while attended.ndim < 4:
@@ -269,6 +307,10 @@ def _rows_like(attended: Any, output: Any) -> Any:
     rows, width = output.shape[-2:]
     batch = max(batch, 1)
     merged = int(np.prod(output.shape[:-2])) // batch
+    if output.ndim == 3 and heads > 1 and merged % heads and width % heads == 0:
+        by_head = np.swapaxes(attended, 1, 2)[..., 0]  # [B, S or 1, H]
+        columns = np.repeat(by_head, width // heads, axis=-1)
+        return np.broadcast_to(columns, output.shape)
     if merged % heads or attended.shape[2] not in (1, rows):
         return np.ones(output.shape, bool)
     full = np.broadcast_to(attended, (batch, merged, attended.shape[2], width))
@@ -295,7 +337,9 @@ def _structure(part: onnx.ModelProto) -> str:
     for node in part.graph.node:
         inputs = ",".join(map(name, node.input))
         outputs = ",".join(map(name, node.output))
-        digest.update(f"{node.domain}:{node.op_type}({inputs})->{outputs};".encode())
+        digest.update(
+            f"{node.domain}:{node.op_type}:{node.overload}({inputs})->{outputs};".encode()
+        )
         for each in sorted(node.attribute, key=lambda attribute: attribute.name):
             digest.update(each.SerializeToString(deterministic=True))
     digest.update(",".join(name(value.name) for value in part.graph.output).encode())

@@ -24,17 +24,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-# Nothing heavy is imported here: a child's peak memory is at least that of the process it was
-# started from.
-
-ROOT = Path(__file__).resolve().parent.parent.parent
-EXPORT = ROOT / "tests" / "corpus" / "export.py"
+# Nothing heavy: a child's peak memory is at least that of the process it was started from.
+from common import exported, print_table
 
 # A script around one function of onnxscript; it writes how long that took, loading and saving in.
 ONNXSCRIPT = """
@@ -84,27 +81,6 @@ class Measured:
     def work(self) -> float:
         """The fastest run's work, imports and start-up left out."""
         return min(self.works)
-
-
-def exported(layers: int, folder: Path) -> Path:
-    """The qwen3 export with this many layers, made unless the folder has it."""
-    path = folder / f"qwen3-dynamo20-{layers}.onnx"
-    if path.exists():
-        return path
-    print(f"exporting {layers} layers (a minute or two) …", file=sys.stderr, flush=True)
-    new = path.with_name(f"{path.stem}.{os.getpid()}.new.onnx")
-    words = ["--model", "qwen3", "--form", "dynamo20", "--layers", str(layers), "--full"]
-    done = subprocess.run(
-        [sys.executable, str(EXPORT), *words, "-o", str(new)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        sys.exit(f"{done.stdout}\nThe export failed; it needs: pip install -e '.[corpus]'")
-    new.replace(path)
-    return path
 
 
 def run(command: Sequence[str]) -> tuple[float, int]:
@@ -162,16 +138,6 @@ def measure_script(name: str, source: str, path: Path, layers: int, runs: int) -
     return Measured(
         name, layers, tuple(walls), tuple(works), max(peaks), (before, after), said["note"]
     )
-
-
-def print_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """A markdown table, its columns aligned."""
-    lines = [list(header), *(list(row) for row in rows)]
-    widths = [max(len(line[index]) for line in lines) for index in range(len(header))]
-    lines.insert(1, ["-" * width for width in widths])
-    for line in lines:
-        print("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |")
-    print(flush=True)
 
 
 def print_growth(measured: Sequence[Measured]) -> None:
@@ -243,7 +209,7 @@ def print_comparison(measured: Sequence[Measured]) -> None:
 
 def bench(folder: Path, layers: Sequence[int], runs: int, *, others: bool) -> None:
     """Measure everything, and print it."""
-    files = {count: exported(count, folder) for count in layers}
+    files = {count: exported(folder, "qwen3", "dynamo20", {"layers": count}) for count in layers}
     packages = ["onnxgen", "onnx", "onnx-ir", "onnxscript", "onnxruntime"]
     print(f"Python {platform.python_version()}, {os.cpu_count()} cores, {platform.machine()}")
     print(", ".join(f"{name} {version(name)}" for name in packages) + "\n")

@@ -3,6 +3,7 @@
     python tests/corpus/export.py --list
     python tests/corpus/export.py --only 'llama/*'
     python tests/corpus/export.py --model qwen3 --form dynamo20 --layers 32 --full -o /tmp/big.onnx
+    python tests/corpus/export.py --model qwen3 --layers 32 --checkpoint /tmp/qwen3
 
 A new model is one line in `MODELS`. What cannot be exported is recorded in `failures.json`, and
 `README.md` is written from it and from the stored files (`--readme` does only that).
@@ -21,7 +22,9 @@ import logging
 import lzma
 import math
 import re
+import subprocess
 import sys
+import tempfile
 import time
 import traceback
 import warnings
@@ -87,6 +90,7 @@ class Model:
     dims: Dims = field(default_factory=Dims)
 
 
+OPTIMIZED = "torchscript-optimized"
 BASIC = ("torchscript", "dynamo20", "dynamo23", "transformers")
 MORE = (
     *BASIC,
@@ -97,6 +101,8 @@ MORE = (
     "dynamo20-decode",
     "transformers-decode",
     "transformers-static",
+    "torchscript-static",
+    "dynamo20-static",
     "torchscript-prefill",
     "dynamo20-prefill",
     "torchscript-fp16",
@@ -104,7 +110,13 @@ MORE = (
 )
 FLOATS = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
 NARROW = {"fp16": "float16", "bf16": "bfloat16"}
-CROPPED = (*BASIC, "torchscript-cropped", "dynamo20-cropped", "transformers-sliding")
+CROPPED = (
+    *BASIC,
+    "torchscript-cropped",
+    "dynamo20-cropped",
+    "transformers-sliding",
+    "transformers-static",
+)
 EXPERTS = (
     "torchscript-batched",
     "dynamo20-batched",
@@ -203,14 +215,14 @@ def layer_types(d: Dims) -> list[str]:
 
 # fmt: off
 MODELS = (
-    Model("llama", "LlamaForCausalLM", common, (*MORE, "torchscript-bf16", "dynamo20-bf16")),
-    Model("qwen3", "Qwen3ForCausalLM", common, MORE),
+    Model("llama", "LlamaForCausalLM", common, (*MORE, "torchscript-bf16", "dynamo20-bf16", "builder", OPTIMIZED)),
+    Model("qwen3", "Qwen3ForCausalLM", common, (*MORE, "builder")),
     Model("qwen2", "Qwen2ForCausalLM", common, BASIC),
     Model("mistral", "MistralForCausalLM", lambda d: {**common(d), "sliding_window": d.window}, CROPPED),
     Model("phi3", "Phi3ForCausalLM", lambda d: {**common(d), "original_max_position_embeddings": d.positions}, BASIC),
     Model("gemma2", "Gemma2ForCausalLM", lambda d: {**common(d), "sliding_window": d.window, "layer_types": layer_types(d), "query_pre_attn_scalar": 40, "attn_logit_softcapping": 5.0, "final_logit_softcapping": 7.0, "tie_word_embeddings": True}, CROPPED, attention="eager"),
     Model("gemma3_text", "Gemma3ForCausalLM", lambda d: {**common(d), "sliding_window": d.window, "layer_types": layer_types(d), "query_pre_attn_scalar": 40, "tie_word_embeddings": True}, BASIC),
-    Model("gpt2", "GPT2LMHeadModel", gpt, BASIC),
+    Model("gpt2", "GPT2LMHeadModel", gpt, (*BASIC, OPTIMIZED)),
     Model("opt", "OPTForCausalLM", lambda d: {**wide(d), "ffn_dim": d.inner, "word_embed_proj_dim": d.width}, BASIC),
     Model("gpt_neox", "GPTNeoXForCausalLM", lambda d: {**wide(d), "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1 / 3}}, BASIC),
     Model("falcon", "FalconForCausalLM", lambda d: {**wide(d), "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False, "bias": False}, (*BASIC, "dynamo23-eager")),
@@ -220,11 +232,14 @@ MODELS = (
     Model("qwen3_moe", "Qwen3MoeForCausalLM", lambda d: {**common(d), "num_experts": d.experts, "num_experts_per_tok": 2, "moe_intermediate_size": 72, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}, EXPERTS),
     Model("gpt_oss", "GptOssForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": d.window, "layer_types": layer_types(d)}, EXPERTS, attention="eager"),
     Model("deepseek_v3", "DeepseekV3ForCausalLM", lambda d: {**common(d), "num_key_value_heads": d.heads, "head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 40, "q_lora_rank": 56, "kv_lora_rank": 64, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3, "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 72}, EXPERTS),
-    Model("bert", "BertModel", wide, BASIC, "encoder"),
+    Model("deepseek_v2", "DeepseekV2ForCausalLM", lambda d: {**common(d), "num_key_value_heads": d.heads, "head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 40, "q_lora_rank": 56, "kv_lora_rank": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 2, "moe_intermediate_size": 72}, ("transformers",)),
+    Model("phi3_longrope", "Phi3ForCausalLM", lambda d: {**common(d), "hidden_size": d.width, "original_max_position_embeddings": 12, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "longrope", "short_factor": [1 + i / 100 for i in range(24)], "long_factor": [1.5 + i / 10 for i in range(24)], "original_max_position_embeddings": 12}}, ("dynamo20",)),
+    Model("bert", "BertModel", wide, (*BASIC, OPTIMIZED), "encoder"),
     Model("distilbert", "DistilBertModel", lambda d: {"n_layers": d.layers, "n_heads": d.heads, "dim": d.width, "hidden_dim": d.inner, "vocab_size": d.vocab, "max_position_embeddings": d.positions}, BASIC, "encoder"),
     Model("modernbert", "ModernBertModel", lambda d: {**wide(d), "cls_token_id": 3, "sep_token_id": 4, "local_attention": d.window, "global_attn_every_n_layers": 2}, BASIC, "encoder"),
     Model("vit", "ViTModel", lambda d: {**wide(d), "image_size": 36, "patch_size": 12}, BASIC, "vision"),
-    Model("clip_vision", "CLIPVisionModel", lambda d: {**wide(d), "image_size": 36, "patch_size": 12}, BASIC, "vision"),
+    Model("clip_vision", "CLIPVisionModel", lambda d: {**wide(d), "image_size": 36, "patch_size": 12}, (*BASIC, OPTIMIZED), "vision"),
+    Model("dinov3_vit", "DINOv3ViTModel", lambda d: {**wide(d), "image_size": 36, "patch_size": 12, "num_register_tokens": 2}, ("torchscript",), "vision"),
     Model("t5_encoder", "T5EncoderModel", t5, T5, "encoder"),
     Model("whisper_encoder", "WhisperForConditionalGeneration", whisper, BASIC, "audio"),
     Model("t5_decoder", "T5ForConditionalGeneration", t5, (*T5, "torchscript-prefill", "dynamo20-eager-prefill"), "cross"),
@@ -317,6 +332,9 @@ AXES = {
 }
 
 
+CACHES = ("past_key", "past_value", "static_key", "static_value", "cross_key", "cross_value")
+
+
 class Wrapper(nn.Module):
     """Calls a transformers model with flat, positional inputs, as exports are commonly made.
 
@@ -330,7 +348,7 @@ class Wrapper(nn.Module):
         self.m = module
         self.kind = kind
         self.mods = mods
-        self.names = [i.role for i in inputs if not i.role.startswith(("past_", "cross_"))]
+        self.names = [i.role for i in inputs if i.role not in CACHES]
         self.has_past = any(i.role == "past_key" for i in inputs)
 
     def forward(self, *tensors: torch.Tensor) -> Any:
@@ -342,6 +360,8 @@ class Wrapper(nn.Module):
     def decoder(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
         ids, mask = given["ids"], given["mask"]
         cropped = "cropped" in self.mods
+        if "static" in self.mods:
+            return self.static(given, pairs)
         cache = transformers.DynamicCache(**({"config": self.m.config} if cropped else {}))
         for layer, (key, value) in enumerate(pairs):
             cache.update(key, value, layer)
@@ -353,6 +373,21 @@ class Wrapper(nn.Module):
         )
         if "prefill" in self.mods:
             return (out.logits,)
+        return (out.logits, *(t for layer in cache.layers for t in (layer.keys, layer.values)))
+
+    def static(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
+        cache = transformers.StaticCache(config=self.m.config, max_cache_len=STATIC_LENGTH)
+        for layer, (key, value) in zip(cache.layers, pairs, strict=True):
+            layer.keys, layer.values = key.clone(), value.clone()
+            layer.dtype, layer.device, layer.is_initialized = key.dtype, key.device, True
+            layer.cumulative_length = given["past_length"].clone()
+        out = self.m(
+            input_ids=given["ids"],
+            attention_mask=given["mask"],
+            position_ids=given["positions"],
+            past_key_values=cache,
+            use_cache=True,
+        )
         return (out.logits, *(t for layer in cache.layers for t in (layer.keys, layer.values)))
 
     def encoder(self, given: Mapping[str, Any], pairs: list[Any]) -> Any:
@@ -432,6 +467,13 @@ def inputs_of(model: Model, dims: Dims, mods: Sequence[str], module: nn.Module) 
     if model.name != "bloom":  # ALiBi: it takes no positions
         inputs.append(Input("position_ids", "positions", ("B", new)))
     if "prefill" in mods:
+        return inputs
+    if "static" in mods:
+        inputs.append(Input("past_length", "past_length", ()))
+        for i, (key, value) in enumerate(past_shapes(module, False)):
+            for part, shape in (("key", key), ("value", value)):
+                shape = (*shape[:2], STATIC_LENGTH, shape[3])
+                inputs.append(Input(f"past_key_values.{i}.{part}", f"static_{part}", shape, real))
         return inputs
     for i, (key, value) in enumerate(past_shapes(module, "cropped" in mods)):
         inputs.append(Input(f"past_key_values.{i}.key", "past_key", key, real))
@@ -544,7 +586,8 @@ def by_torch(
                 axes[name][1] = AXES["S"]
             elif "present" in role:
                 length = "E" if "cross" in role else "S" if "prefill" in mods else "P+S"
-                axes[name][2] = f"{name}_length" if cropped else AXES[length]
+                if "static" not in mods:
+                    axes[name][2] = f"{name}_length" if cropped else AXES[length]
         torch.onnx.export(
             wrapper, tensors, buffer, dynamo=False, opset_version=17, dynamic_axes=axes, **names
         )
@@ -566,6 +609,11 @@ def by_torch(
     return Exported(program.model_proto, inputs, roles, "torch.onnx.export(dynamo=True)")
 
 
+def sliding_static(model: Model, mods: Sequence[str]) -> bool:
+    """Whether layers keep a static cache that is as long as their window."""
+    return "static" in mods and model.forms is CROPPED
+
+
 def by_transformers(
     model: Model, dims: Dims, mods: Sequence[str], module: nn.Module, exporter: str
 ) -> Exported:
@@ -575,7 +623,9 @@ def by_transformers(
     batch, new, past = TRACED
     new = 1 if "decode" in mods else new
     past = 3 if "sliding" in mods else past  # a longer one is cropped to the window at once
-    flat = inputs_of(model, dims, mods, module)
+    if sliding_static(model, mods):  # more than the window would be cropped to it at once
+        new, past = 2, 3
+    flat = inputs_of(model, dims, [mod for mod in mods if mod != "static"], module)
     values = dict(zip([i.name for i in flat], example(flat, dims, (batch, new, past)), strict=True))
     if model.kind == "decoder":
         sample: dict[str, Any] = {k: values[k] for k in ("input_ids", "attention_mask")}
@@ -610,14 +660,19 @@ def by_transformers(
     else:
         sample = values
     target: Any = module.model.encoder if model.kind == "audio" else module
-    exported = OnnxExporter().export(target, sample, config=OnnxConfig(dynamic=True))
+    fusions = "cpu" if "ortfused" in mods else None
+    config = OnnxConfig(dynamic=True, ort_fusions=fusions)
+    exported = OnnxExporter().export(target, sample, config=config)
     proto = onnx_ir.to_proto(exported.program)
     real = narrow(mods)
     past_at = {i.name: i for i in flat}
     inputs = []
     for value in proto.graph.input:
         name = value.name
-        fixed = [d.dim_value for d in value.type.tensor_type.shape.dim]
+        fixed = [  # some fixed sizes are symbols whose name is a number
+            d.dim_value or int(d.dim_param if d.dim_param.isdigit() else 0)
+            for d in value.type.tensor_type.shape.dim
+        ]
         number = re.search(r"\.(\d+)\.", name)
         layer = int(number[1]) if number else 0
         part = {"keys": "key", "values": "value"}.get(name.rsplit(".", 1)[-1])
@@ -636,7 +691,7 @@ def by_transformers(
         elif name.split(".")[-1] in past_at:
             inputs.append(dataclasses.replace(past_at[name.split(".")[-1]], name=name))
         elif part and "static" in mods:
-            shape: tuple[str | int, ...] = ("B", dims.kv_heads, STATIC_LENGTH, dims.head_size)
+            shape: tuple[str | int, ...] = ("B", dims.kv_heads, fixed[2], dims.head_size)
             inputs.append(Input(name, f"static_{part}", shape, real))
         elif part:
             like = past_at[f"past_key_values.{layer}.{part}"]
@@ -658,6 +713,45 @@ def by_transformers(
              "last_hidden_state": "hidden", "pooler_output": "pooled"}.get(end, "other")
         )  # fmt: skip
     return Exported(proto, inputs, roles, "transformers OnnxExporter(dynamic=True)")
+
+
+def by_builder(
+    model: Model, dims: Dims, mods: Sequence[str], module: nn.Module, exporter: str
+) -> Exported:
+    """Build a decoder with onnxruntime-genai's model builder, fp32 for CPU."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    with tempfile.TemporaryDirectory() as folder:
+        source, built = Path(folder) / "source", Path(folder) / "built"
+        module.save_pretrained(source)
+        words = WordLevel({f"t{i}": i for i in range(dims.vocab)}, unk_token="t0")
+        transformers.PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer(words), unk_token="t0", bos_token="t1", eos_token="t2"
+        ).save_pretrained(source)
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "fp32"]
+        command += ["-e", "cpu", "-i", str(source), "-o", str(built), "-c", str(Path(folder) / "c")]
+        subprocess.run(command, check=True, capture_output=True)
+        proto = onnx.load(built / "model.onnx")
+    known = {i.name: i for i in inputs_of(model, dims, mods, module)}
+    inputs = [known[value.name] for value in proto.graph.input]
+    roles = ["logits"]
+    roles += [f"present_{value.name.rsplit('.', 1)[-1]}" for value in proto.graph.output[1:]]
+    return Exported(proto, inputs, roles, "onnxruntime-genai's model builder")
+
+
+def optimized(exported: Exported, model: Model) -> Exported:
+    """What ONNX Runtime's transformers optimizer makes of an export."""
+    from onnxruntime.transformers.optimizer import optimize_model
+
+    kinds = {"encoder": "bert", "decoder": "gpt2", "vision": "clip"}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.onnx"
+        onnx.save(exported.model, path)
+        fused = optimize_model(str(path), model_type=kinds[model.kind])
+    return dataclasses.replace(
+        exported, model=fused.model, exporter=f"{exported.exporter}, onnxruntime.transformers"
+    )
 
 
 # --- storing ----------------------------------------------------------------------------------------
@@ -794,6 +888,8 @@ def probe(
 ) -> None:  # fmt: skip
     """Run the exported model at several sizes, compare with torch, and record where it holds."""
     session = session_of(proto)
+    mods = [mod for mod in mods if mod != "static"]  # torch runs with a cache that grows
+    static = any("static" in i.role for i in exported.inputs)
     allowed = 2e-4 if narrow(mods) == "float32" else 2e-2
     if "bf16" in mods:  # the twin computes in float32; weights and constants are rounded
         module, mods = module.float(), [mod for mod in mods if mod != "bf16"]
@@ -813,7 +909,7 @@ def probe(
         worst = 0.0
         for role, values in grouped(output_roles(model, dims, mods), want).items():
             for a, b in zip(grouped(exported.outputs, got)[role], values, strict=True):
-                if "static" in mods and role != "logits":  # the rest was not written
+                if static and role != "logits":  # the rest was not written
                     a = a[:, :, : past + new]
                 scale = max(1.0, float(np.abs(b).max()))
                 same = a.shape == b.shape
@@ -872,6 +968,17 @@ def short(error: BaseException) -> str:
     text = re.sub(r"Non-zero status code returned while running (\w+) node\.", r"\1", text)
     text = re.sub(r"Status Message: (\S+:\d+ \S+ \S+\(.*?\) )?", "", text)
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+def save_checkpoint(model: Model, dims: Dims, folder: Path) -> None:
+    """Save a model as tools that start from weights read it: config, weights, some tokenizer."""
+    import tokenizers
+
+    words = {f"w{i}": i for i in range(dims.vocab)}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    with quiet():
+        build(model, dims, ())[0].save_pretrained(folder)
+        transformers.PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(folder)
 
 
 # --- one cell ---------------------------------------------------------------------------------------
@@ -950,8 +1057,12 @@ def export_full(
     exporter, *mods = form.split("-")
     with quiet():
         module, growths = build(model, dims, mods)
-        export_with = by_transformers if exporter == "transformers" else by_torch
+        export_with = {"transformers": by_transformers, "builder": by_builder}.get(
+            exporter, by_torch
+        )
         exported = export_with(model, dims, mods, module, exporter)
+        if "optimized" in mods:
+            exported = optimized(exported, model)
     return exported.model, module, growths, exported
 
 
@@ -967,6 +1078,9 @@ def main() -> None:
     parser.add_argument("--form", default="dynamo20")
     parser.add_argument("-o", dest="file", type=Path, help="the file to write for --model")
     parser.add_argument("--full", action="store_true", help="a plain .onnx, weights kept in")
+    parser.add_argument(
+        "--checkpoint", type=Path, help="folder for --model as transformers saves it"
+    )
     for dim in dataclasses.fields(Dims):
         flag = "--" + dim.name.replace("_", "-")
         parser.add_argument(flag, type=int, default=None, dest=f"dim_{dim.name}")
@@ -979,8 +1093,17 @@ def main() -> None:
     if options.model:
         model = next(m for m in MODELS if m.name == options.model)
         dims = dataclasses.replace(model.dims, **changed)
+        if options.checkpoint:
+            save_checkpoint(model, dims, options.checkpoint)
+            return
         if options.full:
-            proto = export_full(model, options.form, dims)[0]
+            proto, _, _, exported = export_full(model, options.form, dims)
+            info = {
+                "kind": model.kind,
+                "dims": feed_dims(dims),
+                "inputs": described(exported.inputs),
+            }
+            proto.metadata_props.add(key=CORPUS, value=json.dumps(info))
             onnx.save(proto, options.file)
         else:
             options.file.write_bytes(compress(export(model, options.form, dims)[0]))
@@ -1047,10 +1170,12 @@ Graphs that real exporters wrote, from transformers *configurations* with random
   GPT-like models, whose hidden size must be heads times head size, take {width}.
 - A form is an exporter and what is special: `torchscript` is `torch.onnx.export(dynamo=False)` at
   opset 17; `dynamo18`, `dynamo20` (its default) and `dynamo23` are `dynamo=True`; `transformers` is
-  `OnnxExporter(dynamic=True)`. `-eager` attention, `-decode` one new token, `-static` a StaticCache
-  of {static}, `-prefill` no past, `-fp16`, `-bf16`, `-cropped` a cache whose sliding layers keep W-1 tokens,
+  `OnnxExporter(dynamic=True)`; `builder` is onnxruntime-genai's, in fp32 for CPU. `-eager`
+  attention, `-decode` one new token, `-static` a StaticCache of {static}, and of the window for
+  layers that have one, `-prefill` no past, `-fp16`, `-bf16`, `-cropped` a cache whose sliding layers keep
+  W-1 tokens,
   `-sliding` such a cache as transformers' exporter takes it: not cropped, the window an input,
-  `-batched` experts by `batched_mm` (without it the transformers exporter writes one branch for
+  `-optimized` by onnxruntime.transformers' optimizer, `-batched` experts by `batched_mm` (without it the transformers exporter writes one branch for
   each expert, and the others fail).
 - Decoders of encoder-decoders take both caches; their `-prefill` makes both.
 - Each export was run by ONNX Runtime at several sizes and compared with torch, on the same weights.

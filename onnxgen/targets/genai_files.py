@@ -1,0 +1,108 @@
+"""What lies beside a model for onnxruntime-genai: genai_config.json and the tokenizer's files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from onnxgen.analysis.role_values import Roles
+from onnxgen.errors import FileError, UsageError
+from onnxgen.targets.genai import Said, genai_config
+
+CONFIG = "genai_config.json"
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def genai_files(
+    model: ir.Model,
+    roles: Roles,
+    source: Path,
+    output: Path,
+    *,
+    max_length: int | None,
+    force: bool,
+) -> dict[str, bytes]:
+    """The files to write beside `output`, by name: the tokenizer's, and the config as the last.
+
+    Args:
+        model: as it will be written to `output`.
+        roles: of its inputs and outputs.
+        source: the model as exported; the tokenizer's files and config.json lie beside it.
+        max_length: the most tokens that the model takes; None where nothing limits them.
+        force: allow replacing files of the same names that are not this model's.
+
+    Raises:
+        RefusedError: onnxruntime-genai cannot run the model.
+        FileError: a file beside the model cannot be read.
+        UsageError: a file of that name, and not this model's, is there already.
+    """
+    said = Said(*(_object(source.with_name(f"{part}config.json")) for part in ("", "generation_")))
+    config = genai_config(model, roles, said, filename=output.name, max_length=max_length)
+    files: dict[str, bytes] = {}
+    for name in TOKENIZER:
+        content = _read(source.with_name(name))
+        there = _read(output.with_name(name))
+        if content is None or content == there:
+            continue
+        if there is not None and not force:
+            raise UsageError(
+                f"{output.with_name(name)} is another tokenizer's: choose another folder, "
+                "or replace it with --force"
+            )
+        files[name] = content
+    old = {} if force else _object(output.with_name(CONFIG))
+    if old and _filename(old) != output.name:
+        raise UsageError(
+            f"{output.with_name(CONFIG)} is another model's: choose another folder, "
+            "or replace it with --force"
+        )
+    files[CONFIG] = (json.dumps(config, indent=4) + "\n").encode()
+    return files
+
+
+def _filename(config: Mapping[str, Any]) -> Any:
+    """The decoder that a genai_config.json is about."""
+    found: Any = config
+    for key in ("model", "decoder", "filename"):
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return found
+
+
+def _object(path: Path) -> dict[str, Any]:
+    """A JSON file's object; {} where there is no such file."""
+    content = _read(path)
+    if content is None:
+        return {}
+    try:
+        found = json.loads(content)
+    except ValueError as error:
+        raise FileError(f"{path} is no JSON: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise FileError(f"{path} holds no JSON object")
+    return found
+
+
+def _read(path: Path) -> bytes | None:
+    """A file's content, None where there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read: {error.strerror}") from error

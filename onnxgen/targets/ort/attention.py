@@ -1,0 +1,343 @@
+"""ORT001: Attention with a growing cache becomes GroupQueryAttention, its rotary embedding inside.
+
+Replaces
+    Attention-23(RotaryEmbedding(q), RotaryEmbedding(k), v, mask, past_key, past_value)
+    -> com.microsoft GroupQueryAttention(q, k, v, past_key, past_value, seqlens_k,
+       total_sequence_length, cos_cache, sin_cache, , attention_bias)
+
+    A mask whose family is known is said by attributes (causal, local_window_size) and, for
+    padding, by the input mask alone; any other goes in as attention_bias. Sinks are head_sink.
+
+    Tables that are a function of a token's place become caches (`rotary_caches`). Where that is
+    an input, position_ids, the operator counts for itself and the guard compares: given the
+    input, it ignores it on a first prompt (CPU, ONNX Runtime 1.32), and left padding shifts it.
+    So for any padding, and for other tables, the rotary embedding stays outside.
+
+Declines
+    no-cache: nothing is continued; the standard operator is as good.
+    layout: queries, keys, values or the output have no [B, S, heads * D].
+    kernel: head sizes that the kernel does not take: K and V differ, or D is no multiple of 8.
+    causal: is_causal counts from the first key where there is no mask to tell.
+
+Numerics
+    The same sums; probabilities in float.
+
+Seen in
+    what raising gives for every decoder with a cache; target of onnxruntime-genai's builder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen import functions
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import attribute, given, producer
+from onnxgen.analysis.masks import MaskFamily
+from onnxgen.analysis.views import Axis, canonical
+from onnxgen.patterns.arranging import arranged
+from onnxgen.patterns.building import Builder
+from onnxgen.patterns.rule import Declined, Rewrite, Rule
+from onnxgen.targets.contract import Contract, Padding
+from onnxgen.targets.ort.lengths import Lengths, input_mask
+from onnxgen.targets.ort.rotary_caches import RotaryCaches, rotary_caches
+
+INT32 = int(ir.DataType.INT32)
+DOMAIN = "com.microsoft"
+
+
+@dataclass(frozen=True)
+class _Masking:
+    """How a mask is said.
+
+    Attributes:
+        causal: the kernel's causal attribute.
+        window: local_window_size, -1 for none.
+        padding: whether keys of padded tokens are hidden by the input mask.
+        bias: a mask that goes in as it is.
+    """
+
+    causal: bool
+    window: int = -1
+    padding: bool = False
+    bias: ir.Value | None = None
+
+
+class GroupQuery(Rule):
+    """Anchored at the standard Attention, and at ours with sinks.
+
+    Attributes:
+        contract: what the attentions lowered so far assume.
+    """
+
+    code = "ORT001"
+    kind = "attention"
+    anchors = frozenset({"Attention", "SinkAttention"})
+
+    def __init__(self, padding: Padding, length: int, families: Mapping[str, MaskFamily]) -> None:
+        self._padding: Padding = padding
+        self._length = length
+        self._families = families
+        self._caches: dict[tuple[ir.Value | None, ...], RotaryCaches | str] = {}
+        self.contract = Contract()
+
+    def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
+        if node.domain not in ("", "ai.onnx", functions.DOMAIN):
+            return None
+        inputs = [*node.inputs, *[None] * (7 - len(node.inputs))]
+        q, k, v, mask, past_key, past_value, last = inputs[:7]
+        sinks = last if node.op_type == "SinkAttention" else None
+        if past_key is None or past_value is None or (last is not None and sinks is None):
+            raise Declined(self, "no-cache", "it continues no cache", node)
+        assert q is not None
+        assert k is not None
+        assert v is not None
+        heads, kv_heads = self._check(facts, node, q, k, v)
+        masking = self._masking(facts, node, mask, past_key)
+        rotary = self._rotary(facts, q, k, past_key)
+        operands = [
+            self._operand(facts, builder, node, q, heads, inside=rotary is not None),
+            self._operand(facts, builder, node, k, kv_heads, inside=rotary is not None),
+            self._operand(facts, builder, node, v, kv_heads, inside=False),
+        ]
+        packed, factors = zip(*operands, strict=True)
+        if factors[2] != 1.0 or factors[1] != 1.0:
+            raise Declined(self, "layout", "keys or values are scaled on the way", node)
+        queries = packed[0]
+        lengths = Lengths(facts, builder, input_mask(facts, past_key))
+        total = lengths.total(queries, past_key)
+        guarded = masking.padding and lengths.mask is not None
+        padding: Padding = self._padding if guarded else "any"
+        positions = rotary[0].positions if rotary is not None else None
+        rows = lengths.rows(total, queries, padding, positions)
+        bias = masking.bias
+        if bias is not None:
+            bias = _added(builder, bias, queries)
+        elif guarded and self._padding == "any":
+            bias = lengths.bias(queries, total)
+        scalar_total = builder.op("Cast", [builder.op("Squeeze", [total])], {"to": INT32})
+        attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": kv_heads}
+        attributes["scale"] = _scale(facts, node, q) * factors[0]
+        if attribute(node, "softcap", 0.0):
+            attributes["softcap"] = attribute(node, "softcap")
+        if not masking.causal:
+            attributes["causal"] = 0
+        if masking.window > 0:
+            attributes["local_window_size"] = masking.window
+        tables: list[ir.Value | None] = [None, None]
+        if rotary is not None:
+            attributes |= {"do_rotary": 1, "rotary_interleaved": rotary[1]}
+            kind = queries.dtype.numpy() if queries.dtype is not None else np.float32
+            tables = [
+                builder.constant(np.ascontiguousarray(table.astype(kind)), f"onnxgen/{name}_cache")
+                for name, table in (("cos", rotary[0].cos), ("sin", rotary[0].sin))
+            ]
+        outputs = builder.ops(
+            "GroupQueryAttention",
+            [*packed, past_key, past_value, rows, scalar_total, *tables, None, bias, sinks],
+            3,
+            attributes,
+            domain=DOMAIN,
+        )
+        fused = outputs[0].producer()
+        assert fused is not None
+        replaced = self._replaced(facts, builder, node, outputs, heads)
+        self._promise(rotary[0] if rotary else None, guarded or positions is not None)
+        details = {
+            "mask": "attention_bias" if bias is not None else "attributes",
+            "rotary": "inside" if rotary else "outside or none",
+        }
+        return Rewrite(fused, replaced, details, mask)
+
+    def _check(
+        self, facts: Facts, node: ir.Node, q: ir.Value, k: ir.Value, v: ir.Value
+    ) -> tuple[int, int]:
+        """Numbers of query and key heads, where the kernel takes the sizes."""
+        shapes = [facts.shapes.of(each) for each in (q, k, v)]
+        if any(shape is None or len(shape) != 4 for shape in shapes):
+            raise Declined(self, "layout", "queries, keys and values do not have four axes", node)
+        (_, heads, _, size), (_, kv_heads, _, _), (_, _, _, width) = shapes  # type: ignore[misc]
+        if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(size, int)):
+            raise Declined(self, "layout", "heads and head size are not fixed", node)
+        if size != width or size % 8:
+            raise Declined(
+                self, "kernel", f"keys have {size} and values {width} columns a head", node
+            )
+        if attribute(node, "qk_matmul_output_mode", 0) or len(node.outputs) > 3:
+            raise Declined(self, "kernel", "the scores are an output", node)
+        return heads, kv_heads
+
+    def _masking(
+        self, facts: Facts, node: ir.Node, mask: ir.Value | None, past: ir.Value
+    ) -> _Masking:
+        if mask is None:
+            return _Masking(causal=bool(attribute(node, "is_causal", 0)))
+        if attribute(node, "is_causal", 0):
+            raise Declined(self, "causal", "is_causal beside a mask", node)
+        family = self._families.get(node.name or "")
+        known = (
+            family is not None and family.kind in ("full", "causal", "window") and not family.slopes
+        )
+        if family is None or not known or (family.padding and input_mask(facts, past) is None):
+            return _Masking(causal=False, bias=mask)
+        window = family.size if family.kind == "window" else -1
+        return _Masking(family.kind != "full", window, family.padding)
+
+    def _rotary(
+        self, facts: Facts, q: ir.Value, k: ir.Value, past: ir.Value
+    ) -> tuple[RotaryCaches, int] | None:
+        """What queries and keys are both rotated by; None where it stays outside."""
+        nodes = [producer(each, "RotaryEmbedding") for each in (q, k)]
+        pair = facts.roles.pair_of(past.name or "")
+        if pair is None or pair.cap is not None:
+            return None  # in a cropped cache a token's place is not its position
+        if nodes[0] is None or nodes[1] is None:
+            return None
+        first, second = nodes[0], nodes[1]
+        key = (*first.inputs[1:], *second.inputs[1:])
+        for name in ("interleaved", "rotary_embedding_dim"):
+            if attribute(first, name, 0) != attribute(second, name, 0):
+                return None
+        if key not in self._caches:
+            both = [rotary_caches(facts, each, self._length) for each in (first, second)]
+            self._caches[key] = _one(both)
+        caches = self._caches[key]
+        size = facts.shapes.of(q)
+        if isinstance(caches, str) or size is None:
+            return None
+        columns = caches.cos.shape[-1]
+        if columns % 8 or columns * 2 > size[-1]:
+            return None  # the kernel takes multiples of 16 only
+        if caches.positions is not None and self._padding == "any":
+            return None
+        return caches, int(attribute(first, "interleaved", 0))
+
+    def _operand(
+        self,
+        facts: Facts,
+        builder: Builder,
+        node: ir.Node,
+        value: ir.Value,
+        heads: int,
+        *,
+        inside: bool,
+    ) -> tuple[ir.Value, float]:
+        """A [B, heads, S, D] operand as [B, S, heads * D], before its rotation if that goes in.
+
+        With a factor that it is yet to be multiplied by.
+        """
+        rotary = producer(value, "RotaryEmbedding")
+        source = value if rotary is None else given(rotary)
+        found = _rows_first(facts, builder, source)
+        if found is None:
+            raise Declined(self, "layout", f"{value.name!r} cannot be rearranged", node)
+        if rotary is None or inside:
+            return found
+        attributes = {name: each.value for name, each in rotary.attributes.items()}
+        attributes["num_heads"] = heads
+        return builder.op("RotaryEmbedding", [found[0], *rotary.inputs[1:]], attributes), found[1]
+
+    def _replaced(
+        self,
+        facts: Facts,
+        builder: Builder,
+        node: ir.Node,
+        outputs: Sequence[ir.Value],
+        heads: int,
+    ) -> tuple[tuple[ir.Value, ir.Value], ...]:
+        """(old, new): the output as [B, S, H * D] where that is what is read, and the presents."""
+        y = node.outputs[0]
+        pairs = list(zip(node.outputs[1:], outputs[1:], strict=False))
+        merged = _merged(facts, y)
+        if merged is not None:
+            return ((merged, outputs[0]), *pairs)
+        shape = facts.shapes.of(y)
+        assert shape is not None
+        target = builder.target(outputs[0], [shape[0], shape[2], heads, shape[3]])
+        if target is None:
+            raise Declined(self, "layout", "the output's size cannot be computed", node)
+        split = builder.op("Reshape", [outputs[0], target])
+        return ((y, builder.op("Transpose", [split], {"perm": [0, 2, 1, 3]})), *pairs)
+
+    def _promise(self, caches: RotaryCaches | None, guarded: bool) -> None:
+        length = self.contract.max_length
+        if caches is not None:
+            length = min(len(caches.cos), length or len(caches.cos))
+        padding = self._padding if guarded else self.contract.padding
+        self.contract = replace(
+            self.contract, padding=padding, max_length=length, chunked_batches=False
+        )
+
+
+def _one(both: Sequence[RotaryCaches | str]) -> RotaryCaches | str:
+    """The caches that queries and keys share; the reason where they differ."""
+    q, k = both
+    if isinstance(q, str) or isinstance(k, str):
+        return q if isinstance(q, str) else str(k)
+    same = np.array_equal(q.cos, k.cos) and np.array_equal(q.sin, k.sin)
+    if not same or q.positions is not k.positions:
+        return "queries and keys are rotated differently"
+    return q
+
+
+def _scale(facts: Facts, node: ir.Node, q: ir.Value) -> float:
+    """What the scores are multiplied by: the attribute, else 1 / sqrt(D)."""
+    shape = facts.shapes.of(q)
+    assert shape is not None
+    size = shape[-1]
+    assert isinstance(size, int)
+    return float(attribute(node, "scale", size**-0.5))
+
+
+def _rows_first(facts: Facts, builder: Builder, value: ir.Value) -> tuple[ir.Value, float] | None:
+    """A [B, heads, S, D] value as [B, S, heads * D], and the factor that is left to apply."""
+    view = facts.views.of(value)
+    if view is None or len(view.axes) != 4:
+        return None
+    batch, heads, rows, columns = view.axes
+    axes: tuple[Axis, ...] = (batch, rows, canonical((*heads, *columns)))
+    found = arranged(facts, builder, value, axes)
+    return None if found is None else (found[0], view.scale / found[1])
+
+
+def _merged(facts: Facts, y: ir.Value) -> ir.Value | None:
+    """The value behind a [B, H, S, D] output that is it as [B, S, H * D], if all read that."""
+    whole = facts.views.identity(y)
+    if whole is None:
+        return None
+    batch, heads, rows, columns = whole.axes
+    wanted = (batch, rows, canonical((*heads, *columns)))
+    value = y
+    while True:
+        users = {use.node for use in value.uses()}
+        if len(users) != 1 or value.is_graph_output():
+            return None
+        (user,) = users
+        if not user.outputs or user.inputs[0] is not value:
+            return None
+        value = user.outputs[0]
+        view = facts.views.of(value)
+        if view is None or view.source is not y or view.scale != 1.0:
+            return None
+        if view.axes == wanted:
+            return value
+
+
+def _added(builder: Builder, mask: ir.Value, queries: ir.Value) -> ir.Value:
+    """A mask as [B or 1, H or 1, S, T] of the queries' type, to be added to the scores."""
+    assert queries.dtype is not None
+    kind = queries.dtype.numpy()
+    if mask.dtype == ir.DataType.BOOL:
+        low = builder.constant(np.array(np.finfo(kind).min, dtype=kind))
+        zero = builder.constant(np.array(0, dtype=kind))
+        mask = builder.op("Where", [mask, zero, low])
+    elif mask.dtype != queries.dtype:
+        mask = builder.op("Cast", [mask], {"to": int(queries.dtype)})
+    rank = builder.shapes.rank(mask) or 4
+    if rank < 4:
+        mask = builder.op("Unsqueeze", [mask, builder.ints(*range(4 - rank))])
+    return mask

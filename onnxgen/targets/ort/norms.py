@@ -1,0 +1,61 @@
+"""ORT003: a norm takes the residual sum before it inside.
+
+Replaces
+    h = a + b;  RMSNormalization(h, w)      -> SkipSimplifiedLayerNormalization(a, b, w) -> y, h
+    h = a + b;  LayerNormalization(h, w, c) -> SkipLayerNormalization(a, b, w, c) -> y, h
+
+Declines
+    none: what does not fit stays as it is.
+
+Numerics
+    The same operations; the sum is made inside.
+
+Seen in
+    every model with residuals; what onnxruntime-genai's builder writes.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import attribute, given, producer
+from onnxgen.patterns.building import Builder
+from onnxgen.patterns.rule import Rewrite, Rule
+
+_EPSILON = 1e-5
+
+
+class SkipNorm(Rule):
+    """Anchored at a norm over the last axis of a sum."""
+
+    code = "ORT003"
+    kind = "norm"
+    anchors = frozenset({"RMSNormalization", "LayerNormalization"})
+
+    def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
+        total = given(node)
+        add = producer(total, "Add")
+        shape = facts.shapes.of(total)
+        if add is None or shape is None or len(shape) != 3 or not _over_last(node, shape):
+            return None
+        a, b = given(add, 0), given(add, 1)
+        if not all(facts.shapes.same_shape(facts.shapes.of(each), shape) for each in (a, b)):
+            return None
+        weights = [given(node, 1), *node.inputs[2:]]
+        if not all(w is None or w.dtype == a.dtype for w in weights) or a.dtype != b.dtype:
+            return None
+        rms = node.op_type == "RMSNormalization"
+        name = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
+        epsilon = {"epsilon": attribute(node, "epsilon", _EPSILON)}
+        outputs = builder.ops(name, [a, b, *weights], 4, epsilon, domain="com.microsoft")
+        for statistics in outputs[1:3]:
+            statistics.dtype = ir.DataType.FLOAT
+        fused = outputs[0].producer()
+        assert fused is not None
+        return Rewrite(fused, ((node.outputs[0], outputs[0]), (total, outputs[3])))
+
+
+def _over_last(node: ir.Node, shape: tuple[object, ...]) -> bool:
+    outputs = [output for output in node.outputs[1:] if output.uses()]
+    return attribute(node, "axis", -1) in (-1, len(shape) - 1) and not outputs

@@ -1,0 +1,78 @@
+"""Models whose operators may compute coarsely, as twins that compute in full precision.
+
+MatMulNBits lets a runtime round activations to int8 (accuracy_level 4) or to half precision (2
+and 3). Such a rounding makes a step of 1e-2 out of a difference of 1e-7, in one model or in the
+other, so that two equal models differ from run to run. Compared are twins without that leave:
+the same graphs, weights and all, at the precision of their inputs. What is written keeps it.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from onnxgen.analysis.graph import CONTRIB, attribute
+
+NOTE = "MatMulNBits is compared in full precision, without its leave to round activations"
+_ATTRIBUTE = "accuracy_level"
+_FULL = (0, 1)  # unset, float32
+
+
+def rounds_activations(model: ir.Model) -> bool:
+    """Whether an operator may round what it is given."""
+    return any(
+        node.op_type == "MatMulNBits"
+        and node.domain == CONTRIB
+        and attribute(node, _ATTRIBUTE, 0) not in _FULL
+        for node in model.graph.all_nodes()
+    )
+
+
+def in_full_precision(source: Path | bytes) -> tuple[bytes, Path | None]:
+    """The model without leave to round, and the folder of its external data, which stays there."""
+    folder = None
+    if isinstance(source, bytes):
+        proto = onnx.ModelProto.FromString(source)
+    else:
+        proto = onnx.load(source, load_external_data=False)
+        folder = _relocate(proto, source.parent)
+    _visit(proto.graph)
+    for function in proto.functions:
+        for node in function.node:
+            _strip(node)
+    return proto.SerializeToString(), folder
+
+
+def _relocate(proto: onnx.ModelProto, folder: Path) -> Path:
+    """Name external data by where it really is, behind links; the folder that holds all of it."""
+    entries = [
+        entry
+        for tensor in proto.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "location"
+    ]
+    real = {entry.value: (folder / entry.value).resolve() for entry in entries}
+    if not real:
+        return folder.resolve()
+    shared = Path(os.path.commonpath([path.parent for path in real.values()]))
+    for entry in entries:
+        entry.value = str(real[entry.value].relative_to(shared))
+    return shared
+
+
+def _visit(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        _strip(node)
+        for each in node.attribute:
+            for inner in (each.g, *each.graphs):
+                _visit(inner)
+
+
+def _strip(node: onnx.NodeProto) -> None:
+    if node.op_type == "MatMulNBits":
+        kept = [each for each in node.attribute if each.name != _ATTRIBUTE]
+        del node.attribute[:]
+        node.attribute.extend(kept)

@@ -1,0 +1,179 @@
+"""MSA001: com.microsoft GroupQueryAttention, as the standard says it.
+
+Replaces
+    GroupQueryAttention(q, k, v, past_key, past_value, seqlens_k, total_sequence_length,
+                        cos_cache?, sin_cache?, position_ids?, attention_bias?)
+    -> RotaryEmbedding-23(q, cos_cache, sin_cache, places), TensorScatter-24(past, k, places),
+       Attention-24(q, keys, values, mask)
+
+    The cache is lengthened to max(P, total_sequence_length) places, or has places to spare; new
+    keys and values are written where each row's tokens end (`patterns.contrib_places`), and one
+    mask for all layers says what a query sees: keys up to its own place, of a window W the last
+    W. Where no row can differ from another, past_key and past_value of Attention do the same.
+    Packed queries, keys and values are split.
+
+Declines
+    sinks: head_sink or smooth_softmax adds to the softmax's denominator.
+    quantized-cache: the cache is stored in fewer bits.
+    window-cache: the cache has about the window's size (sliding_window_cache). How many positions
+        it holds is the runtime's choice, in bounds, so that no graph can tell where they stand.
+    unsupported: norms of queries and keys inside, scores as an output, ragged queries, a window
+        of 0, one past without the other.
+    layout: sizes of heads, tables or caches are not known.
+
+Numerics
+    The same sums in another order: about 1e-6. Rows of padding in a prompt, which the operator
+    leaves undefined, become what their queries see. Places of the cache behind a row's tokens
+    keep what was there, as in a shared buffer; without one the operator writes zeros there.
+
+Seen in
+    onnxruntime-genai's model builder 0.18; onnxruntime.transformers 1.32.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import attribute, given, optional
+from onnxgen.patterns.building import Builder
+from onnxgen.patterns.contrib_parts import merged_heads, split_heads, split_last
+from onnxgen.patterns.contrib_places import Places
+from onnxgen.patterns.rule import Declined, Rewrite, Rule
+
+_QUANTIZED = ("k_quant_type", "v_quant_type")
+
+
+class GroupQueryAttention(Rule):
+    """Anchored at the operator."""
+
+    code = "MSA001"
+    kind = "attention"
+    anchors = frozenset({"GroupQueryAttention"})
+
+    def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
+        self._check(node)
+        heads, kv_heads = int(attribute(node, "num_heads")), int(attribute(node, "kv_num_heads"))
+        q, k, v = self._operands(facts, builder, node, heads, kv_heads)
+        places = Places.of(facts, builder, node)
+        if places is None:
+            raise Declined(self, "layout", "the lengths of the cache cannot be computed", node)
+        if attribute(node, "do_rotary", 0):
+            q = self._rotated(facts, builder, node, q, places, heads)
+            k = self._rotated(facts, builder, node, k, places, kv_heads)
+        head_size = facts.shapes.of(q)[3]  # type: ignore[index]
+        assert isinstance(head_size, int)
+        scale = attribute(node, "scale", 0.0) or head_size**-0.5
+        attributes: dict[str, int | float] = {"scale": scale}
+        if attribute(node, "softcap", 0.0):
+            attributes["softcap"] = attribute(node, "softcap")
+        causal = bool(attribute(node, "causal", 1))
+        mask = places.mask(causal, attribute(node, "local_window_size", -1), optional(node, 10))
+        if mask is None and causal:
+            attributes["is_causal"] = 1
+        past = optional(node, 3), optional(node, 4)
+        if not places.plain:
+            presents = self._written(facts, builder, node, places, k, v)
+            y = builder.op("Attention", [q, *presents, mask], attributes)
+        elif past[0] is not None:
+            y, *presents = builder.ops("Attention", [q, k, v, mask, *past], 3, attributes)
+        else:
+            presents = [k, v]
+            y = builder.op("Attention", [q, k, v, mask], attributes)
+        fused, result = y.producer(), merged_heads(facts, builder, y)
+        assert fused is not None
+        assert result is not None
+        cache = "none" if past[0] is None else "concatenated" if places.plain else "written"
+        details = {
+            "heads": heads,
+            "kv_heads": kv_heads,
+            "head_size": head_size,
+            "scale": scale,
+            "cache": cache,
+            "mask": "none" if mask is None else "explicit",
+        }
+        new = (result, *presents)
+        counts = None if places.plain else places.counts
+        return Rewrite(
+            fused, tuple(zip(node.outputs, new, strict=False)), details, mask, counts=counts
+        )
+
+    def _check(self, node: ir.Node) -> None:
+        """Raises: Declined, where the operator is asked for what is not raised."""
+        if attribute(node, "smooth_softmax", -1) == 1 or optional(node, 11) is not None:
+            # Attention with sinks would be made here: input 11 holds one a head, or all are 0.
+            raise Declined(self, "sinks", "the softmax has sinks in its denominator", node)
+        scales = optional(node, 12) is not None or optional(node, 13) is not None
+        if scales or any(attribute(node, name, "NONE") != "NONE" for name in _QUANTIZED):
+            raise Declined(self, "quantized-cache", "the cache is stored in fewer bits", node)
+        if attribute(node, "sliding_window_cache", 0):
+            reason = "its cache holds as many positions as the runtime chooses to keep"
+            raise Declined(self, "window-cache", reason, node)
+        reasons = {
+            "it normalizes queries and keys itself": optional(node, 14) or optional(node, 15),
+            "its queries are ragged": optional(node, 16),
+            "its scores are an output": attribute(node, "qk_output", 0) or len(node.outputs) > 3,
+            "its window is 0": attribute(node, "local_window_size", -1) == 0,
+            "it has one past only": (optional(node, 3) is None) != (optional(node, 4) is None),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise Declined(self, "unsupported", reason, node)
+
+    def _operands(
+        self, facts: Facts, builder: Builder, node: ir.Node, heads: int, kv_heads: int
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """Queries, keys and values as [B, heads, S, D]."""
+        counts, values = (heads, kv_heads, kv_heads), list(node.inputs[:3])
+        shape = facts.shapes.of(node.inputs[0])
+        if values[1] is None:
+            width = None if shape is None or len(shape) != 3 else shape[2]
+            if not isinstance(width, int) or width % sum(counts):
+                raise Declined(self, "layout", "the size of the packed heads is not known", node)
+            size = width // sum(counts)
+            values = [*split_last(builder, given(node), [size * count for count in counts])]
+        q, k, v = (
+            None if value is None else split_heads(facts, builder, value, count)
+            for value, count in zip(values, counts, strict=True)
+        )
+        if q is None or k is None or v is None:
+            raise Declined(self, "layout", "the size of the heads is not known", node)
+        return q, k, v
+
+    def _rotated(
+        self,
+        facts: Facts,
+        builder: Builder,
+        node: ir.Node,
+        x: ir.Value,
+        places: Places,
+        heads: int,
+    ) -> ir.Value:
+        cos, sin = given(node, 7), given(node, 8)
+        shape, table = facts.shapes.of(x), facts.shapes.of(cos)
+        if shape is None or table is None or not isinstance(table[1], int):
+            raise Declined(self, "layout", "the size of the rotary tables is not known", node)
+        attributes = {"interleaved": int(attribute(node, "rotary_interleaved", 0))}
+        if 2 * table[1] != shape[3]:
+            attributes |= {"rotary_embedding_dim": 2 * table[1], "num_heads": heads}
+        inputs = [x, cos, sin, places.positions(optional(node, 9))]
+        return builder.op("RotaryEmbedding", inputs, attributes)
+
+    def _written(
+        self,
+        facts: Facts,
+        builder: Builder,
+        node: ir.Node,
+        places: Places,
+        k: ir.Value,
+        v: ir.Value,
+    ) -> list[ir.Value]:
+        presents = []
+        for index, new in ((3, k), (4, v)):
+            cache = given(node, index)
+            shape = facts.shapes.of(cache)
+            sizes = None if shape is None else (builder.sizes(shape[:2]), builder.sizes(shape[3:]))
+            if sizes is None or sizes[0] is None or sizes[1] is None:
+                raise Declined(self, "layout", "the size of the cache cannot be computed", node)
+            presents.append(places.written(cache, new, (sizes[0], sizes[1])))
+        return presents

@@ -1,0 +1,319 @@
+"""CAC001: new keys or values written into a cache of fixed length.
+
+Replaces
+    ScatterND(past, start + arange(S), new)      index_copy, index_put, a slice that is assigned
+    ScatterElements(past, start + arange(S), new, axis)
+    Where(arange(L) == start, new, past)                                   for one new row
+    Concat(past[:start], new, past[start + S:])
+    -> TensorScatter-24(past, new, start; axis)  (start [B]: a row for each sequence)
+
+    Transposes that put the sequence in front for ScatterND go with it. Positions modulo the
+    cache's length are the operator's circular mode.
+
+Declines
+    positions: the rows cannot be shown to be neighbours. Where an input says where each row goes,
+        any places are legal for ScatterND, and one new row only is sure to be one write.
+    rows: something else than whole rows is written.
+
+Numerics
+    The same elements. Outside of what fits (start < 0, start + S > L) ONNX Runtime's TensorScatter
+    fails, as ScatterND does behind the end; ScatterND counts negative positions from the end.
+
+Seen in
+    transformers' OnnxExporter 5.23 (StaticCache); index_copy, index_put, scatter and assigned
+    slices by TorchScript and dynamo, torch 2.13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen.analysis.cache_writes import Write, buffers_of, write_of
+from onnxgen.analysis.evaluate import CutError
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.feeds import RunShape
+from onnxgen.analysis.graph import attribute, given, is_read, producer, scalar
+from onnxgen.analysis.ramps import Ramp, Term, aligned
+from onnxgen.analysis.views import VIEW_OPS
+from onnxgen.patterns.building import Builder
+from onnxgen.patterns.rule import Declined, Rewrite, Rule
+
+
+class StaticCacheWrite(Rule):
+    """Anchored at the node that writes."""
+
+    code = "CAC001"
+    kind = "cache"
+    anchors = frozenset({"ScatterND", "ScatterElements", "Where", "Concat"})
+
+    def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
+        if not any(_is_cache(facts, value) for value in buffers_of(node)):
+            return None
+        write = write_of(facts, node)
+        if isinstance(write, str):
+            raise Declined(self, "rows", write, node)
+        past_shape, new_shape = facts.shapes.of(write.past), facts.shapes.of(write.new)
+        if past_shape is None or new_shape is None or len(past_shape) != len(new_shape):
+            raise Declined(self, "rows", "the sizes of the new rows are not known", node)
+        for axis, (size, own) in enumerate(zip(past_shape, write.order, strict=True)):
+            if axis != write.axis and not facts.shapes.same(new_shape[own], size):
+                reason = f"{new_shape[own]} of {size} places of axis {axis} are written"
+                raise Declined(self, "rows", reason, node)
+        place = self._place(facts, builder, write, node)
+        layout = _layout(write, place.batch)
+        start = place.start(facts, builder, past_shape[layout[0]])
+        if start is None and not place.at_zero:
+            raise Declined(self, "positions", "how many sequences there are is not known", node)
+        past = _transposed(facts, builder, write.past, layout)
+        new = _transposed(facts, builder, write.new, tuple(write.order[axis] for axis in layout))
+        attributes: dict[str, int | str] = {"axis": layout.index(write.axis)}
+        if place.circular:
+            attributes["mode"] = "circular"
+        written = builder.op("TensorScatter", [past, new, start], attributes)
+        fused = written.producer()
+        assert fused is not None
+        details = {
+            "length": str(past_shape[write.axis]),
+            "new": str(new_shape[write.order[write.axis]]),
+            "mode": "circular" if place.circular else "linear",
+        }
+        return Rewrite(fused, _outputs(facts, builder, node, written, layout), details)
+
+    def _place(self, facts: Facts, builder: Builder, write: Write, node: ir.Node) -> _Place:
+        """Where the first new row goes.
+
+        Raises:
+            Declined: the rows behind it are not shown to follow.
+        """
+        ramp, circular = _unwrapped(facts, write), True
+        if ramp is None:
+            ramp, circular = write.ramp, False
+        found = _first(facts, write, ramp)
+        if found is None and _follow_when_run(facts, write):
+            assert write.positions is not None
+            index = builder.constant(np.array(0, dtype=np.int64))
+            first = builder.op("Gather", [write.positions, index], {"axis": write.along})
+            axes = [axis for axis in range(len(ramp.slopes)) if axis != write.along]
+            sizes = facts.shapes.of(write.positions) or ()
+            terms = (Term(first, 1, tuple(None if sizes[a] == 1 else a for a in axes)),)
+            slopes = tuple(int(axis == write.along) for axis in range(len(ramp.slopes)))
+            found, circular = _first(facts, write, Ramp(slopes, 0, terms)), False
+        if found is None:
+            free = _free_inputs(facts, write.positions)
+            reason = (
+                f"{free[0]!r} says where each new row goes, and may say any place"
+                if free
+                else "the new rows are not shown to be written one behind the other"
+            )
+            raise Declined(self, "positions", reason, node)
+        return replace(found, circular=circular)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where the first new row of each sequence goes.
+
+    Attributes:
+        ramp: start and terms, of which at most one axis varies.
+        axis: that axis of the ramp.
+        batch: the buffer's axis that it runs over; both None where it is the same for all.
+        circular: rows behind the last one start over.
+    """
+
+    ramp: Ramp
+    axis: int | None
+    batch: int | None
+    circular: bool = False
+
+    @property
+    def at_zero(self) -> bool:
+        return not self.ramp.start and not self.ramp.terms
+
+    def start(self, facts: Facts, builder: Builder, sequences: object) -> ir.Value | None:
+        """int64 [B]; None where it is zero for all, or where B is not known."""
+        if self.at_zero:
+            return None
+        total: ir.Value | None = None
+        for term in self.ramp.terms:
+            value = term.source
+            if value.dtype != ir.DataType.INT64:
+                value = builder.op("Cast", [value], {"to": int(ir.DataType.INT64)})
+            rank = facts.shapes.rank(value) or 0
+            if rank > 1 or (rank == 0 and self.batch is not None):
+                value = builder.op("Reshape", [value, builder.ints(-1)])
+            if term.factor == -1:
+                value = builder.op("Neg", [value])
+            elif term.factor != 1:
+                value = builder.op("Mul", [value, builder.ints(term.factor)])
+            total = value if total is None else builder.op("Add", [total, value])
+        if total is None:
+            total = builder.ints(self.ramp.start)
+        elif self.ramp.start:
+            total = builder.op("Add", [total, builder.ints(self.ramp.start)])
+        shape = facts.shapes.of(total)
+        if self.batch is not None or (shape == (1,) and sequences == 1):
+            return total
+        size = builder.sizes([sequences])  # type: ignore[list-item]
+        return None if size is None else builder.op("Expand", [total, size])
+
+
+def _is_cache(facts: Facts, buffer: ir.Value) -> bool:
+    """Whether a buffer is, or is a part of, an input that is a static cache."""
+    value: ir.Value | None = buffer
+    for _ in range(64):
+        if value is None:
+            return False
+        if value.is_graph_input():
+            return facts.role(value) == "static_past"
+        node = producer(value)
+        if node is None or node.op_type not in _PARTS:
+            return False
+        value = node.inputs[0]
+    return False
+
+
+_PARTS = VIEW_OPS | {"Slice", "Split", "Cast", "TensorScatter", "ScatterND", "ScatterElements"}
+
+
+def _first(facts: Facts, write: Write, ramp: Ramp) -> _Place | None:
+    """Where the first row goes, if the others follow and the sequences alone differ."""
+    along = write.along
+    counted = replace(ramp, slopes=tuple(0 if a == along else s for a, s in enumerate(ramp.slopes)))
+    row_sizes = facts.shapes.of(write.new)
+    single = row_sizes is not None and row_sizes[write.order[write.axis]] == 1
+    if along in ramp.varying or (ramp.slopes[along] != 1 and not single) or any(counted.slopes):
+        return None
+    if ramp.indexes and (ramp.start or len(ramp.terms) != 1 or ramp.terms[0].factor != 1):
+        return None  # a negative index might hide behind what is added to it
+    varying = ramp.varying
+    if len(varying) > 1 or any(axis not in write.runs for axis in varying):
+        return None
+    axis = next(iter(varying), None)
+    return _Place(counted, axis, None if axis is None else write.runs[axis])
+
+
+def _unwrapped(facts: Facts, write: Write) -> Ramp | None:
+    """x of positions that are x modulo the buffer's length, else None."""
+    ramp, shape = write.ramp, facts.shapes.of(write.past)
+    if len(ramp.terms) != 1 or any(ramp.slopes) or ramp.start or ramp.indexes or shape is None:
+        return None
+    (term,) = ramp.terms
+    node = producer(term.source, "Mod")
+    if term.factor != 1 or node is None or attribute(node, "fmod", 0):
+        return None
+    length = scalar(node.inputs[1])
+    if length is None:
+        content = facts.shapes.content(node.inputs[1])
+        length = content.flat[0] if content is not None and content.size == 1 else None
+    inner = aligned(facts, given(node), term.source)
+    if length is None or inner is None or length != shape[write.axis]:
+        return None
+    went = {own: axis for own, axis in enumerate(term.axes) if axis is not None}
+    return inner.moved(went, len(ramp.slopes))
+
+
+def _follow_when_run(facts: Facts, write: Write) -> bool:
+    """Whether the positions count, each one more than the one before, wherever they are run.
+
+    Asked only of positions that follow from sizes and from how long the cache is: those are all
+    the numbers that there are, where an input of positions or a mask can hold any.
+    """
+    positions, sampler = write.positions, facts.sampler
+    if positions is None or sampler is None or _free_inputs(facts, positions):
+        return False
+    try:
+        samples = sampler.samples(positions, _probes(sampler.roles.static_room or 16))
+    except CutError:
+        return False
+    several = 0
+    for _, found in samples:
+        rows = np.moveaxis(found, write.along, 0)
+        if rows.size and (np.diff(rows, axis=0) != 1).any():
+            return False
+        several += len(rows) > 1
+    return several >= 3
+
+
+def _probes(room: int) -> tuple[RunShape, ...]:
+    """Runs that reach every place of a cache, at once and from several pasts."""
+    pasts = sorted({0, 1, 2, 3, 7, room // 3, room // 2, 2 * room // 3, max(room - 2, 0)})
+    return (
+        *(RunShape(1, room - past, past) for past in pasts if past < room),
+        *(RunShape(2, 3, past) for past in pasts if past + 3 <= room),
+        RunShape(2, min(6, room), padding="left" if room > 1 else "none"),
+    )
+
+
+def _free_inputs(facts: Facts, value: ir.Value | None) -> list[str]:
+    """Inputs that a value is computed from, sizes and how long the cache is left out."""
+    found: list[str] = []
+    pending, seen = [value], set()
+    while pending:
+        each = pending.pop()
+        if each is None or each in seen:
+            continue
+        seen.add(each)
+        node = each.producer()
+        if each.is_graph_input():
+            if facts.role(each) != "cache_length" or facts.shapes.of(each) not in ((), (1,)):
+                found.append(each.name or "")
+        elif node is not None and node.op_type not in ("Shape", "Size"):
+            pending.extend(node.inputs)
+    return found
+
+
+def _layout(write: Write, batch: int | None) -> tuple[int, ...]:
+    """The buffer's axes as TensorScatter takes them: the sequences first, never the rows."""
+    own = tuple(range(len(write.order)))
+    transpose = producer(write.past, "Transpose")
+    layouts = [own]
+    if transpose is not None:
+        order = attribute(transpose, "perm", own[::-1])
+        layouts.insert(0, tuple(int(axis) for axis in np.argsort(order)))
+    for layout in layouts:
+        if layout[0] != write.axis and batch in (None, layout[0]):
+            return layout
+    first = batch if batch is not None else next(axis for axis in own if axis != write.axis)
+    return (first, *(axis for axis in own if axis != first))
+
+
+def _transposed(
+    facts: Facts, builder: Builder, value: ir.Value, order: tuple[int, ...]
+) -> ir.Value:
+    """A value with its axes in this order, past the Transposes and empty Expands before it."""
+    while True:
+        node = producer(value, "Transpose", "Expand", "Identity")
+        if node is None:
+            break
+        source = given(node)
+        if node.op_type == "Transpose":
+            inner = attribute(node, "perm", tuple(range(len(order)))[::-1])
+            order = tuple(inner[axis] for axis in order)
+        elif not facts.shapes.same_shape(facts.shapes.of(source), facts.shapes.of(value)):
+            break
+        value = source
+    if order == tuple(range(len(order))):
+        return value
+    return builder.op("Transpose", [value], {"perm": list(order)})
+
+
+def _outputs(
+    facts: Facts, builder: Builder, node: ir.Node, written: ir.Value, layout: tuple[int, ...]
+) -> tuple[tuple[ir.Value, ir.Value], ...]:
+    """What the written buffer replaces: the node's output, and Transposes of it that it spares."""
+    old = node.outputs[0]
+    if layout == tuple(range(len(layout))):
+        return ((old, written),)
+    spared = [
+        user.outputs[0]
+        for user, _ in old.uses()
+        if user.op_type == "Transpose" and tuple(attribute(user, "perm", ())) == layout
+    ]
+    outputs = [(value, written) for value in sorted(spared, key=facts.order, reverse=True)]
+    if len(spared) < len(old.uses()) or old.is_graph_output() or not is_read(old):
+        back = tuple(int(axis) for axis in np.argsort(layout))
+        outputs.append((old, builder.op("Transpose", [written], {"perm": list(back)})))
+    return tuple(outputs)

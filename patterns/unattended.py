@@ -1,0 +1,100 @@
+"""ATT003: rows that see nothing are zeros by a bool mask, not by a Where behind the attention.
+
+Replaces
+    Where(nothing, 0, Attention(q, k, v, mask))      nothing: the rows of mask that see no key
+    -> Attention(q, k, v, keep)                      keep: the same mask as bool
+
+    Both masks are run on a grid of lengths and paddings (`masks.PROBES`): each element of the old
+    one is 0 or the lowest number, and the Where picks just the rows that hold no 0.
+
+Declines
+    none: what does not fit stays as it is.
+
+Numerics
+    The same: a bool mask leaves a row that sees nothing zeros, as ONNX Runtime runs it.
+
+Seen in
+    transformers' OnnxExporter 5.23, every attention ("unattended rows").
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen.analysis.evaluate import CutError
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import given, producer, uniform
+from onnxgen.analysis.masks import PROBES
+from onnxgen.analysis.scores import MASKED, constant_choice
+from onnxgen.patterns.building import Builder
+from onnxgen.patterns.rule import Rewrite, Rule
+
+
+class UnattendedRows(Rule):
+    """Anchored at the Where."""
+
+    code = "ATT003"
+    kind = "unattended"
+    anchors = frozenset({"Where"})
+
+    def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
+        nothing, zeros, y = node.inputs
+        attention = producer(y, "Attention")
+        if attention is None or nothing is None or y is None or uniform(zeros) != 0.0:
+            return None
+        mask = attention.inputs[3] if len(attention.inputs) > 3 else None
+        alone = y is attention.outputs[0] and len(list(y.uses())) == 1 and not y.is_graph_output()
+        if mask is None or not alone or facts.is_activation(mask) or facts.is_activation(nothing):
+            return None
+        shape = facts.shapes.of(node.outputs[0])
+        if not facts.shapes.same_shape(shape, facts.shapes.of(y)):
+            return None
+        if not _rows_without_keys(facts, nothing, mask):
+            return None
+        inputs = list(attention.inputs)
+        inputs[3] = _as_bool(builder, mask)
+        attributes = {name: each.value for name, each in attention.attributes.items()}
+        outputs = builder.ops("Attention", inputs, len(attention.outputs), attributes)
+        fused = outputs[0].producer()
+        assert fused is not None
+        presents = zip(attention.outputs[1:], outputs[1:], strict=True)
+        return Rewrite(fused, ((node.outputs[0], outputs[0]), *presents), {}, inputs[3])
+
+
+def _rows_without_keys(facts: Facts, nothing: ir.Value, mask: ir.Value) -> bool:
+    """Whether `nothing`, [B,1,S,1], is where a row of `mask`, [..,S,T], hides every key."""
+    if facts.sampler is None:
+        return False
+    try:
+        masks = facts.sampler.samples(mask, PROBES)
+        rows = facts.sampler.samples(nothing, PROBES)
+    except CutError:
+        return False
+    if not masks or [shape for shape, _ in masks] != [shape for shape, _ in rows]:
+        return False
+    for (_, found), (_, picked) in zip(masks, rows, strict=True):
+        seen = found if found.dtype == bool else found == 0
+        if found.dtype != bool and (found[~seen] > np.finfo(found.dtype).min / 2).any():
+            return False
+        hidden = ~seen.any(axis=-1, keepdims=True)
+        if picked.ndim != 4 or picked.shape[-1] != 1 or picked.shape[-2] != hidden.shape[-2]:
+            return False
+        if not (picked == hidden).all():
+            return False
+    return True
+
+
+def _as_bool(builder: Builder, mask: ir.Value) -> ir.Value:
+    """The mask as true where a key is seen; the bool that it was made of where that shows."""
+    if mask.dtype == ir.DataType.BOOL:
+        return mask
+    choice = constant_choice(mask)
+    if choice is None:
+        assert mask.dtype is not None
+        lowest = np.array(MASKED, dtype=mask.dtype.numpy())
+        return builder.op("Greater", [mask, builder.constant(lowest)])
+    made = producer(choice.value, "Not")
+    if choice.inverted and made is not None:
+        return given(made)
+    return builder.op("Not", [choice.value]) if choice.inverted else choice.value
