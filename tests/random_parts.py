@@ -56,11 +56,15 @@ class Parts:
         return self.constant((gain * weight(name, shape)).astype(self.spec.dtype), name)
 
     def gain(self, name: str) -> float:
-        """What a projection's weights are multiplied by: the scale, where it is folded in them."""
-        if self.spec.scale != "none" or name[0] == "c":
-            return 1.0
-        root = 1 / math.sqrt(self.spec.size)
-        return {"q": root, "q2": root, "qkv": math.sqrt(root)}.get(name, 1.0)
+        """What a projection's weights are multiplied by.
+
+        The scale of the scores, where it is folded in them; in float16 a half for queries, so that
+        its noise on softer scores stays well inside what is allowed.
+        """
+        soft = 0.5 if self.spec.dtype == "float16" else 1.0
+        root = 1 / math.sqrt(self.spec.size) if self.spec.scale == "none" else 1.0
+        gains = {"q": soft * root, "q2": soft * root, "qkv": math.sqrt(soft * root), "cq": soft}
+        return gains.get(name, 1.0)
 
     def constant(self, array: np.ndarray[Any, Any], name: str) -> Any:
         known = self.graph.initializers.get(name)

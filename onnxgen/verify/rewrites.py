@@ -295,26 +295,27 @@ def _attended(mask: Any) -> Any:
 
 
 def _rows_like(attended: Any, output: Any) -> Any:
-    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes merged.
+    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes merged or split.
 
-    Merged are batch and heads, [B*H,S,D], or heads and columns, [B,S,H*D].
+    Batch and heads may be merged, [B*H,S,D], or heads split, [B,K,G,S,D]; heads and columns may be
+    merged, [B,S,H*D].
     """
     if output.ndim == 4:
         return np.broadcast_to(attended, output.shape)
     while attended.ndim < 4:
         attended = attended[None]
-    batch, heads = attended.shape[:2]
+    batch, heads = (max(size, 1) for size in attended.shape[:2])
     rows, width = output.shape[-2:]
-    batch = max(batch, 1)
-    merged = int(np.prod(output.shape[:-2])) // batch
-    if output.ndim == 3 and heads > 1 and merged % heads and width % heads == 0:
+    both = int(np.prod(output.shape[:-2]))  # B * H
+    if output.ndim == 3 and heads > 1 and both // batch % heads and width % heads == 0:
         by_head = np.swapaxes(attended, 1, 2)[..., 0]  # [B, S or 1, H]
         columns = np.repeat(by_head, width // heads, axis=-1)
         return np.broadcast_to(columns, output.shape)
-    if merged % heads or attended.shape[2] not in (1, rows):
+    heads = heads if heads > 1 else both // batch
+    batch = both // heads  # a mask of one batch holds for all
+    if batch * heads != both or attended.shape[2] not in (1, rows):
         return np.ones(output.shape, bool)
-    full = np.broadcast_to(attended, (batch, merged, attended.shape[2], width))
-    return np.broadcast_to(full, (batch, merged, rows, width)).reshape(output.shape)
+    return np.broadcast_to(attended, (batch, heads, rows, width)).reshape(output.shape)
 
 
 def _given(part: onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[str, Any]:
