@@ -188,27 +188,24 @@ def _remove_dead(graph: ir.Graph, roots: Sequence[ir.Node]) -> list[ir.Node]:
 
 def _scope(nodes: Sequence[ir.Node]) -> str:
     """The module path that the exporter left on these nodes: what they have in common."""
-    paths = [path for node in nodes if (path := _path(node)) is not None]
-    if not paths:
-        return ""
-    common = ""
+    paths = [path.split(".") for node in nodes if (path := _path(node)) is not None]
+    common: list[str] = []
     for modules in zip(*paths, strict=False):
         if len(set(modules)) > 1:
             break
-        common = modules[0]
-    return common
+        common.append(modules[0])
+    return ".".join(common)
 
 
-def _path(node: ir.Node) -> list[str] | None:
-    """The modules a node was in, outermost first: metadata (dynamo) or its name (TorchScript)."""
+def _path(node: ir.Node) -> str | None:
+    """The module a node was in: metadata (dynamo's list of modules, or ours) or its name."""
     scopes = node.metadata_props.get(SCOPES)
     if scopes is not None:
         try:
             found = ast.literal_eval(scopes)
         except (ValueError, SyntaxError):
-            return [scopes]
-        return [str(each) for each in found][:-1] if isinstance(found, list) else [scopes]
+            return scopes
+        return (str(found[-2]) if len(found) > 1 else "") if isinstance(found, list) else scopes
     if node.name and "/" in node.name.strip("/"):
-        parts = node.name.strip("/").split("/")[:-1]
-        return [".".join(parts[: index + 1]) for index in range(len(parts))]
+        return ".".join(node.name.strip("/").split("/")[:-1])
     return None

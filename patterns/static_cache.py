@@ -26,17 +26,23 @@ Seen in
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxgen.analysis.cache_places import (
+    Place,
+    follow_when_run,
+    free_inputs,
+    place_of,
+    unwrapped,
+)
 from onnxgen.analysis.cache_writes import Write, buffers_of, write_of
-from onnxgen.analysis.evaluate import CutError
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.feeds import RunShape
-from onnxgen.analysis.graph import attribute, given, is_read, producer, scalar
-from onnxgen.analysis.ramps import Ramp, Term, aligned
+from onnxgen.analysis.graph import attribute, given, is_read, producer
+from onnxgen.analysis.ramps import Ramp, Term
+from onnxgen.analysis.symbols import Dim
 from onnxgen.analysis.views import VIEW_OPS
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
@@ -64,7 +70,7 @@ class StaticCacheWrite(Rule):
                 raise Declined(self, "rows", reason, node)
         place = self._place(facts, builder, write, node)
         layout = _layout(write, place.batch)
-        start = place.start(facts, builder, past_shape[layout[0]])
+        start = _start(facts, builder, place, past_shape[layout[0]])
         if start is None and not place.at_zero:
             raise Declined(self, "positions", "how many sequences there are is not known", node)
         past = _transposed(facts, builder, write.past, layout)
@@ -82,17 +88,17 @@ class StaticCacheWrite(Rule):
         }
         return Rewrite(fused, _outputs(facts, builder, node, written, layout), details)
 
-    def _place(self, facts: Facts, builder: Builder, write: Write, node: ir.Node) -> _Place:
+    def _place(self, facts: Facts, builder: Builder, write: Write, node: ir.Node) -> Place:
         """Where the first new row goes.
 
         Raises:
             Declined: the rows behind it are not shown to follow.
         """
-        ramp, circular = _unwrapped(facts, write), True
+        ramp, circular = unwrapped(facts, write), True
         if ramp is None:
             ramp, circular = write.ramp, False
-        found = _first(facts, write, ramp)
-        if found is None and _follow_when_run(facts, write):
+        found = place_of(facts, write, ramp)
+        if found is None and follow_when_run(facts, write):
             assert write.positions is not None
             index = builder.constant(np.array(0, dtype=np.int64))
             first = builder.op("Gather", [write.positions, index], {"axis": write.along})
@@ -100,9 +106,9 @@ class StaticCacheWrite(Rule):
             sizes = facts.shapes.of(write.positions) or ()
             terms = (Term(first, 1, tuple(None if sizes[a] == 1 else a for a in axes)),)
             slopes = tuple(int(axis == write.along) for axis in range(len(ramp.slopes)))
-            found, circular = _first(facts, write, Ramp(slopes, 0, terms)), False
+            found, circular = place_of(facts, write, Ramp(slopes, 0, terms)), False
         if found is None:
-            free = _free_inputs(facts, write.positions)
+            free = free_inputs(facts, write.positions)
             reason = (
                 f"{free[0]!r} says where each new row goes, and may say any place"
                 if free
@@ -112,52 +118,32 @@ class StaticCacheWrite(Rule):
         return replace(found, circular=circular)
 
 
-@dataclass(frozen=True)
-class _Place:
-    """Where the first new row of each sequence goes.
-
-    Attributes:
-        ramp: start and terms, of which at most one axis varies.
-        axis: that axis of the ramp.
-        batch: the buffer's axis that it runs over; both None where it is the same for all.
-        circular: rows behind the last one start over.
-    """
-
-    ramp: Ramp
-    axis: int | None
-    batch: int | None
-    circular: bool = False
-
-    @property
-    def at_zero(self) -> bool:
-        return not self.ramp.start and not self.ramp.terms
-
-    def start(self, facts: Facts, builder: Builder, sequences: object) -> ir.Value | None:
-        """int64 [B]; None where it is zero for all, or where B is not known."""
-        if self.at_zero:
-            return None
-        total: ir.Value | None = None
-        for term in self.ramp.terms:
-            value = term.source
-            if value.dtype != ir.DataType.INT64:
-                value = builder.op("Cast", [value], {"to": int(ir.DataType.INT64)})
-            rank = facts.shapes.rank(value) or 0
-            if rank > 1 or (rank == 0 and self.batch is not None):
-                value = builder.op("Reshape", [value, builder.ints(-1)])
-            if term.factor == -1:
-                value = builder.op("Neg", [value])
-            elif term.factor != 1:
-                value = builder.op("Mul", [value, builder.ints(term.factor)])
-            total = value if total is None else builder.op("Add", [total, value])
-        if total is None:
-            total = builder.ints(self.ramp.start)
-        elif self.ramp.start:
-            total = builder.op("Add", [total, builder.ints(self.ramp.start)])
-        shape = facts.shapes.of(total)
-        if self.batch is not None or (shape == (1,) and sequences == 1):
-            return total
-        size = builder.sizes([sequences])  # type: ignore[list-item]
-        return None if size is None else builder.op("Expand", [total, size])
+def _start(facts: Facts, builder: Builder, place: Place, sequences: Dim) -> ir.Value | None:
+    """int64 [B]; None where it is zero for all, or where B is not known."""
+    if place.at_zero:
+        return None
+    total: ir.Value | None = None
+    for term in place.ramp.terms:
+        value = term.source
+        if value.dtype != ir.DataType.INT64:
+            value = builder.op("Cast", [value], {"to": int(ir.DataType.INT64)})
+        rank = facts.shapes.rank(value) or 0
+        if rank > 1 or (rank == 0 and place.batch is not None):
+            value = builder.op("Reshape", [value, builder.ints(-1)])
+        if term.factor == -1:
+            value = builder.op("Neg", [value])
+        elif term.factor != 1:
+            value = builder.op("Mul", [value, builder.ints(term.factor)])
+        total = value if total is None else builder.op("Add", [total, value])
+    if total is None:
+        total = builder.ints(place.ramp.start)
+    elif place.ramp.start:
+        total = builder.op("Add", [total, builder.ints(place.ramp.start)])
+    shape = facts.shapes.of(total)
+    if place.batch is not None or (shape == (1,) and sequences == 1):
+        return total
+    size = builder.sizes([sequences])
+    return None if size is None else builder.op("Expand", [total, size])
 
 
 def _is_cache(facts: Facts, buffer: ir.Value) -> bool:
@@ -176,93 +162,6 @@ def _is_cache(facts: Facts, buffer: ir.Value) -> bool:
 
 
 _PARTS = VIEW_OPS | {"Slice", "Split", "Cast", "TensorScatter", "ScatterND", "ScatterElements"}
-
-
-def _first(facts: Facts, write: Write, ramp: Ramp) -> _Place | None:
-    """Where the first row goes, if the others follow and the sequences alone differ."""
-    along = write.along
-    counted = replace(ramp, slopes=tuple(0 if a == along else s for a, s in enumerate(ramp.slopes)))
-    row_sizes = facts.shapes.of(write.new)
-    single = row_sizes is not None and row_sizes[write.order[write.axis]] == 1
-    if along in ramp.varying or (ramp.slopes[along] != 1 and not single) or any(counted.slopes):
-        return None
-    if ramp.indexes and (ramp.start or len(ramp.terms) != 1 or ramp.terms[0].factor != 1):
-        return None  # a negative index might hide behind what is added to it
-    varying = ramp.varying
-    if len(varying) > 1 or any(axis not in write.runs for axis in varying):
-        return None
-    axis = next(iter(varying), None)
-    return _Place(counted, axis, None if axis is None else write.runs[axis])
-
-
-def _unwrapped(facts: Facts, write: Write) -> Ramp | None:
-    """x of positions that are x modulo the buffer's length, else None."""
-    ramp, shape = write.ramp, facts.shapes.of(write.past)
-    if len(ramp.terms) != 1 or any(ramp.slopes) or ramp.start or ramp.indexes or shape is None:
-        return None
-    (term,) = ramp.terms
-    node = producer(term.source, "Mod")
-    if term.factor != 1 or node is None or attribute(node, "fmod", 0):
-        return None
-    length = scalar(node.inputs[1])
-    if length is None:
-        content = facts.shapes.content(node.inputs[1])
-        length = content.flat[0] if content is not None and content.size == 1 else None
-    inner = aligned(facts, given(node), term.source)
-    if length is None or inner is None or length != shape[write.axis]:
-        return None
-    went = {own: axis for own, axis in enumerate(term.axes) if axis is not None}
-    return inner.moved(went, len(ramp.slopes))
-
-
-def _follow_when_run(facts: Facts, write: Write) -> bool:
-    """Whether the positions count, each one more than the one before, wherever they are run.
-
-    Asked only of positions that follow from sizes and from how long the cache is: those are all
-    the numbers that there are, where an input of positions or a mask can hold any.
-    """
-    positions, sampler = write.positions, facts.sampler
-    if positions is None or sampler is None or _free_inputs(facts, positions):
-        return False
-    try:
-        samples = sampler.samples(positions, _probes(sampler.roles.static_room or 16))
-    except CutError:
-        return False
-    several = 0
-    for _, found in samples:
-        rows = np.moveaxis(found, write.along, 0)
-        if rows.size and (np.diff(rows, axis=0) != 1).any():
-            return False
-        several += len(rows) > 1
-    return several >= 3
-
-
-def _probes(room: int) -> tuple[RunShape, ...]:
-    """Runs that reach every place of a cache, at once and from several pasts."""
-    pasts = sorted({0, 1, 2, 3, 7, room // 3, room // 2, 2 * room // 3, max(room - 2, 0)})
-    return (
-        *(RunShape(1, room - past, past) for past in pasts if past < room),
-        *(RunShape(2, 3, past) for past in pasts if past + 3 <= room),
-        RunShape(2, min(6, room), padding="left" if room > 1 else "none"),
-    )
-
-
-def _free_inputs(facts: Facts, value: ir.Value | None) -> list[str]:
-    """Inputs that a value is computed from, sizes and how long the cache is left out."""
-    found: list[str] = []
-    pending, seen = [value], set()
-    while pending:
-        each = pending.pop()
-        if each is None or each in seen:
-            continue
-        seen.add(each)
-        node = each.producer()
-        if each.is_graph_input():
-            if facts.role(each) != "cache_length" or facts.shapes.of(each) not in ((), (1,)):
-                found.append(each.name or "")
-        elif node is not None and node.op_type not in ("Shape", "Size"):
-            pending.extend(node.inputs)
-    return found
 
 
 def _layout(write: Write, batch: int | None) -> tuple[int, ...]:

@@ -107,8 +107,8 @@ class Graph:
                 yield node
             elif node.op_type == "Div":
                 top, bottom = (self.behind(name) for name in node.input)
-                divided = top and bottom and (top.op_type, bottom.op_type) == ("Exp", "ReduceSum")
-                if divided and self.behind(bottom.input[0]) is top:
+                parts = [each.op_type if each else "" for each in (top, bottom)]
+                if parts == ["Exp", "ReduceSum"] and self.behind(bottom.input[0]) is top:
                     yield node
 
     def behind(self, name: str) -> onnx.NodeProto | None:
@@ -231,13 +231,24 @@ class Graph:
     # --- caches ---------------------------------------------------------------------------------
 
     def held(self, past: str) -> bool:
-        """Whether a past enters an operator that holds caches, through views and cuts only."""
-        near = self.way([past], False, lambda each: each.op_type in VIEWS | {"Slice"})
-        return any(
+        """Whether a past enters an operator that holds caches, through views and cuts only.
+
+        A latent one cannot: what attends reads no view of it, but what weights make of it.
+        """
+        near = list(self.way([past], False, lambda each: each.op_type in VIEWS | {"Slice"}))
+        if any(
             node.op_type in HOLDERS
             and any(
                 index < len(node.input) and self.source(node.input[index]) == past
                 for index in HOLDERS[node.op_type]
             )
             for node in near
+        ):
+            return True
+        joined = [name for node in near if node.op_type not in VIEWS for name in node.output]
+        after = list(self.way(joined, False, lambda each: each.op_type in VIEWS | {"Slice"}))
+        return bool(joined) and not any(
+            node.op_type in HOLDERS
+            or (node.op_type in PRODUCTS and not any(name in self.fixed for name in node.input))
+            for node in after
         )

@@ -44,6 +44,7 @@ class FuseOptions:
     inline: bool = False
     roles: Mapping[str, str] | None = None
     force: bool = False
+    genai_config: bool = False
 
 
 class FakePipeline(ModuleType):
@@ -112,7 +113,16 @@ def test_fuse_says_what_it_did(pipeline: FakePipeline) -> None:
 
 def test_every_option_reaches_the_pipeline(pipeline: FakePipeline) -> None:
     words = "-o out.onnx --target ort --padding right --max-length 96 --no-verify --disable ATT001 --disable NRM002 --opset 23"
-    result = run("fuse", "m.onnx", *words.split(), "--inline", "--role", "a=b=ids", "--force")
+    result = run(
+        "fuse",
+        "m.onnx",
+        *words.split(),
+        "--inline",
+        "--role",
+        "a=b=ids",
+        "--force",
+        "--genai-config",
+    )
     assert result.exit_code == 0, result.stderr
     options = FuseOptions(
         output=Path("out.onnx"),
@@ -125,6 +135,7 @@ def test_every_option_reaches_the_pipeline(pipeline: FakePipeline) -> None:
         inline=True,
         roles={"a=b": "ids"},
         force=True,
+        genai_config=True,
     )
     assert pipeline.calls == [(Path("m.onnx"), options)]
 

@@ -19,7 +19,8 @@ def test_every_exporter_wrote_the_same_sites(model: str) -> None:
     """Unfused exports of one model hold equally many in any spelling, at least one a layer."""
     counts = {}
     for entry in corpus(f"{model}/*"):
-        if entry.info["opset"] < 23:
+        fused = any(node.domain == "com.microsoft" for node in entry.stored.graph.node)
+        if entry.info["opset"] < 23 and not fused:
             inlined = onnx.inliner.inline_local_functions(entry.stored)
             found = leftovers(inlined)
             counts[entry.form] = (found["attention"], found["norm"], found["rotary"])

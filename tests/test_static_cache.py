@@ -142,6 +142,16 @@ def test_a_negative_index_into_a_table_counts_from_its_end() -> None:
         np.testing.assert_array_equal(old["present"], new["present"])
 
 
+def test_a_quantized_cache_is_written_as_it_is() -> None:
+    signature = SIGNATURE.replace("float[b,3,24,20]", "int8[b,3,24,20]").replace(
+        "<float[37,50] table", "<int8 zero, float[37,50] table"
+    )
+    coded = FRONT.replace("(k)", "(coded)")
+    text = write(f"coded = QuantizeLinear(k, 0.05, zero)  {coded}", signature=signature)
+    result = assert_raised(text, None, "CAC001")
+    assert result.count("ScatterND") == 0
+
+
 def test_one_row_that_is_chosen() -> None:
     signature = SIGNATURE.replace("b,s] ids", "b,1] ids")
     after = AFTER.replace("b,s] ids", "b,1] ids").replace("[0, 0, 3, 20]", "[0, 1, 3, 20]")

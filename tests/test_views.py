@@ -58,6 +58,7 @@ CASES = {
     "y = Gather<axis = 1>(k, [0, 0, 1, 1, 2, 2])": "0:1*k[0] (1:1*3 x:1*2) 2:1*k[2] 3:1*20",
     # b k t d -> b (g k) t d
     "y = Tile(k, [1, 2, 1, 1])": "0:1*k[0] (x:1*2 1:1*3) 2:1*k[2] 3:1*20",
+    "y = Concat<axis = 1>(k, k, k)": "0:1*k[0] (x:1*3 1:1*3) 2:1*k[2] 3:1*20",
     # a detour over a flattened tensor: b k t d -> (b k) t d -> (b k) d t -> b k d t
     "t0 = Shape<start = 2, end = 3>(k)  f = Concat<axis = 0>([-1], t0, [20])  m = Reshape(k, f)"
     "  w = Transpose<perm = [0, 2, 1]>(m)  b0 = Shape<end = 2>(k)"
@@ -94,7 +95,7 @@ def test_factors_on_the_way_are_collected() -> None:
         ("y = Gather<axis = 1>(k, [2, 1, 0])", "y"),
         ("y = Gather<axis = 1>(k, [0, 1])", "y"),
         ("y = Slice(k, [0], [2], [1])", "y"),
-        ("y = Concat<axis = 1>(k, k)", "y"),
+        ("r = Relu(k)  y = Concat<axis = 1>(k, r)", "y"),
         ("a, y = Split<axis = -1, num_outputs = 2>(k)", "y"),
         # across axes whose sizes do not divide
         ("y = Reshape(k, [0, 5, 12, -1])", "y"),

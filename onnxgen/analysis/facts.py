@@ -149,6 +149,7 @@ def sizes_in_use(roles: Roles | None) -> dict[str, Dim]:
 _CACHES = frozenset({"past", "static_past", "cross_past"})  # quantized ones hold integers
 _CONTRACTIONS = names(
     """
-    MatMul Gemm Conv Einsum MatMulInteger MatMulNBits QLinearMatMul FusedMatMul
+    MatMul Gemm Conv Einsum MatMulInteger MatMulNBits QLinearMatMul FusedMatMul FusedGemm FusedConv
+    DynamicQuantizeMatMul MatMulIntegerToFloat MatMulBnb4 MatMulFpQ4 QGemm
     """
 )

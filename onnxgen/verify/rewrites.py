@@ -174,6 +174,11 @@ class RewriteChecker:
             if numbers is not None and None not in numbers:
                 feeds[name] = np.array(numbers, dtype=np.int64).reshape(content.shape)  # type: ignore[union-attr]
                 continue
+            if value.dtype in (ir.DataType.INT8, ir.DataType.UINT8):  # quantized activations
+                info = np.iinfo(value.dtype.numpy())
+                shaped = [int(size) for size in sizes if size is not None]
+                feeds[name] = rng.integers(info.min, info.max, shaped, value.dtype.numpy())
+                continue
             if value.dtype is None or not value.dtype.is_floating_point():
                 return f"{name!r} holds integers that are computed from activations"
             array = rng.standard_normal([int(size) for size in sizes if size is not None])
@@ -193,7 +198,8 @@ class RewriteChecker:
                 return f"{old_value.name!r} becomes {b.shape}, was {a.shape}"
             dtype = new_value.dtype or ir.DataType.FLOAT
             half = any(v.dtype == ir.DataType.FLOAT16 for v in rewrite.node.inputs if v is not None)
-            tolerance = TOLERANCES[ir.DataType.FLOAT16 if half else dtype]
+            # Integers are equal or not.
+            tolerance = TOLERANCES.get(ir.DataType.FLOAT16 if half else dtype, 0.0)
             a, b = a.astype(np.float64), b.astype(np.float64)
             valid = np.isfinite(a)  # an unguarded row that is masked everywhere is NaN
             if attended is not None and index == 0:
@@ -295,27 +301,25 @@ def _attended(mask: Any) -> Any:
 
 
 def _rows_like(attended: Any, output: Any) -> Any:
-    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes merged or split.
-
-    Batch and heads may be merged, [B*H,S,D], or heads split, [B,K,G,S,D]; heads and columns may be
-    merged, [B,S,H*D].
-    """
-    if output.ndim == 4:
-        return np.broadcast_to(attended, output.shape)
+    """The attended rows as a mask on attention's output: [B,H,S,D], or with axes cut or merged."""
     while attended.ndim < 4:
         attended = attended[None]
-    batch, heads = (max(size, 1) for size in attended.shape[:2])
-    rows, width = output.shape[-2:]
-    both = int(np.prod(output.shape[:-2]))  # B * H
-    if output.ndim == 3 and heads > 1 and both // batch % heads and width % heads == 0:
-        by_head = np.swapaxes(attended, 1, 2)[..., 0]  # [B, S or 1, H]
+    batch, heads, rows = attended.shape[:3]
+    merged = int(np.prod(output.shape[:-1])) // rows  # batch times heads, in this order
+    width = output.shape[-1]
+    if output.ndim == 3 and heads > 1 and merged % heads and width % heads == 0:
+        by_head = np.swapaxes(attended, 1, 2)[..., 0]  # heads merged with columns: [B, S or 1, H]
         columns = np.repeat(by_head, width // heads, axis=-1)
         return np.broadcast_to(columns, output.shape)
-    heads = heads if heads > 1 else both // batch
-    batch = both // heads  # a mask of one batch holds for all
-    if batch * heads != both or attended.shape[2] not in (1, rows):
+    if heads == 1:
+        heads = merged // batch
+    else:
+        batch = merged // heads
+    whole = batch * heads * rows == int(np.prod(output.shape[:-1]))
+    if not whole or attended.shape[0] not in (1, batch):
         return np.ones(output.shape, bool)
-    return np.broadcast_to(attended, (batch, heads, rows, width)).reshape(output.shape)
+    full = np.broadcast_to(attended, (batch, heads, rows, 1)).reshape(*output.shape[:-1], 1)
+    return np.broadcast_to(full, output.shape)
 
 
 def _given(part: onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[str, Any]:

@@ -1172,8 +1172,8 @@ Graphs that real exporters wrote, from transformers *configurations* with random
   opset 17; `dynamo18`, `dynamo20` (its default) and `dynamo23` are `dynamo=True`; `transformers` is
   `OnnxExporter(dynamic=True)`; `builder` is onnxruntime-genai's, in fp32 for CPU. `-eager`
   attention, `-decode` one new token, `-static` a StaticCache of {static}, and of the window for
-  layers that have one, `-prefill` no past, `-fp16`, `-bf16`, `-cropped` a cache whose sliding layers keep
-  W-1 tokens,
+  layers that have one, `-prefill` no past, `-fp16`, `-bf16`, `-cropped` a cache whose sliding
+  layers keep W-1 tokens,
   `-sliding` such a cache as transformers' exporter takes it: not cropped, the window an input,
   `-optimized` by onnxruntime.transformers' optimizer, `-batched` experts by `batched_mm` (without it the transformers exporter writes one branch for
   each expert, and the others fail).
