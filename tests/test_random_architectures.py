@@ -77,7 +77,15 @@ def alone() -> Iterator[Spec]:
             yield fitted(Spec(**given))
 
 
-@pytest.mark.parametrize("spec", dict.fromkeys(alone()), ids=repr)
+# Found by longer runs.
+FOUND = [
+    Spec(dtype="bfloat16", mask="relative", padding=True, masking="add-1e4"),
+    Spec(layout="merged", mask="relative", cache="BPKD", second="shared"),
+    Spec(groups=3, layout="merged", key="early", softmax="float", mask="relative", declared=False),
+]
+
+
+@pytest.mark.parametrize("spec", dict.fromkeys([*alone(), *FOUND]), ids=repr)
 def test_each_choice_alone(spec: Spec) -> None:
     check(spec)
 
