@@ -128,7 +128,8 @@ class Parts:
         """[B,S,M] to [B,S,N]."""
         spec, op, m = self.spec, self.op, M
         gain = self.gain(name)
-        bias = self.weight(f"b{name}", n, gain=gain) if spec.bias else None
+        around_zero = gain * (weight(f"b{name}", (n,)) - 1)
+        bias = self.constant(around_zero.astype(spec.dtype), f"b{name}") if spec.bias else None
         if spec.projection in ("gemm", "linear"):
             turned = spec.projection == "linear"
             w = self.weight(f"w{name}", *((n, m) if turned else (m, n)), gain=gain)
