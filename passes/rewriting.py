@@ -137,18 +137,18 @@ class Rewriter:
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         removed = _remove_dead(graph, producers)
         self.facts.views.forget()
-        scope = _scope(removed)
+        fused = rewrite.node
+        # What takes the place of one of ours keeps its name and module: earlier sites speak of it.
+        ours = (n for n in removed if n.op_type == fused.op_type and RULE in n.metadata_props)
+        taken = next(ours, None)
+        scope = _scope(removed if taken is None else [taken])
         for node in nodes:
             if scope:
                 node.metadata_props.setdefault(SCOPES, scope)
             node.metadata_props[RULE] = rule.code
-        fused = rewrite.node
         fused.metadata_props[REPLACED] = ", ".join(
             sorted({name for node in removed for name in _replaced_by(node)})
         )
-        # What takes the place of one of ours keeps its name: earlier sites speak of it.
-        ours = (n for n in removed if n.op_type == fused.op_type and RULE in n.metadata_props)
-        taken = next(ours, None)
         name = f"{scope or rule.kind}/{fused.op_type}"
         fused.name = self.builder.unique(name) if taken is None else taken.name
         return Site(

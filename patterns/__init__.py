@@ -9,7 +9,6 @@ from onnxgen.patterns.contrib_packed import PackedAttention
 from onnxgen.patterns.gelu import GeluActivation
 from onnxgen.patterns.layer_norm import LayerNorm
 from onnxgen.patterns.rms_norm import RMSNorm
-from onnxgen.patterns.rms_norm_op import SimplifiedLayerNorm
 from onnxgen.patterns.rotary import Rotary
 from onnxgen.patterns.rotary_op import OneRowRotary
 from onnxgen.patterns.rule import Rule
@@ -24,7 +23,6 @@ RULES: tuple[Rule, ...] = (
     OtherAttention(),
     LayerNorm(),
     RMSNorm(),
-    SimplifiedLayerNorm(),
     GeluActivation(),
     Rotary(),
     StaticCacheWrite(),

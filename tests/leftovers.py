@@ -195,10 +195,16 @@ class Graph:
     def source(self, name: str) -> str:
         """The tensor that a value is a part of."""
         node = self.producer.get(name)
-        while node is not None and node.op_type in PARTS:
+        while node is not None and (node.op_type in PARTS or self.lengthens(node)):
             name = node.input[0]
             node = self.producer.get(name)
         return name
+
+    def lengthens(self, node: onnx.NodeProto) -> bool:
+        """Whether a node puts empty places behind a tensor."""
+        makers = [self.producer.get(name) for name in node.input[1:]]
+        empty = [maker is not None and maker.op_type == "ConstantOfShape" for maker in makers]
+        return node.op_type == "Concat" and bool(empty) and all(empty)
 
     def crossed(self) -> int:
         """Pairs of a * c - b * s and b * c + a * s."""
@@ -235,7 +241,9 @@ class Graph:
 
         A latent one cannot: what attends reads no view of it, but what weights make of it.
         """
-        near = list(self.way([past], False, lambda each: each.op_type in VIEWS | {"Slice"}))
+        near = list(
+            self.way([past], False, lambda n: n.op_type in VIEWS | {"Slice"} or self.lengthens(n))
+        )
         if any(
             node.op_type in HOLDERS
             and any(

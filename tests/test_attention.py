@@ -101,7 +101,8 @@ def assert_fused(
     else:
         assert given[4:6] == ["", ""]
     assert attributes(result)["scale"] == pytest.approx(scale, rel=2e-4)
-    assert result.sites[0].details["cache"] == ("concatenated" if cache else "none")
+    inside = result.sites[0].details["cache"] == "concatenated"
+    assert inside == cache
     return result
 
 

@@ -238,7 +238,7 @@ def test_two_layers_on_one_cache() -> None:
     assert list(first.input[4:]) == ["past_k", "past_v"]
     assert list(second.input[1:3]) == list(first.output[1:3])
     assert len(second.output) == 1
-    assert [site.details["cache"] for site in result.sites] == ["concatenated", "none"]
+    assert [site.details["cache"] for site in result.sites] == ["concatenated", "shared"]
 
 
 # --- Einsum -------------------------------------------------------------------------------------

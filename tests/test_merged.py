@@ -83,7 +83,7 @@ def test_both_branches_are_raised(tmp_path: Path) -> None:
     assert sum(name.startswith("w") for name in names) == 3  # the branches share their weights
 
 
-@pytest.mark.parametrize(("name", "sites"), [("whisper_decoder", 8), ("t5_decoder", 22)])
+@pytest.mark.parametrize(("name", "sites"), [("whisper_decoder", 12), ("t5_decoder", 22)])
 def test_exported_decoders(name: str, sites: int, tmp_path: Path) -> None:
     cached, first = (load_corpus_model(f"{name}/torchscript{mod}") for mod in ("", "-prefill"))
     after, report = fused(merged(cached, first), tmp_path)

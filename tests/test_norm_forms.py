@@ -205,23 +205,3 @@ def test_other_norms_are_left_alone(body: str) -> None:
     assert_untouched(
         f"(float[b,40,s] x) => (float[b,40,s] y) <float[40] w, float[40] c> {{ {body} }}", opset=21
     )
-
-
-# --- ONNX Runtime's own name --------------------------------------------------------------------
-
-
-def test_simplified_layer_normalization() -> None:
-    assert_raised(
-        f"{SIGNATURE} {{ y = SimplifiedLayerNormalization<axis = -1, epsilon = 0.003>(x, w) }}",
-        f"{SIGNATURE} {{ y = {RMS}(x, w) }}",
-        "RMS002",
-    )
-
-
-def test_simplified_layer_normalization_whose_root_is_read() -> None:
-    signature = SIGNATURE.replace("(float[b,s,40] y)", "(float[b,s,40] y, float[b,s,1] i)")
-    assert_kept(
-        f"{signature} {{ y, i = SimplifiedLayerNormalization<axis = -1, epsilon = 0.003>(x, w) }}",
-        "RMS002",
-        "second-output",
-    )

@@ -19,7 +19,7 @@ from onnxgen.model_io import read_model
 from onnxgen.report.values import Report
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.contract import KEY, Contract, read_contract
-from onnxgen.testing import load_corpus_model
+from onnxgen.testing import CorpusEntry, corpus, load_corpus_model
 from onnxgen.verify.compare import verify_models
 
 Made = tuple[Path, Path, Report]
@@ -185,7 +185,7 @@ def test_a_cropped_cache_keeps_its_mask(tmp_path: Path) -> None:
 def test_what_continues_no_cache_stays_attention(tmp_path: Path) -> None:
     _, output, report = make(tmp_path, "bert/dynamo20")
     assert ops(output)["Attention"] == 2
-    assert ops(output)["SkipLayerNormalization"] > 0
+    assert ops(output)["SkipLayerNormalization"] == 0  # many times slower on CPU
     reasons = {site.decline.code for site in report.lowered if site.decline}
     assert reasons == {"no-cache"}
     assert report.contract == "padding any"
@@ -247,3 +247,13 @@ def test_sinks_are_an_input(tmp_path: Path) -> None:
     attentions = [node for node in model.graph.node if node.op_type == "GroupQueryAttention"]
     assert [len(node.input) for node in attentions] == [12, 12]
     assert not model.functions
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("padding", ["any", "right", "none"])
+@pytest.mark.parametrize("entry", corpus(), ids=lambda entry: entry.name)
+def test_every_export_for_every_padding(entry: CorpusEntry, padding: Any, tmp_path: Path) -> None:
+    _, _, report = make(tmp_path, entry.name, padding=padding, max_length=2048)
+    assert report.proof is not None
+    assert report.proof.status == "proven"
+    assert {site.status for site in report.lowered} <= {"fused", "kept"}

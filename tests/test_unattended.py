@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import pytest
 
+from onnxgen import pipeline
+from onnxgen.testing import load_corpus_model
 from tests.graphs import assert_raised, raised, run
 
 SIGNATURE = (
@@ -92,3 +97,16 @@ def test_other_wheres_stay(changed: str) -> None:
     result = raised(changed, opset=23)
     assert not [site for site in result.sites if site.rule == "ATT003"]
     assert "Where" in {node.op_type for node in result.after.graph.node}
+
+
+def test_what_was_said_of_the_attention_stays_true(tmp_path: Path) -> None:
+    """Its site names the node that is there in the end, which keeps its module and its mask."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(load_corpus_model("llama/transformers").SerializeToString())
+    report = pipeline.fuse(path, pipeline.FuseOptions(verify=False), lambda message: None)
+    nodes = {node.name: node for node in onnx.load(report.output).graph.node}
+    sites = [site for site in report.sites if site.kind == "attention"]
+    assert [site.details["mask"] for site in sites] == ["causal, key padding"] * 2
+    for site in sites:
+        metadata = {each.key: each.value for each in nodes[site.node].metadata_props}
+        assert metadata["pkg.torch.onnx.name_scopes"] == site.scope != ""

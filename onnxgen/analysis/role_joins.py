@@ -101,7 +101,7 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
     rank = len(past.shape) if past.shape is not None else 4
     axes: list[int | None] = list(range(rank))
     axis: int | None = None
-    grows = static = counted = False
+    grows = static = counted = longer = False
     window = 0
     cap: int | None = None
     writer: ir.Node | None = None
@@ -114,10 +114,10 @@ def _replay(past: ir.Value, present: ir.Value, way: _Way) -> Join:
         elif op == "Concat" and len(node.inputs) > 1:
             joined = node.attributes["axis"].as_int()
             # Layers stacked into one output are no growth.
-            grows = grows or _lengthens(node, index)
+            grows, longer = grows or _lengthens(node, index), True
         elif op in SCATTERS:
             # What was lengthened first has places for as many tokens as come.
-            counted = grows and op == "TensorScatter"
+            counted = longer and op == "TensorScatter"
             grows, static = True, not counted
             writer = node
             default = -2 if op == "TensorScatter" else 0

@@ -8,8 +8,9 @@ minutes once and are kept in the folder of --cache); a tool that is not installe
 layers of the shape of a 0.5B model (qwen2.5-0.5B, but for a vocabulary of 32,000), random weights,
 the same in every file, fp32. Everything is run by `session.run` on the same values, in turns; a
 figure is the fastest run: its processor time for one thread, which other load hardly changes, and
-the clock on the wall for more. "shared" is a model as onnxruntime-genai runs it: bound once, past
-and present in one buffer, nothing copied.
+the clock on the wall for more. Every model is loaded several times, because where its weights come
+to lie in memory makes up to a tenth of a decoding step. "shared" is a model as onnxruntime-genai
+runs it: bound once, past and present in one buffer, nothing copied.
 
 Ratios are to the export measured in the same turns: below 1.00 is faster. In brackets: to the
 fastest of what other tools made, run alike. The last column is the largest difference of the first
@@ -96,7 +97,6 @@ class Candidate:
         self.session = onnxruntime.InferenceSession(
             str(self.path), options, providers=["CPUExecutionProvider"]
         )
-        self.times, self.differences = {}, []
 
     def takes(self, new: int) -> bool:
         return self.new in (None, new) and not (self.shared and new > 1)
@@ -229,7 +229,7 @@ def measure(
             same = reference[:, -first.shape[1] :] if first.ndim == 3 else reference
             candidate.differences.append(float(np.abs(first - same).max()) / spread)
             runs[candidate.name] = run
-            candidate.times[case] = []
+            candidate.times.setdefault(case, [])
         by_name = {candidate.name: candidate for candidate in found}
         order = list(runs)
         end = time.perf_counter() + seconds
@@ -283,15 +283,21 @@ def bench(folder: Path, form: str, options: argparse.Namespace) -> None:
         found += others(folder, options.model, info["kind"], dims)
     cases = CASES[info["kind"]]
     for threads in options.threads:
-        for candidate in found:
-            candidate.open(threads)
         clock = time.thread_time if threads == 1 else time.perf_counter
-        measure(found, info, cases, options.seconds, clock)
+        for candidate in found:
+            candidate.times, candidate.differences = {}, []
+        for repeat in range(options.repeats):
+            base, *rest = found
+            turn = repeat * len(rest) // options.repeats
+            order = [base, *rest[turn:], *rest[:turn]]
+            for candidate in order:
+                candidate.open(threads)
+            measure(order, info, cases, options.seconds / options.repeats, clock)
+            for candidate in order:
+                candidate.session = None
+            gc.collect()
         print(f"{options.model}, {form}, {threads} thread{'s' if threads > 1 else ''}\n")
         report(found, cases)
-        for candidate in found:
-            candidate.session = None
-        gc.collect()
 
 
 def main() -> None:
@@ -301,7 +307,8 @@ def main() -> None:
     parser.add_argument("--forms", nargs="+", default=list(EXPORTERS))
     parser.add_argument("--targets", nargs="+", default=TARGETS, help="words of --target")
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=10, help="for each case")
+    parser.add_argument("--seconds", type=float, default=15, help="for each case")
+    parser.add_argument("--repeats", type=int, default=3, help="loads of each model")
     parser.add_argument("--no-others", action="store_true")
     options = parser.parse_args()
     packages = ["onnxruntime", "onnx", "torch", "transformers"]

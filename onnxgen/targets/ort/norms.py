@@ -1,8 +1,10 @@
-"""ORT003: a norm takes the residual sum before it inside.
+"""ORT003: an RMS norm takes the residual sum before it inside.
 
 Replaces
-    h = a + b;  RMSNormalization(h, w)      -> SkipSimplifiedLayerNormalization(a, b, w) -> y, h
-    h = a + b;  LayerNormalization(h, w, c) -> SkipLayerNormalization(a, b, w, c) -> y, h
+    h = a + b;  RMSNormalization(h, w)  -> SkipSimplifiedLayerNormalization(a, b, w) -> y, h
+
+    A LayerNormalization stays beside its Add: on CPU (ONNX Runtime 1.32, one thread, 128 rows of
+    768) SkipLayerNormalization takes 588 us where Add and LayerNormalization take 71.
 
 Declines
     none: what does not fit stays as it is.
@@ -11,7 +13,7 @@ Numerics
     The same operations; the sum is made inside.
 
 Seen in
-    every model with residuals; what onnxruntime-genai's builder writes.
+    every decoder with residuals; what onnxruntime-genai's builder writes.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import attribute, given, producer
+from onnxgen.analysis.graph import CONTRIB, attribute, given, producer
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import Rewrite, Rule
 
@@ -27,11 +29,11 @@ _EPSILON = 1e-5
 
 
 class SkipNorm(Rule):
-    """Anchored at a norm over the last axis of a sum."""
+    """Anchored at an RMS norm over the last axis of a sum."""
 
     code = "ORT003"
     kind = "norm"
-    anchors = frozenset({"RMSNormalization", "LayerNormalization"})
+    anchors = frozenset({"RMSNormalization"})
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         total = given(node)
@@ -42,13 +44,16 @@ class SkipNorm(Rule):
         a, b = given(add, 0), given(add, 1)
         if not all(facts.shapes.same_shape(facts.shapes.of(each), shape) for each in (a, b)):
             return None
-        weights = [given(node, 1), *node.inputs[2:]]
-        if not all(w is None or w.dtype == a.dtype for w in weights) or a.dtype != b.dtype:
+        weight = given(node, 1)
+        if not a.dtype == b.dtype == weight.dtype:
             return None
-        rms = node.op_type == "RMSNormalization"
-        name = "SkipSimplifiedLayerNormalization" if rms else "SkipLayerNormalization"
-        epsilon = {"epsilon": attribute(node, "epsilon", _EPSILON)}
-        outputs = builder.ops(name, [a, b, *weights], 4, epsilon, domain="com.microsoft")
+        outputs = builder.ops(
+            "SkipSimplifiedLayerNormalization",
+            [a, b, weight],
+            4,
+            {"epsilon": attribute(node, "epsilon", _EPSILON)},
+            domain=CONTRIB,
+        )
         for statistics in outputs[1:3]:
             statistics.dtype = ir.DataType.FLOAT
         fused = outputs[0].producer()
