@@ -236,8 +236,8 @@ class Writer(Parts):
         if g == 1:
             return x
         match spec.repeat:
-            case "five-axes":
-                return op.Unsqueeze(x, [2])
+            case "five-axes":  # an Einsum needs no axis of size 1
+                return x if spec.key == "einsum" else op.Unsqueeze(x, [2])
             case "gather":
                 return op.Gather(x, [i // g for i in range(h)], axis=1)
             case "other-way":
@@ -281,7 +281,7 @@ class Writer(Parts):
         """An equation with the letters of the leading axes put in."""
         five = lanes == "bks"
         if five:  # key heads are shared by G query heads
-            return text.format("bkg", "bkz", "bkg")
+            return text.format("bkg", "bk", "bkg")
         lead = "n" if self.spec.layout == "merged" else "bh"
         return text.format(lead, lead, lead)
 

@@ -56,11 +56,15 @@ class Parts:
         return self.constant((gain * weight(name, shape)).astype(self.spec.dtype), name)
 
     def gain(self, name: str) -> float:
-        """What a projection's weights are multiplied by: the scale, where it is folded in them."""
-        if self.spec.scale != "none" or name[0] == "c":
-            return 1.0
-        root = 1 / math.sqrt(self.spec.size)
-        return {"q": root, "q2": root, "qkv": math.sqrt(root)}.get(name, 1.0)
+        """What a projection's weights are multiplied by.
+
+        The scale of the scores, where it is folded in them; in float16 a half for queries, so that
+        its noise on softer scores stays well inside what is allowed.
+        """
+        soft = 0.5 if self.spec.dtype == "float16" else 1.0
+        root = 1 / math.sqrt(self.spec.size) if self.spec.scale == "none" else 1.0
+        gains = {"q": soft * root, "q2": soft * root, "qkv": math.sqrt(soft * root), "cq": soft}
+        return gains.get(name, 1.0)
 
     def constant(self, array: np.ndarray[Any, Any], name: str) -> Any:
         known = self.graph.initializers.get(name)
@@ -124,7 +128,8 @@ class Parts:
         """[B,S,M] to [B,S,N]."""
         spec, op, m = self.spec, self.op, M
         gain = self.gain(name)
-        bias = self.weight(f"b{name}", n, gain=gain) if spec.bias else None
+        around_zero = gain * (weight(f"b{name}", (n,)) - 1)
+        bias = self.constant(around_zero.astype(spec.dtype), f"b{name}") if spec.bias else None
         if spec.projection in ("gemm", "linear"):
             turned = spec.projection == "linear"
             w = self.weight(f"w{name}", *((n, m) if turned else (m, n)), gain=gain)

@@ -114,6 +114,11 @@ class Spec:
         return self.size if self.part == "whole" else self.size // 2 // 2 * 2
 
     @property
+    def turns(self) -> bool:
+        """Whether query heads take turns on the key heads; the operator's are neighbours."""
+        return self.repeat == "other-way" and min(self.groups, self.kv_heads) > 1
+
+    @property
     def masked(self) -> bool:
         """Whether anything is hidden from anyone."""
         return self.padding or self.mask != "none"
@@ -166,12 +171,10 @@ def not_claimed(spec: Spec) -> str:
 
     What no single operator can say stays here; the rest of it is work not done yet.
     """
-    if spec.repeat == "other-way":
-        return "query heads take turns on the key heads: the operator's are neighbours"
-    if spec.key == "einsum" and (
-        spec.repeat == "five-axes" or spec.cache == "cropped" or spec.second == "shared"
-    ):
-        return "an Einsum that broadcasts, or whose sizes are not shown to be equal, stays one"
+    if spec.turns and (spec.key == "early" or spec.cache == "BKDP"):
+        return "heads that take turns, on keys that are transposed"
+    if spec.key == "einsum" and spec.cache == "cropped":
+        return "products written as Einsum over a cropped cache"
     if spec.scale == "measured" and spec.dtype == "bfloat16" and spec.size != 4:
         return "the root of a size, rounded to bfloat16, is not folded"
     return ""

@@ -77,7 +77,15 @@ def alone() -> Iterator[Spec]:
             yield fitted(Spec(**given))
 
 
-@pytest.mark.parametrize("spec", dict.fromkeys(alone()), ids=repr)
+# Found by longer runs.
+FOUND = [
+    Spec(dtype="bfloat16", mask="relative", padding=True, masking="add-1e4"),
+    Spec(layout="merged", mask="relative", cache="BKPD", second="shared"),
+    Spec(groups=3, layout="merged", key="early", softmax="float", mask="relative", declared=False),
+]
+
+
+@pytest.mark.parametrize("spec", dict.fromkeys([*alone(), *FOUND]), ids=repr)
 def test_each_choice_alone(spec: Spec) -> None:
     check(spec)
 
@@ -112,9 +120,7 @@ def check(spec: Spec) -> None:
 def assert_told(spec: Spec, site: Site, first: bool) -> None:
     """The report says what the spec says."""
     told = site.details
-    # Query heads that take turns on the key heads are no neighbours: they stay repeated.
-    unseen = spec.repeat == "other-way" and min(spec.groups, spec.kv_heads) > 1
-    kv_heads = spec.heads if unseen else spec.kv_heads
+    kv_heads = spec.heads if spec.turns else spec.kv_heads  # they stay repeated
     sizes = (str(spec.heads), str(kv_heads), str(spec.size))
     assert (told["heads"], told["kv_heads"], told["head_size"]) == sizes
     wanted = 1.0 if spec.scale == "none" else 1 / math.sqrt(spec.size)
@@ -122,11 +128,13 @@ def assert_told(spec: Spec, site: Site, first: bool) -> None:
     assert np.isclose(float(told["scale"]), wanted, rtol=rounding)
     if spec.cache == "none" or (not first and spec.second != "shared"):
         assert told["cache"] == "none"
-    elif unseen:
+    elif spec.turns:
         assert told["cache"] == "outside"
     else:
         assert told["cache"] == ("concatenated" if first else "shared")
-    if first or spec.second == "shared":
+    # -1e4 beside slopes is not far enough for every length to tell what is hidden.
+    blurred = spec.mask == "alibi" and spec.masking == "add-1e4"
+    if (first or spec.second == "shared") and not blurred:
         assert told["mask"] == family(spec)
 
 

@@ -296,7 +296,8 @@ def _elements(value: ir.Value) -> int:
 
 def _attended(mask: Any) -> Any:
     """bool [.., S, 1]: the rows of a mask that see anything."""
-    seen = mask if mask.dtype == bool else mask > MASKED
+    # Half of it: a bias beside the fill lifts what is hidden a little.
+    seen = mask if mask.dtype == bool else mask > MASKED / 2
     return seen.any(axis=-1, keepdims=True)
 
 
