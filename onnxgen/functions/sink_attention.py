@@ -26,6 +26,8 @@ times as fast as the exporter's nodes for one new token on 2,048 keys, as fast f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
@@ -67,33 +69,7 @@ def build(overload: str, opset: int) -> ir.Function:
         if past_key is not None:
             present_key = op.Concat(past_key, k, axis=2)
             present_value = op.Concat(past_value, v, axis=2)
-        rows = op.Shape(q, start=0, end=3)  # [B, H, S]
-        grouped = op.Concat(
-            ints(op, 0), op.Shape(k, start=1, end=2), ints(op, -1), op.Shape(q, start=3), axis=0
-        )
-        scaled = op.Mul(op.Reshape(q, grouped), parameter(op, "scale", q))
-        product = op.MatMul(scaled, op.Transpose(present_key, perm=[0, 1, 3, 2]))  # [B, K, G*S, T]
-        total = op.Shape(present_key, start=2, end=3)
-        scores = op.Reshape(product, op.Concat(rows, total, axis=0))
-        if "cap" in parts:
-            cap = parameter(op, "softcap", q)
-            scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
-        if "bool" in parts:
-            lowest = op.CastLike(op.Constant(value_float=float("-inf")), q)
-            scores = op.Where(mask, scores, lowest)
-        if "bias" in parts:
-            scores = op.Add(scores, mask)
-        column = op.Expand(
-            op.Unsqueeze(sinks, ints(op, 1, 2)), op.Concat(rows, ints(op, 1), axis=0)
-        )
-        joined = op.Concat(scores, column, axis=-1)
-        if "float" in parts:
-            joined = op.Cast(joined, to=ir.DataType.FLOAT.value)
-        p = op.CastLike(op.Softmax(joined, axis=-1), q)
-        kept = op.Slice(p, ints(op, 0), ints(op, -1), ints(op, 3))
-        y = op.MatMul(op.Reshape(kept, op.Shape(product)), present_value)
-        width = op.Shape(v, start=3)
-        y = op.Reshape(y, op.Concat(rows, width, axis=0))
+        y = sunk(op, q, present_key, present_value, mask, sinks, parts)
         return [y] if past_key is None else [y, present_key, present_value]
 
     inputs = {
@@ -110,3 +86,44 @@ def build(overload: str, opset: int) -> ir.Function:
         attributes.append(ir.Attr("softcap", ir.AttributeType.FLOAT, None))
     outputs = ("Y", "present_key", "present_value") if "cache" in parts else ("Y",)
     return made(NAME, overload, opset, inputs, outputs, attributes, body)
+
+
+def sunk(
+    op: OpBuilder,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    mask: ir.Value | None,
+    sinks: ir.Value,
+    parts: Sequence[str],
+) -> ir.Value:
+    """The output [B, H, S, Dv] of attention on all keys [B, K, T, D] and values [B, K, T, Dv].
+
+    Args:
+        parts: of an overload: "bool", "bias", "cap", "float" are asked for.
+    """
+    rows = op.Shape(q, start=0, end=3)  # [B, H, S]
+    grouped = op.Concat(
+        ints(op, 0), op.Shape(k, start=1, end=2), ints(op, -1), op.Shape(q, start=3), axis=0
+    )
+    scaled = op.Mul(op.Reshape(q, grouped), parameter(op, "scale", q))
+    product = op.MatMul(scaled, op.Transpose(k, perm=[0, 1, 3, 2]))  # [B, K, G*S, T]
+    total = op.Shape(k, start=2, end=3)
+    scores = op.Reshape(product, op.Concat(rows, total, axis=0))
+    if "cap" in parts:
+        cap = parameter(op, "softcap", q)
+        scores = op.Mul(op.Tanh(op.Div(scores, cap)), cap)
+    if "bool" in parts:
+        lowest = op.CastLike(op.Constant(value_float=float("-inf")), q)
+        scores = op.Where(mask, scores, lowest)
+    if "bias" in parts:
+        scores = op.Add(scores, mask)
+    column = op.Expand(op.Unsqueeze(sinks, ints(op, 1, 2)), op.Concat(rows, ints(op, 1), axis=0))
+    joined = op.Concat(scores, column, axis=-1)
+    if "float" in parts:
+        joined = op.Cast(joined, to=ir.DataType.FLOAT.value)
+    p = op.CastLike(op.Softmax(joined, axis=-1), q)
+    kept = op.Slice(p, ints(op, 0), ints(op, -1), ints(op, 3))
+    y = op.MatMul(op.Reshape(kept, op.Shape(product)), v)
+    width = op.Shape(v, start=3)
+    return op.Reshape(y, op.Concat(rows, width, axis=0))  # type: ignore[no-any-return]
