@@ -36,11 +36,10 @@ import onnx_ir as ir
 
 from onnxgen import functions
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import attribute, given, producer
+from onnxgen.analysis.graph import attribute, producer
 from onnxgen.analysis.masks import MaskFamily
-from onnxgen.analysis.views import Axis, canonical
-from onnxgen.patterns.arranging import arranged
 from onnxgen.patterns.building import Builder
+from onnxgen.patterns.operands import joined_heads, rows_first, scale_of
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 from onnxgen.targets.contract import Contract, Padding
 from onnxgen.targets.ort.lengths import Lengths, input_mask
@@ -100,11 +99,17 @@ class GroupQuery(Rule):
         masking = self._masking(facts, node, mask, past_key)
         rotary = self._rotary(facts, q, k, past_key)
         operands = [
-            self._operand(facts, builder, node, q, heads, inside=rotary is not None),
-            self._operand(facts, builder, node, k, kv_heads, inside=rotary is not None),
-            self._operand(facts, builder, node, v, kv_heads, inside=False),
+            rows_first(facts, builder, value, count, turned=not inside)
+            for value, count, inside in (
+                (q, heads, rotary is not None),
+                (k, kv_heads, rotary is not None),
+                (v, kv_heads, False),
+            )
         ]
-        packed, factors = zip(*operands, strict=True)
+        for value, found in zip((q, k, v), operands, strict=True):
+            if found is None:
+                raise Declined(self, "layout", f"{value.name!r} cannot be rearranged", node)
+        packed, factors = zip(*(found for found in operands if found), strict=True)
         if factors[2] != 1.0 or factors[1] != 1.0:
             raise Declined(self, "layout", "keys or values are scaled on the way", node)
         queries = packed[0]
@@ -121,7 +126,7 @@ class GroupQuery(Rule):
             bias = lengths.bias(queries, total)
         scalar_total = builder.op("Cast", [builder.op("Squeeze", [total])], {"to": INT32})
         attributes: dict[str, int | float] = {"num_heads": heads, "kv_num_heads": kv_heads}
-        attributes["scale"] = _scale(facts, node, q) * factors[0]
+        attributes["scale"] = scale_of(facts, node, q) * factors[0]
         if attribute(node, "softcap", 0.0):
             attributes["softcap"] = attribute(node, "softcap")
         if not masking.causal:
@@ -145,7 +150,10 @@ class GroupQuery(Rule):
         )
         fused = outputs[0].producer()
         assert fused is not None
-        replaced = self._replaced(facts, builder, node, outputs, heads)
+        y = joined_heads(facts, builder, node.outputs[0], outputs[0], heads)
+        if y is None:
+            raise Declined(self, "layout", "the output's size cannot be computed", node)
+        replaced = (y, *zip(node.outputs[1:], outputs[1:], strict=False))
         self._promise(rotary[0] if rotary else None, guarded or positions is not None)
         details = {
             "mask": "attention_bias" if bias is not None else "attributes",
@@ -218,53 +226,6 @@ class GroupQuery(Rule):
             return None
         return caches, int(attribute(first, "interleaved", 0))
 
-    def _operand(
-        self,
-        facts: Facts,
-        builder: Builder,
-        node: ir.Node,
-        value: ir.Value,
-        heads: int,
-        *,
-        inside: bool,
-    ) -> tuple[ir.Value, float]:
-        """A [B, heads, S, D] operand as [B, S, heads * D], before its rotation if that goes in.
-
-        With a factor that it is yet to be multiplied by.
-        """
-        rotary = producer(value, "RotaryEmbedding")
-        source = value if rotary is None else given(rotary)
-        found = _rows_first(facts, builder, source)
-        if found is None:
-            raise Declined(self, "layout", f"{value.name!r} cannot be rearranged", node)
-        if rotary is None or inside:
-            return found
-        attributes = {name: each.value for name, each in rotary.attributes.items()}
-        attributes["num_heads"] = heads
-        return builder.op("RotaryEmbedding", [found[0], *rotary.inputs[1:]], attributes), found[1]
-
-    def _replaced(
-        self,
-        facts: Facts,
-        builder: Builder,
-        node: ir.Node,
-        outputs: Sequence[ir.Value],
-        heads: int,
-    ) -> tuple[tuple[ir.Value, ir.Value], ...]:
-        """(old, new): the output as [B, S, H * D] where that is what is read, and the presents."""
-        y = node.outputs[0]
-        pairs = list(zip(node.outputs[1:], outputs[1:], strict=False))
-        merged = _merged(facts, y)
-        if merged is not None:
-            return ((merged, outputs[0]), *pairs)
-        shape = facts.shapes.of(y)
-        assert shape is not None
-        target = builder.target(outputs[0], [shape[0], shape[2], heads, shape[3]])
-        if target is None:
-            raise Declined(self, "layout", "the output's size cannot be computed", node)
-        split = builder.op("Reshape", [outputs[0], target])
-        return ((y, builder.op("Transpose", [split], {"perm": [0, 2, 1, 3]})), *pairs)
-
     def _promise(self, caches: RotaryCaches | None, guarded: bool) -> None:
         length = self.contract.max_length
         if caches is not None:
@@ -284,49 +245,6 @@ def _one(both: Sequence[RotaryCaches | str]) -> RotaryCaches | str:
     if not same or q.positions is not k.positions:
         return "queries and keys are rotated differently"
     return q
-
-
-def _scale(facts: Facts, node: ir.Node, q: ir.Value) -> float:
-    """What the scores are multiplied by: the attribute, else 1 / sqrt(D)."""
-    shape = facts.shapes.of(q)
-    assert shape is not None
-    size = shape[-1]
-    assert isinstance(size, int)
-    return float(attribute(node, "scale", size**-0.5))
-
-
-def _rows_first(facts: Facts, builder: Builder, value: ir.Value) -> tuple[ir.Value, float] | None:
-    """A [B, heads, S, D] value as [B, S, heads * D], and the factor that is left to apply."""
-    view = facts.views.of(value)
-    if view is None or len(view.axes) != 4:
-        return None
-    batch, heads, rows, columns = view.axes
-    axes: tuple[Axis, ...] = (batch, rows, canonical((*heads, *columns)))
-    found = arranged(facts, builder, value, axes)
-    return None if found is None else (found[0], view.scale / found[1])
-
-
-def _merged(facts: Facts, y: ir.Value) -> ir.Value | None:
-    """The value behind a [B, H, S, D] output that is it as [B, S, H * D], if all read that."""
-    whole = facts.views.identity(y)
-    if whole is None:
-        return None
-    batch, heads, rows, columns = whole.axes
-    wanted = (batch, rows, canonical((*heads, *columns)))
-    value = y
-    while True:
-        users = {use.node for use in value.uses()}
-        if len(users) != 1 or value.is_graph_output():
-            return None
-        (user,) = users
-        if not user.outputs or user.inputs[0] is not value:
-            return None
-        value = user.outputs[0]
-        view = facts.views.of(value)
-        if view is None or view.source is not y or view.scale != 1.0:
-            return None
-        if view.axes == wanted:
-            return value
 
 
 def _added(builder: Builder, mask: ir.Value, queries: ir.Value) -> ir.Value:

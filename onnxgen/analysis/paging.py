@@ -1,0 +1,203 @@
+"""What of a raised model can be paged: its attentions and their caches, or what stands in the way.
+
+    layers = paged_layers(facts, families)         raises Unpageable with every reason found
+
+A model pages where every token depends on other tokens through attention only, and every attention
+reads what a cache holds, as far as a mask of a known family lets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import attribute
+from onnxgen.analysis.masks import MaskFamily
+from onnxgen.analysis.roles import CachePair
+
+# What one token knows of another by none of our means: recurrent, convolved, pooled.
+_COUPLING = frozenset(
+    [
+        "Conv",
+        "ConvInteger",
+        "ConvTranspose",
+        "QLinearConv",
+        "LSTM",
+        "GRU",
+        "RNN",
+        "Scan",
+        "Loop",
+        "If",
+    ]
+) | frozenset(
+    ["LinearAttention", "CausalConvWithState", "AveragePool", "MaxPool", "GlobalAveragePool"]
+)
+_FAMILIES = ("causal", "window", "chunked")
+_ATTENTIONS = ("Attention", "SinkAttention")
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """One thing that stands in the way.
+
+    Attributes:
+        code: stable, such as "PAG004".
+        reason: one sentence.
+        node: name of the node or the tensor it is about.
+    """
+
+    code: str
+    reason: str
+    node: str = ""
+
+
+class UnpageableError(Exception):
+    """A model cannot be paged; carries every obstacle that was seen."""
+
+    def __init__(self, obstacles: Sequence[Obstacle]) -> None:
+        super().__init__("; ".join(each.reason for each in obstacles))
+        self.obstacles = tuple(obstacles)
+
+
+@dataclass(frozen=True)
+class PagedLayer:
+    """One attention over a cache.
+
+    Attributes:
+        node: the Attention or SinkAttention.
+        q: [B, H, S, D].
+        key, value: the new ones, [B, K, S, D] and [B, K, S, Dv]; None where another layer's are read.
+        caches: the pairs of the keys and of the values.
+        heads, kv_heads, size, width: H, K, D and Dv.
+        family: what its mask means.
+        sinks: [H], or None.
+    """
+
+    node: ir.Node
+    q: ir.Value
+    key: ir.Value | None
+    value: ir.Value | None
+    caches: tuple[CachePair, CachePair]
+    heads: int
+    kv_heads: int
+    size: int
+    width: int
+    family: MaskFamily
+    sinks: ir.Value | None = None
+
+
+def paged_layers(facts: Facts, families: Mapping[str, MaskFamily]) -> list[PagedLayer]:
+    """Every attention of a raised graph, in graph order.
+
+    Args:
+        families: what the mask of each attention means, by node name.
+
+    Raises:
+        UnpageableError: something stands in the way.
+    """
+    obstacles: list[Obstacle] = []
+    layers: list[PagedLayer] = []
+    for node in facts.graph:
+        name = node.name or node.op_type
+        if node.op_type in _ATTENTIONS and node.domain in ("", "ai.onnx", "onnxgen"):
+            found = _layer(facts, node, families.get(node.name or ""))
+            if isinstance(found, Obstacle):
+                obstacles.append(found)
+            else:
+                layers.append(found)
+        elif node.op_type in _COUPLING and any(map(facts.is_activation, node.outputs)):
+            reason = f"{node.op_type} mixes tokens outside attention"
+            obstacles.append(Obstacle("PAG005", reason, name))
+        elif node.op_type == "Softmax" and _is_attention(facts, node):
+            obstacles.append(Obstacle("PAG003", "an attention was not raised", name))
+        elif node.domain == "com.microsoft" and "Attention" in node.op_type:
+            obstacles.append(Obstacle("PAG003", f"{node.op_type} was not raised", name))
+    held = {pair.past for layer in layers for pair in layer.caches}
+    for pair in facts.roles.pairs:
+        if pair.past not in held and not obstacles:
+            reason = f"cache {pair.past!r} is read by no attention"
+            obstacles.append(Obstacle("PAG005", reason, pair.past))
+    for each in facts.roles.inputs.values():
+        if each.role in ("cross_past", "encoder_states", "pixels", "features"):
+            reason = f"input {each.name!r} ({each.role}) holds no tokens of the sequence"
+            obstacles.append(Obstacle("PAG006", reason, each.name))
+    if not layers and not obstacles:
+        obstacles.append(Obstacle("PAG002", "the model has no attention over a cache"))
+    if obstacles:
+        raise UnpageableError(obstacles)
+    return layers
+
+
+def _layer(facts: Facts, node: ir.Node, family: MaskFamily | None) -> PagedLayer | Obstacle:
+    name = node.name or node.op_type
+    inputs = [*node.inputs, *[None] * (7 - len(node.inputs))]
+    q, k, v, _, past_key, past_value, last = inputs[:7]
+    assert q is not None
+    shapes = [facts.shapes.of(each) for each in (q, k, v)]
+    if any(shape is None or len(shape) != 4 for shape in shapes):
+        return Obstacle("PAG003", "queries, keys and values do not have four axes", name)
+    (_, heads, new, size), (_, kv_heads, _, _), (_, _, _, width) = shapes  # type: ignore[misc]
+    if not all(isinstance(each, int) for each in (heads, kv_heads, size, width)):
+        return Obstacle("PAG003", "heads and head sizes are not fixed", name)
+    if past_key is not None:
+        key, value = k, v
+        pairs = [_cache(facts, each) for each in (past_key, past_value)]
+    else:
+        (key, key_pair), (value, value_pair) = _held(facts, k), _held(facts, v)
+        pairs = [key_pair, value_pair]
+    if pairs[0] is None or pairs[1] is None:
+        reason = "it attends to keys that are no cache's: an encoder's, or bidirectional ones"
+        return Obstacle("PAG006" if facts.roles.pairs else "PAG002", reason, name)
+    if family is None or family.kind == "general":
+        why = family.reason if family is not None else "it was not read"
+        return Obstacle("PAG004", f"its mask is of no family that can be paged: {why}", name)
+    one = family.kind == "full" and (new == 1 or facts.roles.fixed.get("S") == 1)
+    if family.kind not in _FAMILIES and not one:
+        reason = f"its mask is {family}: tokens see tokens that come after them"
+        return Obstacle("PAG004", reason, name)
+    if node.op_type == "Attention" and attribute(node, "qk_matmul_output_mode", 0):
+        return Obstacle("PAG003", "the scores are an output", name)
+    return PagedLayer(
+        node,
+        q,
+        key,
+        value,
+        (pairs[0], pairs[1]),
+        int(heads),  # type: ignore[call-overload]
+        int(kv_heads),  # type: ignore[call-overload]
+        int(size),  # type: ignore[call-overload]
+        int(width),  # type: ignore[call-overload]
+        family,
+        last if node.op_type == "SinkAttention" else None,
+    )
+
+
+def _cache(facts: Facts, value: ir.Value | None) -> CachePair | None:
+    """The pair whose past, seen as it may be, a value is."""
+    view = None if value is None else facts.views.of(value)
+    if view is None or not view.source.is_graph_input():
+        return None
+    return facts.roles.pair_of(view.source.name or "")
+
+
+def _held(facts: Facts, value: ir.Value | None) -> tuple[ir.Value | None, CachePair | None]:
+    """The new keys that a static cache is given, and the pair; only the pair of another layer's."""
+    view = None if value is None else facts.views.of(value)
+    if view is None:
+        return None, None
+    node = view.source.producer()
+    if node is not None and node.op_type == "TensorScatter":
+        return node.inputs[1], _cache(facts, node.inputs[0])
+    if node is not None and node.op_type in _ATTENTIONS and view.source is not node.outputs[0]:
+        at = 4 + list(node.outputs).index(view.source) - 1
+        return None, _cache(facts, node.inputs[at])
+    return None, None
+
+
+def _is_attention(facts: Facts, node: ir.Node) -> bool:
+    """Whether a Softmax that was left is one over keys: its last axis is as long as the tokens."""
+    shape = facts.shapes.of(node.outputs[0])
+    return shape is None or (len(shape) > 2 and not isinstance(shape[-1], int))

@@ -1,0 +1,132 @@
+"""Positions and lengths among a graph's values, told by running it: not by how they are spelled.
+
+    told = Lengths(sampler).meaning(value)      e.g. Meaning("position", axis=1, offset=2)
+
+A value says where the new tokens stand if that is what it says in every run that is tried, plus a
+constant, whatever it was made of: an input, a sum over a mask, a range behind a cache's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen.analysis.evaluate import CutError
+from onnxgen.analysis.feeds import RunShape
+from onnxgen.analysis.sampling import Sampler
+
+# No two lengths are alike in all of them.
+PROBES = (
+    RunShape(batch=2, new=3, past=5),
+    RunShape(batch=1, new=4, past=0),
+    RunShape(batch=3, new=2, past=9),
+    RunShape(batch=2, new=1, past=7),
+)
+_MOST_ELEMENTS = 4096
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a value says, in runs without padding.
+
+    Attributes:
+        kind: "position": of each new token, along `axis`; "total", "new" or "batch": T, S or B.
+        axis: where the tokens are; None for a length.
+        offset: what is added to it.
+        dims: the sizes of the other axes, None where it is the batch's.
+    """
+
+    kind: str
+    axis: int | None = None
+    offset: float = 0
+    dims: tuple[int | None, ...] = ()
+
+
+class Lengths:
+    """Asks a sampler; remembers what it said."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self._sampler = sampler
+        self._known: dict[ir.Value, Meaning | None] = {}
+
+    def meaning(self, value: ir.Value) -> Meaning | None:
+        """What a value says; None where it is no position and no length, or cannot be run."""
+        if value not in self._known:
+            samples = self.samples(value)
+            self._known[value] = _position(samples) or _length(samples) if samples else None
+        return self._known[value]
+
+    def token_axis(self, value: ir.Value) -> int | None:
+        """The axis along which the new tokens are, None where there is none."""
+        samples = self.samples(value)
+        return next(iter(_axes(samples)), None) if samples else None
+
+    def samples(self, value: ir.Value) -> Sequence[tuple[RunShape, Any]]:
+        """The value in every run that the model takes; none where it cannot be run."""
+        try:
+            return self._sampler.samples(value, PROBES)
+        except CutError:
+            return ()
+
+
+def _axes(samples: Sequence[tuple[RunShape, Any]]) -> list[int]:
+    """The axes that are as long as there are new tokens in every run."""
+    ranks = {array.ndim for _, array in samples}
+    if len(ranks) != 1:
+        return []
+    return [
+        axis
+        for axis in range(ranks.pop())
+        if all(array.shape[axis] == shape.new for shape, array in samples)
+    ]
+
+
+def _position(samples: Sequence[tuple[RunShape, Any]]) -> Meaning | None:
+    if any(array.size > _MOST_ELEMENTS or array.dtype.kind not in "iuf" for _, array in samples):
+        return None
+    if len({shape.total for shape, _ in samples}) < 2:
+        return None  # nothing varies: a constant would do as well
+    for axis in _axes(samples):
+        dims: list[int | None] = []
+        for other in range(samples[0][1].ndim):
+            sizes = [array.shape[other] for _, array in samples]
+            batches = [shape.batch for shape, _ in samples]
+            if other == axis or (sizes == batches and sizes != [1] * len(sizes)):
+                dims.append(None)
+            elif len(set(sizes)) == 1:
+                dims.append(sizes[0])
+            else:
+                break
+        else:
+            offsets = set()
+            for shape, array in samples:
+                line = np.moveaxis(array, axis, -1).astype(np.float64)
+                apart = line - (shape.past + np.arange(shape.new))
+                offsets |= set(np.unique(apart).tolist())
+            if len(offsets) == 1:
+                return Meaning("position", axis, offsets.pop(), tuple(dims))
+    return None
+
+
+def _length(samples: Sequence[tuple[RunShape, Any]]) -> Meaning | None:
+    if any(array.size != 1 or array.dtype.kind not in "iuf" for _, array in samples):
+        return None
+    dims = (1,) * samples[0][1].ndim
+    told = {
+        "new": [shape.new for shape, _ in samples],
+        "batch": [shape.batch for shape, _ in samples],
+        "total": [shape.total for shape, _ in samples],
+    }
+    for kind, lengths in told.items():
+        if len(set(lengths)) == 1:
+            continue
+        apart = {
+            float(array.item()) - each for (_, array), each in zip(samples, lengths, strict=True)
+        }
+        if len(apart) == 1:
+            return Meaning(kind, None, apart.pop(), dims)
+    return None

@@ -1,0 +1,182 @@
+"""Positions of packed tokens: what a model made of masks and pasts is made of lengths.
+
+    outputs <- .. <- a value that says positions      <- mask, position_ids, pasts
+                     the tokens' own in its place        nobody asks any more
+
+Whatever still asks for an old input afterwards is not understood. A table that switches on the
+longest position (longrope) is made for both cases, and each token takes its sequence's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.paging import Obstacle, UnpageableError
+from onnxgen.analysis.positions import Lengths, Meaning
+from onnxgen.patterns.building import Builder
+
+# One of these over tokens makes the value of one depend on the others.
+JOINING = frozenset(
+    [
+        "ReduceMax",
+        "ReduceMin",
+        "ReduceSum",
+        "ReduceMean",
+        "ReduceProd",
+        "CumSum",
+        "ArgMax",
+        "ArgMin",
+        "TopK",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class TokenLengths:
+    """What is known of packed tokens.
+
+    Attributes:
+        positions: int64 [N].
+        count: int64 [1], N.
+        axis: where the tokens are among the model's batch (0) and sequence (1).
+    """
+
+    positions: ir.Value
+    count: ir.Value
+    axis: int
+
+
+def page_positions(
+    facts: Facts, builder: Builder, asked: list[ir.Value], tokens: TokenLengths
+) -> list[tuple[ir.Value, ir.Value]]:
+    """(old, new) for every value that says positions or lengths, before anything is replaced.
+
+    Args:
+        asked: values that are needed, of which attention knows nothing.
+
+    Raises:
+        UnpageableError: something else of the old inputs is asked for.
+    """
+    return _Positions(facts, builder, tokens).replaced(asked)
+
+
+@dataclass
+class _Positions:
+    facts: Facts
+    builder: Builder
+    tokens: TokenLengths
+    found: list[tuple[ir.Value, ir.Value]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        assert self.facts.sampler is not None
+        self.lengths = Lengths(self.facts.sampler)
+        self.dropped = self._depending()
+
+    def _depending(self) -> set[ir.Value]:
+        """Every value that follows from masks, positions, lengths and pasts alone."""
+        reached = {
+            value
+            for value in self.facts.graph.inputs
+            if self.facts.role(value) not in ("ids", "embeds", "type_ids", "unknown")
+            or value.name not in self.facts.roles.inputs
+        }
+        for node in self.facts.graph:
+            sizes = node.op_type in ("Shape", "Size")
+            if any(value in reached for value in node.inputs if value is not None):
+                outputs = [
+                    each for each in node.outputs if sizes or not self.facts.is_activation(each)
+                ]
+                reached.update(outputs)
+        return reached
+
+    def replaced(self, asked: list[ir.Value]) -> list[tuple[ir.Value, ir.Value]]:
+        obstacles: list[Obstacle] = []
+        seen: set[ir.Value] = set()
+        pending = list(asked)
+        while pending:
+            value = pending.pop()
+            if value in seen:
+                continue
+            seen.add(value)
+            if value in self.dropped:
+                new = self._said(value)
+                if new is not None:
+                    self.found.append((value, new))
+                    continue
+                if value.is_graph_input():
+                    reason = f"input {value.name!r} is asked for by something that is no attention"
+                    obstacles.append(Obstacle("PAG008", reason, value.name or ""))
+                    continue
+            node = value.producer()
+            if node is None:
+                continue
+            if value in self.dropped and node.op_type in JOINING:
+                reason = f"{value.name!r} depends on the positions of all tokens"
+                obstacles.append(Obstacle("PAG008", reason, node.name or ""))
+            pending.extend(each for each in node.inputs if each is not None)
+        if obstacles:
+            raise UnpageableError(obstacles)
+        return self.found
+
+    def _said(self, value: ir.Value) -> ir.Value | None:
+        """What stands for a value among packed tokens; None where it says no more than it is."""
+        meaning = self.lengths.meaning(value)
+        if meaning is None and value.is_graph_input() and self.facts.role(value) == "positions":
+            meaning = self._input(value)
+        if meaning is None or value.dtype is None:
+            return None
+        op, ints, axis = self.builder.op, self.builder.ints, self.tokens.axis
+        match meaning.kind:
+            case "position":
+                new = self.tokens.positions
+                if meaning.axis is None or (axis == 0 and None not in meaning.dims):
+                    return None
+            case "total":
+                new = op(
+                    "Add", [op("ReduceMax", [self.tokens.positions], {"keepdims": 1}), ints(1)]
+                )
+            case "new":
+                new = self.tokens.count if axis == 1 else ints(1)
+            case _:
+                new = self.tokens.count if axis == 0 else ints(1)
+        if value.dtype != ir.DataType.INT64:
+            new = op("Cast", [new], {"to": int(value.dtype)})
+        if meaning.offset:
+            added = np.array(meaning.offset, dtype=value.dtype.numpy())
+            new = op("Add", [new, self.builder.constant(added)])
+        if meaning.kind != "position":
+            return op("Reshape", [new, ints(*meaning.dims)]) if meaning.dims != (1,) else new  # type: ignore[arg-type]
+        return self._spread(new, meaning)
+
+    def _input(self, value: ir.Value) -> Meaning | None:
+        """An input of positions means what its axes say."""
+        each = self.facts.roles.inputs[value.name or ""]
+        if "S" not in each.axes:
+            return None
+        dims = tuple(
+            None if letter in ("B", "S") else dim if isinstance(dim, int) else 1
+            for letter, dim in zip(each.axes, each.shape, strict=True)
+        )
+        return Meaning("position", each.axes.index("S"), 0, dims)
+
+    def _spread(self, vector: ir.Value, meaning: Meaning) -> ir.Value:
+        """[N] along the tokens' axis of a value, the axis of the other one of size 1."""
+        op, ints = self.builder.op, self.builder.ints
+        assert meaning.axis is not None
+        sizes = [1 if dim is None else dim for dim in meaning.dims]
+        at = meaning.axis
+        if self.tokens.axis == 0:  # the batch's
+            at = next(i for i, dim in enumerate(meaning.dims) if dim is None and i != meaning.axis)
+        plain = [-1 if i == at else 1 for i in range(len(sizes))]
+        new = vector if plain == [-1] else op("Reshape", [vector, ints(*plain)])
+        if any(size > 1 for size in sizes):
+            wide = [
+                self.builder.ints(size) if i != at else self.tokens.count
+                for i, size in enumerate(sizes)
+            ]
+            new = op("Expand", [new, op("Concat", wide, {"axis": 0})])
+        return new
