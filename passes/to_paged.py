@@ -61,6 +61,7 @@ class Pool:
         name: its input in the paged model.
         output: its output in the paged model.
         heads, size: K and D.
+        dtype: of its elements.
     """
 
     past: str
@@ -69,6 +70,7 @@ class Pool:
     output: str
     heads: int
     size: int
+    dtype: ir.DataType
 
 
 @dataclass(frozen=True)
@@ -268,7 +270,9 @@ class _Writer:
         name = f"past_key_values.{number}.{kind}"
         dtype = self._options.kv_dtype or self._facts.roles.inputs[pair.past].dtype
         dims = ["num_blocks", self._options.block_size, layer.kv_heads, size]
-        pool = Pool(pair.past, pair.present, name, f"present.{number}.{kind}", layer.kv_heads, size)
+        pool = Pool(
+            pair.past, pair.present, name, f"present.{number}.{kind}", layer.kv_heads, size, dtype
+        )
         value = _input(name, dtype, dims)
         self._pools[pair.past] = (pool, value)
         return value

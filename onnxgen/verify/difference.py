@@ -42,7 +42,7 @@ def output_difference(
     if original.shape != rewritten.shape or original.dtype != rewritten.dtype:
         return float("inf")
     pairs = _compared(roles, output, shape, original, rewritten)
-    return max((_scaled(a, b) for a, b in pairs), default=0.0)
+    return max((scaled_difference(a, b) for a, b in pairs), default=0.0)
 
 
 def _compared(
@@ -85,7 +85,14 @@ def _row_axes(output: OutputRole, shape: RunShape, values: Array) -> tuple[int, 
     return at if at[0] != at[1] and sizes == (shape.batch, shape.new) else None
 
 
-def _scaled(original: Array, rewritten: Array) -> float:
+def scaled_difference(original: Array, rewritten: Array) -> float:
+    """The largest |original - rewritten| over the original's standard deviation; 0 where equal.
+
+    Integers are equal or inf apart, and so are places of which one is finite.
+
+    Raises:
+        NotANumberError: the original holds NaN.
+    """
     if original.size == 0:
         return 0.0
     if not np.issubdtype(original.dtype, np.floating):

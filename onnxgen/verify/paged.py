@@ -1,0 +1,421 @@
+"""Whether a paged model computes what the contiguous original does, on what paging is about.
+
+    the original: each sequence alone, as far as it takes them   prefill, chunks, single tokens
+    the paged model: the sequences together                      one ragged run a step
+
+Prompts and single tokens run side by side; a sequence may have no new token; blocks are shuffled
+and shared by a common beginning; sequences leave and others take their blocks; lengths cross every
+edge of a block and of a window. Every slot that is nobody's holds NaN. After each step the scores,
+the likeliest tokens and every cache are compared, and whatever was not to be written must be the
+same bytes.
+
+Shapes: B sequences, S new tokens, P past, T both, K key heads, D head size, N tokens of a run,
+V scores, NB blocks of BS slots.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx_ir as ir
+
+from onnxgen.analysis.feeds import RunShape, forced_shape, make_feeds
+from onnxgen.analysis.roles import Roles
+from onnxgen.paged import Sequences
+from onnxgen.passes.to_paged import Paged, PagedOptions
+from onnxgen.report.values import Case
+from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.verify.difference import scaled_difference
+
+Array = npt.NDArray[Any]
+_VOCABULARY = 256
+"""Of a model that takes embeddings: so many random ones stand for tokens."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """One step of the program that both models go through.
+
+    Attributes:
+        joins: sequences that come, by name: (prompt tokens, past tokens, the sequence whose
+            beginning it shares or "").
+        counts: how many waiting tokens of each sequence run; single ones are the likeliest next.
+        leaves: sequences that go before the run.
+    """
+
+    joins: Mapping[str, tuple[int, int, str]] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
+    leaves: tuple[str, ...] = ()
+
+
+def program(block_size: int, edges: Sequence[int]) -> list[Event]:
+    """What is run for a block size.
+
+    Args:
+        edges: lengths at which a mask starts to hide keys, or tables switch.
+    """
+    size = block_size
+    near = [edge for edge in edges if edge <= 64]
+    events = [
+        Event({"a": (5, 0, "")}, {"a": 5}),
+        Event({"b": (size + 1, 0, "")}, {"a": 1, "b": size + 1}),
+        Event({"c": (size + 3, 0, "")}, {"c": 3, "b": 0, "a": 1}),
+        Event({}, {"a": 1, "b": 1, "c": size}),
+        Event({"d": (size + 4, 0, "b")}, {"d": 4, "a": 1, "c": 1}),
+        Event({"e": (2 * size, 0, "")}, {"b": 1, "e": 2 * size, "c": 1, "d": 1}, ("a",)),
+    ]
+    events += [Event({}, {"e": 1, "d": 1, "c": 1, "b": 1})] * 2
+    for edge in near:
+        events.append(Event({f"n{edge}": (edge + 2, 0, "")}, {f"n{edge}": edge + 2, "c": 1}))
+        events.append(Event({}, {"c": 1, f"n{edge}": 1}))
+    for edge in edges:
+        past = max(edge - 2, 0)
+        name = f"p{edge}"
+        events.append(Event({name: (4, past, "")}, {name: 1, "d": 1}))
+        events += [Event({}, {name: 1}), Event({}, {"d": 1, name: 2}), Event({}, {name: 1})]
+        events.append(Event({}, {"d": 1}, (name,)))
+    return events
+
+
+@dataclass
+class Comparison:
+    """What the two models did."""
+
+    cases: list[Case]
+    reason: str = ""
+
+
+def compare_paged(
+    original: Path | bytes,
+    paged: Path | bytes,
+    *,
+    roles: Roles,
+    result: Paged,
+    options: PagedOptions,
+    edges: Sequence[int],
+    runtime: Runtime,
+    tolerance: float,
+    progress: Callable[[str], None] = lambda message: None,
+) -> Comparison:
+    """Run the program on both models.
+
+    Args:
+        roles: of the original.
+        edges: lengths at which behaviour may switch, that are to be run.
+
+    Returns:
+        One case for each step; a reason where a step differs, or could not be run at all.
+    """
+    first = runtime.load(original)
+    try:
+        second = runtime.load(paged, optimize=True)
+        try:
+            sides = _Contiguous(runtime, first, roles), _Paged(runtime, second, result, options)
+            return _Run(*sides, tolerance, progress).program(program(options.block_size, edges))
+        finally:
+            runtime.unload(second)
+    finally:
+        runtime.unload(first)
+
+
+class _Contiguous:
+    """The original: one sequence at a time, each on caches of its own."""
+
+    def __init__(self, runtime: Runtime, session: int, roles: Roles) -> None:
+        self._runtime = runtime
+        self._session = session
+        self.roles = roles
+        tokens = [*roles.named("ids"), *roles.named("embeds")][0]
+        self._tokens = tokens
+        self.embeddings: Array | None = None
+        rng = np.random.default_rng(1)
+        if tokens.role == "embeds":
+            width = tokens.shape[-1] if isinstance(tokens.shape[-1], int) else 1
+            found = rng.standard_normal((_VOCABULARY, width))
+            self.embeddings = found.astype(tokens.dtype.numpy())
+        self.vocabulary = tokens.bound or _VOCABULARY
+        self.single = roles.fixed.get("S") == 1
+        rows = [each for each in roles.outputs.values() if each.role not in ("present", "copy")]
+        self.logits = rows[0].name
+        self._caches: dict[str, dict[str, Array]] = {}
+
+    def start(self, name: str, past: int) -> None:
+        """Caches for a sequence that has a past already: random ones."""
+        if past:
+            feeds = self._feeds(1, past)
+            self._caches[name] = {pair.past: feeds[pair.past] for pair in self.roles.pairs}
+
+    def run(self, name: str, tokens: Sequence[int], past: int) -> Array:
+        """Logits [S, V] of new tokens of a sequence.
+
+        Raises:
+            RuntimeFailure: the model does not take them.
+        """
+        pieces = [[token] for token in tokens] if self.single else [list(tokens)]
+        rows = []
+        for piece in pieces:
+            feeds = self._feeds(len(piece), past)
+            given = np.array(piece)
+            values = given if self.embeddings is None else self.embeddings[given]
+            shape = feeds[self._tokens.name].shape
+            wide = values.reshape(1, *values.shape)
+            feeds[self._tokens.name] = np.ascontiguousarray(
+                np.broadcast_to(wide, shape).astype(feeds[self._tokens.name].dtype)
+            )
+            feeds.update(self._caches.get(name, {}))
+            outputs = self._runtime.run(self._session, feeds)
+            self._caches[name] = {pair.past: outputs[pair.present] for pair in self.roles.pairs}
+            rows.append(outputs[self.logits][0])
+            past += len(piece)
+        return np.concatenate(rows)
+
+    def cache(self, name: str, past: str, total: int) -> tuple[int, Array]:
+        """(place of the first row, rows [n, K, D]) of what a sequence's cache holds."""
+        return self._rows(past, self._caches[name][past], total)
+
+    def _rows(self, past: str, array: Array, total: int) -> tuple[int, Array]:
+        each = self.roles.inputs[past]
+        pair = self.roles.pair_of(past)
+        assert pair is not None
+        letters = list(each.axes)
+        growing = pair.axis
+        array = np.moveaxis(array, growing, 0)
+        letters.insert(0, letters.pop(growing))
+        batch = letters.index("B")
+        array = np.take(array, 0, axis=batch)
+        letters.pop(batch)
+        if "K" in letters:
+            array = np.moveaxis(array, letters.index("K"), 1)
+        array = array.reshape(len(array), pair.heads or 1, -1)
+        if len(array) >= total:
+            return 0, array[:total]
+        return total - len(array), array
+
+    def forget(self, name: str) -> None:
+        self._caches.pop(name, None)
+
+    def _feeds(self, new: int, past: int) -> dict[str, Array]:
+        shape = forced_shape(self.roles, RunShape(1, new, past))
+        if shape is None or (shape.new, shape.past) != (new, past):
+            raise RuntimeFailure(f"the original does not take {new} new tokens over {past}")
+        return make_feeds(self.roles, shape, np.random.default_rng(past))
+
+
+class _Paged:
+    """The paged model: all sequences together, on pools whose free slots hold NaN."""
+
+    def __init__(
+        self, runtime: Runtime, session: int, result: Paged, options: PagedOptions
+    ) -> None:
+        self._runtime = runtime
+        self._session = session
+        self.result = result
+        self.options = options
+        self.sequences = Sequences(0, options.block_size)
+        self.pools: dict[str, Array] = {}
+
+    def prepare(self, blocks: int) -> None:
+        """Empty pools, and blocks in no order."""
+        order = np.random.default_rng(2).permutation(blocks).tolist()
+        self.sequences = Sequences(blocks, self.options.block_size, order)
+        for pool in self.result.pools:
+            shape = (blocks, self.options.block_size, pool.heads, pool.size)
+            half = pool.dtype == ir.DataType.FLOAT16
+            kind = np.float16 if half else np.float32  # bfloat16 runs as a float32 twin
+            self.pools[pool.name] = np.full(shape, np.nan, kind)
+
+    def flat(self, name: str) -> Array:
+        """A pool as slots [NB * BS, K, D]."""
+        pool = self.pools[name]
+        return pool.reshape(-1, *pool.shape[2:])
+
+    def run(self, counts: Mapping[int, int], embeddings: Array | None) -> tuple[Array, list[str]]:
+        """Logits of a run, and the pools in which something else than its tokens was written."""
+        befores = {each: self.sequences.length(each) for each in counts}
+        feeds = self.sequences.feeds(counts)
+        if embeddings is not None:
+            feeds["inputs_embeds"] = embeddings[feeds.pop("input_ids")]
+        written = [self.sequences.slots(each)[befores[each] :] for each in counts]
+        slots = np.concatenate(written)
+        if self.options.slot_mapping:
+            feeds["slot_mapping"] = slots.astype(np.int32)
+        if self.options.logits == "indices":
+            feeds["logits_indices"] = self.asked(feeds["cumulative_sequence_lengths"])
+        outputs = self._runtime.run(self._session, {**feeds, **self.pools})
+        spoiled = []
+        for pool in self.result.pools:
+            old = self.flat(pool.name)
+            self.pools[pool.name] = outputs[pool.output]
+            kept = np.ones(len(old), bool)
+            kept[slots] = False
+            if old[kept].tobytes() != self.flat(pool.name)[kept].tobytes():
+                spoiled.append(pool.output)
+        return outputs["logits"], spoiled
+
+    @staticmethod
+    def asked(edges: Array) -> Array:
+        """Which rows are asked for: each sequence's last and first, in no order."""
+        found = [
+            row for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a for row in (b - 1, a)
+        ]
+        return np.array(found, np.int32)
+
+    def empty(self, blocks: Sequence[int]) -> None:
+        """Blocks that are nobody's again."""
+        for pool in self.pools.values():
+            pool[list(blocks)] = np.nan
+
+
+class _Run:
+    """Goes through the program."""
+
+    def __init__(
+        self,
+        original: _Contiguous,
+        paged: _Paged,
+        tolerance: float,
+        progress: Callable[[str], None],
+    ) -> None:
+        self._original = original
+        self._paged = paged
+        self._tolerance = tolerance
+        self._progress = progress
+        self._numbers: dict[str, int] = {}
+        self._tokens: dict[str, list[int]] = {}
+        self._next: dict[str, int] = {}
+        self._rng = np.random.default_rng(3)
+
+    def program(self, events: Sequence[Event]) -> Comparison:
+        size = self._paged.options.block_size
+        longest = sum(sum(j[:2]) + 40 for event in events for j in event.joins.values())
+        self._paged.prepare(longest // size + 2 * len(events) + 4)
+        found = Comparison([])
+        for number, event in enumerate(events, 1):
+            self._progress(f"comparing step {number}/{len(events)}, blocks of {size}")
+            case = self._step(number, event, found)
+            found.cases.append(case)
+            if found.reason:
+                break
+        return found
+
+    def _step(self, number: int, event: Event, found: Comparison) -> Case:
+        paged, original = self._paged, self._original
+        for name in event.leaves:
+            paged.empty(paged.sequences.remove(self._numbers.pop(name)))
+            original.forget(name)
+            self._tokens.pop(name)
+        for name, joining in event.joins.items():
+            self._join(name, *joining)
+        counts = {name: count for name, count in event.counts.items() if name in self._numbers}
+        case = Case(
+            _name(number, paged, self._numbers, counts),
+            len(counts),
+            sum(counts.values()),
+            0,
+            "none",
+        )
+        wanted: dict[str, Array] = {}
+        for name, count in counts.items():
+            sequence, past = self._numbers[name], paged.sequences.length(self._numbers[name])
+            if paged.sequences.waiting(sequence) < count:
+                self._extend(name, [self._next[name]] * count)
+            if count:
+                tokens = self._tokens[name][past : past + count]
+                wanted[name] = original.run(name, tokens, past)
+                self._next[name] = (
+                    int(wanted[name][-1].astype(np.float64).argmax()) % original.vocabulary
+                )
+        edges = np.cumsum([0, *counts.values()])
+        try:
+            logits, spoiled = paged.run(
+                {self._numbers[name]: count for name, count in counts.items()}, original.embeddings
+            )
+        except RuntimeFailure as error:
+            found.reason = f"the paged model fails in {case.name}: {error}"
+            return _differs(case, math.inf, "")
+        if spoiled:
+            found.reason = f"{spoiled[0]!r} is written where no token belongs in {case.name}"
+            return _differs(case, math.inf, spoiled[0])
+        worst, where = 0.0, "logits"
+        for output, difference in self._differences(counts, edges, wanted, logits):
+            if difference > worst:
+                worst, where = difference, output
+        if worst > self._tolerance:
+            found.reason = f"{where} differs by {worst:.2g} standard deviations in {case.name}"
+        return _differs(case, worst, where)
+
+    def _join(self, name: str, new: int, past: int, prefix: str) -> None:
+        """A sequence comes: a prompt, and a past of random keys where there is one."""
+        paged, original = self._paged, self._original
+        fresh = self._rng.integers(0, original.vocabulary, past + new).tolist()
+        alike = self._tokens[prefix][: paged.options.block_size] if prefix else []
+        tokens = [*alike, *fresh[len(alike) :]]
+        shares = self._numbers[prefix] if prefix else None
+        number = self._numbers[name] = paged.sequences.add(tokens, shares)
+        self._tokens[name] = tokens
+        if prefix:  # the original computes what is shared as well
+            original.run(name, tokens[: paged.sequences.length(number)], 0)
+        if past:
+            original.start(name, past)
+            paged.sequences.feeds({number: past})
+            slots = paged.sequences.slots(number)
+            for pool in paged.result.pools:
+                first, rows = original.cache(name, pool.past, past)
+                paged.flat(pool.name)[slots[first:]] = rows
+
+    def _extend(self, name: str, tokens: list[int]) -> None:
+        self._tokens[name] += tokens
+        self._paged.sequences.extend(self._numbers[name], tokens)
+
+    def _differences(
+        self,
+        counts: Mapping[str, int],
+        edges: Array,
+        wanted: Mapping[str, Array],
+        logits: Array,
+    ) -> Iterator[tuple[str, float]]:
+        """(what, how far apart) for the scores and the caches of every sequence."""
+        paged = self._paged
+        asked = paged.asked(edges)
+        rows = {"all": edges[-1], "last": len(counts), "indices": len(asked)}[paged.options.logits]
+        if logits.ndim != 2 or len(logits) != rows:
+            yield f"logits of shape {list(logits.shape)}", math.inf
+            return
+        for index, (name, count) in enumerate(counts.items()):
+            if paged.options.logits == "last":
+                if not count and logits[index].any():
+                    yield f"logits of {name}, which has no new token,", math.inf
+                found, right = logits[index : index + 1], wanted.get(name, np.zeros((0, 0)))[-1:]
+            elif paged.options.logits == "indices":
+                at = [i for i, row in enumerate(asked) if edges[index] <= row < edges[index + 1]]
+                found = logits[at]
+                right = wanted[name][asked[at] - edges[index]] if count else found[:0]
+            else:
+                found, right = logits[edges[index] : edges[index + 1]], wanted.get(name)
+            if count and right is not None:
+                yield f"logits of {name}", scaled_difference(right.astype(found.dtype), found)
+        for name in counts:
+            number = self._numbers[name]
+            slots = paged.sequences.slots(number)
+            for pool in paged.result.pools:
+                first, rows = self._original.cache(name, pool.past, len(slots))
+                found = paged.flat(pool.name)[slots[first:]]
+                yield f"{pool.output} of {name}", scaled_difference(rows.astype(found.dtype), found)
+
+
+def _name(number: int, paged: _Paged, numbers: Mapping[str, int], counts: Mapping[str, int]) -> str:
+    parts = [
+        f"{count} of {name} over {paged.sequences.length(numbers[name])}"
+        for name, count in counts.items()
+    ]
+    return f"step {number}, blocks of {paged.options.block_size}: {', '.join(parts)}"
+
+
+def _differs(case: Case, difference: float, output: str) -> Case:
+    return replace(case, difference=difference, output=output)
