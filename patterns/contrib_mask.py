@@ -57,7 +57,7 @@ def joined_mask(
     if key_mask is None and (bias is None or not causal):
         return bias, causal
     op = builder.op
-    lowest = float(np.finfo(dtype.numpy()).min)
+    lowest = float(dtype.min)
     zero, low, least = (number_like(builder, number, dtype) for number in (0, lowered, lowest))
     mask = zero
     if key_mask is not None:

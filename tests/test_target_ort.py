@@ -257,3 +257,9 @@ def test_every_export_for_every_padding(entry: CorpusEntry, padding: Any, tmp_pa
     assert report.proof is not None
     assert report.proof.status == "proven"
     assert {site.status for site in report.lowered} <= {"fused", "kept"}
+
+
+def test_bfloat16_takes_any_padding(tmp_path: Path) -> None:
+    """The lowest number that is added where a key is padding is the type's own."""
+    _, _, report = make(tmp_path, "llama/dynamo20-bf16", padding="any")
+    assert {site.status for site in report.lowered if site.kind == "attention"} == {"fused"}

@@ -252,7 +252,7 @@ def _added(builder: Builder, mask: ir.Value, queries: ir.Value) -> ir.Value:
     assert queries.dtype is not None
     kind = queries.dtype.numpy()
     if mask.dtype == ir.DataType.BOOL:
-        low = builder.constant(np.array(np.finfo(kind).min, dtype=kind))
+        low = builder.constant(np.array(float(queries.dtype.min), dtype=kind))
         zero = builder.constant(np.array(0, dtype=kind))
         mask = builder.op("Where", [mask, zero, low])
     elif mask.dtype != queries.dtype:

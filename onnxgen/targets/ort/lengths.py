@@ -120,7 +120,7 @@ class Lengths:
         keep = self.mask
         if keep.dtype != ir.DataType.BOOL:
             keep = op("Cast", [keep], {"to": int(ir.DataType.BOOL)})
-        low = self._builder.constant(np.array(np.finfo(kind).min, dtype=kind))
+        low = self._builder.constant(np.array(float(q.dtype.min), dtype=kind))
         zero = self._builder.constant(np.array(0, dtype=kind))
         bias = op("Unsqueeze", [op("Where", [keep, zero, low]), ints(1, 2)])
         full = op("Concat", [ints(1, 1), self._size(q, 1), total], {"axis": 0}, name="sizes")
