@@ -186,6 +186,101 @@ def fuse(
         outcome.exit_code = proof_exit_code(report.proof, unproven=0)
 
 
+@main.command("to-paged")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Folder to write model.onnx to; MODEL with .paged unless given.",
+)
+@click.option(
+    "--block-size",
+    type=click.INT,
+    default=16,
+    show_default=True,
+    metavar="N",
+    help="Slots of a block, a power of two.",
+)
+@click.option(
+    "--logits",
+    type=click.Choice(["all", "last", "indices"]),
+    default="all",
+    show_default=True,
+    help="Which rows of logits are answered: each token's, each sequence's last (zeros where it "
+    "has no new token), or those that an input logits_indices asks for.",
+)
+@click.option(
+    "--kv-dtype",
+    type=click.Choice(["fp16", "fp32"]),
+    help="Type of the pools; the caches' own unless given.",
+)
+@click.option(
+    "--slot-mapping",
+    is_flag=True,
+    help="Add an input that says which slot each token is written to, -1 for none.",
+)
+@click.option(
+    "--check", is_flag=True, help="Convert nothing; say whether it could be, and why not."
+)
+@click.option(
+    "--no-verify", is_flag=True, help="Run nothing, per-rewrite checks included: unproven."
+)
+@click.option("--inline", is_flag=True, help="Expand functions of our own to standard ops.")
+@_role
+@_report
+@_json
+def to_paged(
+    model: Path,
+    output: Path | None,
+    block_size: int,
+    logits: Any,
+    kv_dtype: str | None,
+    slot_mapping: bool,
+    check: bool,
+    no_verify: bool,
+    inline: bool,
+    roles: tuple[str, ...],
+    report_file: Path | None,
+    json_output: bool,
+) -> None:
+    """Turn MODEL, a decoder with caches, into one whose keys and values lie in pools of blocks.
+
+    Tokens of all sequences come in one row without padding; a block table says where each one's
+    past is. The result is compared with the original on runs that mix prompts and single tokens,
+    on shuffled, shared and reused blocks. Where it differs nothing is written.
+
+    \b
+    Example:
+      onnxgen to-paged model.onnx -o paged --block-size 16
+    """
+    import onnx_ir as ir
+
+    from onnxgen import pipeline
+    from onnxgen.targets.paged import PagedOptions
+
+    output = output or default_folder(model)
+    _check_report_file(report_file, model, output / "model.onnx")
+    kinds = {None: None, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
+    options = pipeline.PageOptions(
+        output=output,
+        paged=PagedOptions(block_size, logits, kinds[kv_dtype], slot_mapping),
+        check=check,
+        verify=not no_verify,
+        inline=inline,
+        roles=parse_roles(roles),
+    )
+
+    def show(report: Report | None, code: int, error: str | None) -> None:
+        document = as_json.dumps(as_json.to_paged_document(report, code, error))
+        _show(document, report, report_file, json_output)
+
+    with _outcome(show) as outcome, _progress() as progress:
+        outcome.value = report = pipeline.to_paged(model, options, progress)
+        outcome.exit_code = proof_exit_code(report.proof, unproven=0)
+
+
 @main.command()
 @click.argument("original", type=click.Path(path_type=Path))
 @click.argument("rewritten", type=click.Path(path_type=Path))
@@ -262,6 +357,11 @@ def default_output(model: Path) -> Path:
     """MODEL with .fused.onnx: `model.onnx` gives `model.fused.onnx`, beside it."""
     stem = model.name.removesuffix(".onnx")
     return model.with_name(f"{stem}.fused.onnx")
+
+
+def default_folder(model: Path) -> Path:
+    """MODEL with .paged: `model.onnx` gives the folder `model.paged`, beside it."""
+    return model.with_name(f"{model.name.removesuffix('.onnx')}.paged")
 
 
 def parse_roles(words: Sequence[str]) -> Mapping[str, str]:

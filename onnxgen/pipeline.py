@@ -3,44 +3,60 @@
 fuse:    read -> for each branch of a merged model, if it is one:
              roles -> normalize -> raise -> lower for the target (each rewrite checked) -> tidy
          -> stage beside the output -> verify -> move into place
+to_paged: read -> the branch that continues a cache -> normalize -> raise -> page, for two sizes
+         of blocks -> stage -> compare as only paging can go wrong -> move into place
 verify:  the comparison alone, of any two models with the same inputs and outputs
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import onnx_ir as ir
 
 from onnxgen import __version__, functions
-from onnxgen.analysis.masks import MaskFamily, mask_families
+from onnxgen.analysis.masks import MaskFamily
+from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
-from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
+from onnxgen.errors import RefusedError, UsageError
 from onnxgen.model_io import read_model, staged
 from onnxgen.passes.lower import lower_model
-from onnxgen.passes.merged import Part, join_branches, split_branches
+from onnxgen.passes.merged import join_branches, split_branches
 from onnxgen.passes.normalize import normalize
-from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
+from onnxgen.passes.to_paged import page_model
 from onnxgen.patterns import RULES
-from onnxgen.report.values import Proof, Report
+from onnxgen.report import files
+from onnxgen.report.values import Paging, Proof, Report
 from onnxgen.runtime import Runtime
+from onnxgen.stages import (
+    Clock,
+    Progress,
+    Work,
+    add_checks,
+    continuing,
+    count_ops,
+    describe,
+    raise_part,
+    raise_unless_good,
+)
 from onnxgen.targets import onnx as onnx_target
 from onnxgen.targets import ort as ort_target
 from onnxgen.targets.contract import Contract, Padding, read_contract, write_contract
 from onnxgen.targets.genai_files import CONFIG, genai_files
 from onnxgen.targets.ort.config import context_length
+from onnxgen.targets.paged import PagedModel, PagedOptions, check_paged_options
 from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.compare import TOLERANCES, verify_models
+from onnxgen.verify.paged import prove_paged
 from onnxgen.verify.rewrites import RewriteChecker
 
-Progress = Callable[[str], None]
+FLOAT = ir.DataType.FLOAT
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,12 @@ class FuseOptions:
     force: bool = False
     genai_config: bool = False
 
+    @property
+    def disabled(self) -> frozenset[str]:
+        """Codes of rules that are left out, the target's own too."""
+        kept = ort_target.KEPT if self.target == "ort" else frozenset()
+        return frozenset(self.disable) | kept
+
 
 def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     """Fuse one model and write the result, proven unless the options say otherwise.
@@ -92,11 +114,11 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     output = options.output or path.with_name(f"{path.name.removesuffix('.onnx')}.fused.onnx")
     _check_options(options)
     report = Report(input=str(path), output="", target=options.target)
-    clock = _Clock(report.seconds, progress)
+    clock = Clock(report.seconds, progress)
 
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
-    report.ops_before = _count(model)
+    report.ops_before = count_ops(model)
     report.opset_before = model.graph.opset_imports.get("", 0)
     opset = onnx_target.opset_for(report.opset_before, options.opset)
     roles = find_roles(model, options.roles)
@@ -112,8 +134,9 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
 
             clock.start("raise", "raising")
             checkers += [RewriteChecker(runtime, own)] if options.verify else []
-            work = _Work(part, own, Sampler(part.model.graph, own, runtime), checkers, options)
-            families = _raise(report, work)
+            sampler = Sampler(part.model.graph, own, runtime)
+            work = Work(part, own, sampler, checkers, options.disabled)
+            families = raise_part(report, work)
             if options.target == "ort":
                 clock.start("lower", "lowering")
                 settings = _settings(path, options)
@@ -125,7 +148,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         report.contract = str(contract) if options.target == "ort" else ""
         write_roles(model, roles)
         onnx_target.finish(model, __version__, options.target)
-        _describe(report, model)
+        describe(report, model)
 
         beside = _files_beside(report, model, roles, path, output, options)
         clock.start("write", f"writing {output.name}")
@@ -134,12 +157,115 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             report.proof = (
                 _prove(path, stage.path, options, runtime, checkers, progress)
                 if options.verify
-                else Proof("unproven", TOLERANCES[ir.DataType.FLOAT], reason="told not to run")
+                else Proof("unproven", TOLERANCES[FLOAT], reason="told not to run")
             )
             clock.stop()
-            _raise_unless_good(report, path)
+            raise_unless_good(report, path)
             stage.commit()
             report.output, report.beside = str(output), list(beside)
+    return report
+
+
+@dataclass(frozen=True)
+class PageOptions:
+    """What `onnxgen to-paged` was asked for.
+
+    Attributes:
+        output: the folder to write model.onnx to.
+        paged: how the model is paged.
+        check: convert nothing; say whether it could be.
+        verify: run the checks; without them nothing is run and the report says unproven.
+        inline: expand the functions of the `onnxgen` domain.
+        roles: what inputs are for, by name, where structure does not tell.
+        genai_config: write genai_config.json and the tokenizer's files beside the output too.
+        force: let files of another model in the output's folder be replaced.
+    """
+
+    output: Path
+    paged: PagedOptions = field(default_factory=PagedOptions)
+    check: bool = False
+    verify: bool = True
+    inline: bool = False
+    roles: Mapping[str, str] = field(default_factory=dict)
+    genai_config: bool = False
+    force: bool = False
+
+
+def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
+    """Page one model and write the result, proven unless the options say otherwise.
+
+    Raises:
+        FileError: the model cannot be read, or the result not written.
+        UsageError: an option does not fit.
+        RefusedError: the model cannot be paged, or no run of it can be compared; carries
+            `report`, whose paging names every obstacle.
+        ModelDiffersError: the result differs from the original; carries `report`.
+    """
+    folder = options.output
+    check_paged_options(options.paged)
+    size = options.paged.block_size
+    report = Report(input=str(path), output="", target="paged", paging=Paging(block_size=size))
+    clock = Clock(report.seconds, progress)
+
+    clock.start("read", f"reading {path.name}")
+    model = read_model(path)
+    report.ops_before = count_ops(model)
+    report.opset_before = model.graph.opset_imports.get("", 0)
+    opset = onnx_target.opset_for(report.opset_before, None)
+
+    with Runtime(twins=holds_bfloat16(model)) as runtime:
+        part, roles = continuing(model, options.roles)
+        clock.start("normalize", "normalizing")
+        report.warnings += normalize(part.model, opset, runtime, roles)
+
+        clock.start("raise", "raising")
+        checkers = [RewriteChecker(runtime, roles)] if options.verify else []
+        sampler = Sampler(part.model.graph, roles, runtime)
+        families = raise_part(report, Work(part, roles, sampler, checkers))
+
+        clock.start("page", "paging")
+        results = _page(report, part.model, roles, runtime, families, options)
+        if options.check:
+            clock.stop()
+            return report
+        result = results[0]
+        if options.inline:
+            for each in results:
+                functions.expand(each.model)
+        for each in results:
+            onnx_target.finish(each.model, __version__, "paged")
+        describe(report, result.model)
+
+        made = not folder.exists()
+        files.make_folder(folder)
+        output = folder / "model.onnx"
+        try:
+            clock.start("write", f"writing {output}")
+            beside: dict[str, bytes] = {}
+            with contextlib.ExitStack() as stack:
+                stages = [
+                    stack.enter_context(
+                        staged(each.model, folder / name, source=path, force=False, beside=extra)
+                    )
+                    for each, name, extra in zip(
+                        results, ("model.onnx", "other-blocks.onnx"), (beside, {}), strict=True
+                    )
+                ]
+                clock.start("verify", "verifying")
+                if options.verify:
+                    paths = [stage.path for stage in stages]
+                    report.proof = prove_paged(path, paths, results, roles, runtime, progress)
+                    add_checks(report.proof, checkers)
+                else:
+                    report.proof = Proof("unproven", TOLERANCES[FLOAT], reason="told not to run")
+                clock.stop()
+                raise_unless_good(report, path)
+                stages[0].commit()
+                report.output, report.beside = str(output), list(beside)
+        finally:
+            if made and not report.output:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
     return report
 
 
@@ -182,52 +308,9 @@ def _files_beside(
     return files
 
 
-@dataclass(frozen=True)
-class _Work:
-    """A model, or one branch of it, and what its rewriting needs.
-
-    Attributes:
-        checkers: the last one is its own; none where nothing is checked.
-    """
-
-    part: Part
-    roles: Roles
-    sampler: Sampler
-    checkers: Sequence[RewriteChecker]
-    options: FuseOptions
-
-    @property
-    def checker(self) -> RewriteChecker | None:
-        return self.checkers[-1] if self.checkers else None
-
-    @property
-    def disabled(self) -> frozenset[str]:
-        kept = ort_target.KEPT if self.options.target == "ort" else frozenset()
-        return frozenset(self.options.disable) | kept
-
-
-def _raise(report: Report, work: _Work) -> dict[str, MaskFamily]:
-    """Raise, and say what each attention's mask means; returns that by node name."""
-    model = work.part.model
-    sites = raise_model(
-        model, work.roles, sampler=work.sampler, check=work.checker, disabled=work.disabled
-    )
-    families = mask_families(model.graph, work.sampler)
-    for site in sites:
-        family = families.get(site.node) if site.status == "fused" else None
-        if family is not None:
-            site.details["mask"] = str(family)
-        if work.part.branch:
-            taken = work.part.branch.removesuffix("_branch")
-            site.details["branch"] = f"{work.part.switch}, {taken}"
-    report.sites += sites
-    tidy(model)
-    return families
-
-
 def _lower(
     report: Report,
-    work: _Work,
+    work: Work,
     settings: ort_target.Settings,
     families: Mapping[str, MaskFamily],
 ) -> Contract:
@@ -260,74 +343,41 @@ def _prove(
     proof = verify_models(
         original, rewritten, roles=options.roles, runtime=runtime, progress=progress
     )
-    if checkers:
-        proof.rewrites = sum(checker.rewrites for checker in checkers)
-        proof.structures = sum(checker.structures for checker in checkers)
-        proof.rewrite_difference = max(checker.difference for checker in checkers)
+    add_checks(proof, checkers)
     return proof
 
 
-def _raise_unless_good(report: Report, path: Path) -> None:
-    """Nothing that is wrong, or cannot be shown to be right, is written.
+def _page(
+    report: Report,
+    model: ir.Model,
+    roles: Roles,
+    runtime: Runtime,
+    families: Mapping[str, MaskFamily],
+    options: PageOptions,
+) -> list[PagedModel]:
+    """The model paged for the blocks that were asked for, and for others to compare with.
 
     Raises:
-        ModelDiffersError, RefusedError: with the report as `report`.
+        RefusedError: something stands in the way; carries `report`.
     """
-    proof = report.proof
-    if proof is None or proof.status in ("proven", "unproven"):
-        return
-    kind = ModelDiffersError if proof.status == "differs" else RefusedError
-    error = kind(f"{path}: {proof.reason}; nothing was written")
-    error.report = report
-    raise error
-
-
-def _describe(report: Report, model: ir.Model) -> None:
-    """Fill in what the report says of the finished model."""
-    report.opset_after = model.graph.opset_imports[""]
-    report.ops_after = _count(model)
-    report.nodes_before = sum(report.ops_before.values())
-    report.nodes_after = sum(report.ops_after.values())
-    report.warnings += [
-        f"{site.node}: the rewrite was undone: {site.decline.reason}"
-        for site in report.sites
-        if site.status == "undone" and site.decline is not None
-    ]
-
-
-def _count(model: ir.Model) -> dict[str, int]:
-    """How many nodes of each op type there are, subgraphs and bodies of called functions in.
-
-    Functions of ours count as operators.
-    """
-    counts: Counter[str] = Counter()
-    pending = [(model.graph.all_nodes(), 0)]
-    while pending:
-        nodes, depth = pending.pop()
-        for node in nodes:
-            function = model.functions.get(node.op_identifier())
-            if function is None or functions.is_ours(function) or depth > 32:
-                counts[node.op_type] += 1
-            else:
-                pending.append((function.all_nodes(), depth + 1))
-    return dict(sorted(counts.items()))
-
-
-class _Clock:
-    """Wall time by stage; starting one ends the one before."""
-
-    def __init__(self, seconds: dict[str, float], progress: Progress) -> None:
-        self._seconds = seconds
-        self._progress = progress
-        self._current: tuple[str, float] | None = None
-
-    def start(self, stage: str, message: str) -> None:
-        self.stop()
-        self._progress(message)
-        self._current = (stage, time.perf_counter())
-
-    def stop(self) -> None:
-        if self._current is not None:
-            stage, since = self._current
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - since
-            self._current = None
+    asked = options.paged.block_size
+    other = replace(options.paged, block_size=4 if asked != 4 else 8)
+    found: list[PagedModel] = []
+    try:
+        for each, paged in ((model.clone(), other), (model, options.paged)):
+            sampler = Sampler(each.graph, roles, runtime)
+            found.insert(0, page_model(each, roles, sampler, families, paged))
+    except UnpageableError as error:
+        paging = report.paging
+        assert paging is not None
+        paging.obstacles = list(error.obstacles)
+        first = error.obstacles[0]
+        where = f" [{first.node}]" if first.node else ""
+        more = f" (and {len(error.obstacles) - 1} more)" if len(error.obstacles) > 1 else ""
+        refused = RefusedError(
+            f"{report.input} cannot be paged: {first.code}: {first.reason}{where}{more}"
+        )
+        refused.report = report
+        raise refused from error
+    report.paging = found[0].described()
+    return found

@@ -7,15 +7,13 @@ The rows are chosen before the last projection, which is the largest of a model.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.paging import Obstacle, UnpageableError
+from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.roles import Roles
+from onnxgen.report.values import Obstacle
 
-Logits = Literal["all", "last", "indices"]
 _ROWWISE = frozenset(["Cast", "Mul", "Div", "Add", "Sub", "Tanh", "Identity", "Clip", "Neg"])
 _PROJECTIONS = frozenset(["MatMul", "MatMulNBits", "MatMulInteger", "QLinearMatMul"])
 

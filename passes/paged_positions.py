@@ -15,9 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.paging import Obstacle, UnpageableError
+from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.positions import Lengths, Meaning
 from onnxgen.patterns.building import Builder
+from onnxgen.report.values import Obstacle
 
 # One of these over tokens makes the value of one depend on the others.
 JOINING = frozenset(

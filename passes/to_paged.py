@@ -13,7 +13,6 @@ alone looks at other tokens, and the positions do.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -22,73 +21,19 @@ from onnxgen import functions
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute
 from onnxgen.analysis.masks import MaskFamily
-from onnxgen.analysis.paging import Obstacle, PagedLayer, UnpageableError, paged_layers
+from onnxgen.analysis.paging import PagedLayer, UnpageableError, paged_layers
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.functions import paged_attention, paged_plan
-from onnxgen.passes.paged_logits import Logits, last_projection, row_outputs
+from onnxgen.passes.paged_logits import last_projection, row_outputs
 from onnxgen.passes.paged_positions import TokenLengths, page_positions
 from onnxgen.passes.tidy import tidy
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.operands import joined_heads, rows_first, scale_of
+from onnxgen.patterns.operands import merged_heads, rows_first, scale_of
+from onnxgen.report.values import Obstacle
+from onnxgen.targets.paged import PagedModel, PagedOptions, Pool
 
 INT32, INT64 = ir.DataType.INT32, ir.DataType.INT64
-
-
-@dataclass(frozen=True)
-class PagedOptions:
-    """How a model is paged.
-
-    Attributes:
-        block_size: BS, slots of a block.
-        logits: "all", "last" or "indices": which rows of logits are made.
-        kv_dtype: of the pools; None for the caches' own.
-        slot_mapping: whether an input of that name says where tokens are written.
-    """
-
-    block_size: int = 16
-    logits: Logits = "all"
-    kv_dtype: ir.DataType | None = None
-    slot_mapping: bool = False
-
-
-@dataclass(frozen=True)
-class Pool:
-    """The keys or the values of one layer.
-
-    Attributes:
-        past, present: the cache's names in the original.
-        name: its input in the paged model.
-        output: its output in the paged model.
-        heads, size: K and D.
-        dtype: of its elements.
-    """
-
-    past: str
-    present: str
-    name: str
-    output: str
-    heads: int
-    size: int
-    dtype: ir.DataType
-
-
-@dataclass(frozen=True)
-class Paged:
-    """What a model became.
-
-    Attributes:
-        pools: in layer order, keys before values.
-        layers: how many attentions there are, and the families of their masks.
-        tokens: the input of the tokens, "input_ids" or "inputs_embeds".
-        logits: the output of the scores.
-    """
-
-    pools: tuple[Pool, ...]
-    layers: int
-    families: tuple[str, ...]
-    tokens: str
-    logits: str
 
 
 def page_model(
@@ -97,7 +42,7 @@ def page_model(
     sampler: Sampler,
     families: Mapping[str, MaskFamily],
     options: PagedOptions,
-) -> Paged:
+) -> PagedModel:
     """Page a raised model, in place.
 
     Raises:
@@ -117,12 +62,13 @@ def page_model(
     functions.declare(model)
     tidy(model)
     functions.declare(model)
-    return Paged(
+    return PagedModel(
+        model,
+        options,
         pools,
         len(layers),
-        tuple(dict.fromkeys(str(layer.family) for layer in layers)),
+        tuple(dict.fromkeys(layer.family for layer in layers)),
         writer.tokens_name,
-        logits[0].name or "",
     )
 
 
@@ -167,7 +113,7 @@ class _Writer:
             overload="mapped" if mapping is not None else "",
         )
         for value in (self._positions, self._places, self._spread, self._collect):
-            value.dtype = INT64
+            _typed(value, INT64)
         self._positions.shape = ir.Shape(["num_tokens"])
         self._row = op("Unsqueeze", [self._tokens, self._builder.ints(1 - self._axis)])
         if self._row.dtype != self._old_tokens.dtype and self._old_tokens.dtype is not None:
@@ -247,18 +193,18 @@ class _Writer:
             domain=functions.DOMAIN,
             overload=overload,
         )
-        outputs[0].dtype = layer.q.dtype
+        _typed(outputs[0], layer.q.dtype)
         for pair, output, pool in zip(layer.caches, outputs[1:], pools, strict=False):
             self._updated[pair.past] = output
-            output.dtype, output.shape = pool.dtype, pool.shape
+            _typed(output, pool.dtype)
+            output.shape = pool.shape
         lead = (1, -1) if self._axis else (-1, 1)
         new = op("Reshape", [outputs[0], ints(*lead, layer.heads * layer.width)])
-        replaced = joined_heads(self._facts, self._builder, layer.node.outputs[0], new, layer.heads)
-        if replaced is None:
-            target = ints(*lead, layer.heads, layer.width)
-            split = op("Transpose", [op("Reshape", [new, target])], {"perm": [0, 2, 1, 3]})
-            replaced = layer.node.outputs[0], split
-        self._replaced.append(replaced)
+        merged = merged_heads(self._facts, layer.node.outputs[0])
+        if merged is None:
+            split = op("Reshape", [new, ints(*lead, layer.heads, layer.width)])
+            merged, new = layer.node.outputs[0], op("Transpose", [split], {"perm": [0, 2, 1, 3]})
+        self._replaced.append((merged, new))
 
     def _pool(self, layer: PagedLayer, index: int) -> ir.Value:
         pair = layer.caches[index]
@@ -269,7 +215,7 @@ class _Writer:
         size = (layer.size, layer.width)[index]
         name = f"past_key_values.{number}.{kind}"
         dtype = self._options.kv_dtype or self._facts.roles.inputs[pair.past].dtype
-        dims = ["num_blocks", self._options.block_size, layer.kv_heads, size]
+        dims: list[int | str] = ["num_blocks", self._options.block_size, layer.kv_heads, size]
         pool = Pool(
             pair.past, pair.present, name, f"present.{number}.{kind}", layer.kv_heads, size, dtype
         )
@@ -302,7 +248,8 @@ class _Writer:
                 domain=functions.DOMAIN,
                 overload="_".join(parts),
             )
-            slots.dtype, mask.dtype = INT64, dtype if family.slopes else ir.DataType.BOOL
+            _typed(slots, INT64)
+            _typed(mask, dtype if family.slopes else ir.DataType.BOOL)
             self._keys[key] = slots, mask
         return self._keys[key]
 
@@ -346,7 +293,8 @@ class _Writer:
                 zero = op("CastLike", [self._builder.constant(np.array(0, np.float32)), new])
                 new = op("Where", [empty, zero, new])
             y.name = self._builder.unique(f"{name}.rows")
-            new.name, new.dtype = name, y.dtype
+            new.name = name
+            _typed(new, y.dtype)
             dims: list[int | str] = [count if index == 0 else "num_tokens"]
             new.shape = ir.Shape([*dims, size if size > 0 else f"{name}_size"])
             outputs.append(new)
@@ -388,6 +336,8 @@ class _Writer:
         graph.inputs.clear()
         plan = [self._tokens, self._cumulative, self._past, self._table, *self._extra]
         graph.inputs.extend([*plan, *[value for _, value in pools], *kept])
+        for value in graph.inputs:
+            value.name = (value.name or "").removeprefix(_PREFIX)
         return tuple(pool for pool, _ in pools)
 
 
@@ -396,5 +346,14 @@ _FLOATS = frozenset(
 )
 
 
-def _input(name: str, dtype: ir.DataType, dims: list[int | str]) -> ir.Value:
-    return ir.Value(name=name, type=ir.TensorType(dtype), shape=ir.Shape(dims))
+_PREFIX = "paged/"
+"""Of the new inputs' names while the old ones are there: a size is known by its input's name."""
+
+
+def _input(name: str, dtype: ir.DataType, dims: Sequence[int | str]) -> ir.Value:
+    return ir.Value(name=_PREFIX + name, type=ir.TensorType(dtype), shape=ir.Shape(dims))
+
+
+def _typed(value: ir.Value, dtype: ir.DataType | None) -> None:
+    if dtype is not None:
+        value.dtype = dtype

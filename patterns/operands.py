@@ -45,26 +45,7 @@ def _rows_first(facts: Facts, builder: Builder, value: ir.Value) -> tuple[ir.Val
     return None if found is None else (found[0], view.scale / found[1])
 
 
-def joined_heads(
-    facts: Facts, builder: Builder, y: ir.Value, rows: ir.Value, heads: int
-) -> tuple[ir.Value, ir.Value] | None:
-    """(old, new): what [B, S, H * D] rows replace of an attention's output y [B, H, S, D].
-
-    That is y's own merging of its heads, if all that is read is that; else y, split from the rows.
-    None where a size cannot be computed.
-    """
-    merged = _merged(facts, y)
-    if merged is not None:
-        return merged, rows
-    shape = facts.shapes.of(y)
-    target = None if shape is None else builder.target(rows, [shape[0], shape[2], heads, shape[3]])
-    if target is None:
-        return None
-    split = builder.op("Reshape", [rows, target])
-    return y, builder.op("Transpose", [split], {"perm": [0, 2, 1, 3]})
-
-
-def _merged(facts: Facts, y: ir.Value) -> ir.Value | None:
+def merged_heads(facts: Facts, y: ir.Value) -> ir.Value | None:
     """The value behind a [B, H, S, D] output that is it as [B, S, H * D], if all read that."""
     whole = facts.views.identity(y)
     if whole is None:

@@ -17,6 +17,7 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute
 from onnxgen.analysis.masks import MaskFamily
 from onnxgen.analysis.roles import CachePair
+from onnxgen.report.values import Obstacle
 
 # What one token knows of another by none of our means: recurrent, convolved, pooled.
 _COUPLING = frozenset(
@@ -37,21 +38,6 @@ _COUPLING = frozenset(
 )
 _FAMILIES = ("causal", "window", "chunked")
 _ATTENTIONS = ("Attention", "SinkAttention")
-
-
-@dataclass(frozen=True)
-class Obstacle:
-    """One thing that stands in the way.
-
-    Attributes:
-        code: stable, such as "PAG004".
-        reason: one sentence.
-        node: name of the node or the tensor it is about.
-    """
-
-    code: str
-    reason: str
-    node: str = ""
 
 
 class UnpageableError(Exception):
@@ -140,7 +126,8 @@ def _layer(facts: Facts, node: ir.Node, family: MaskFamily | None) -> PagedLayer
     if any(shape is None or len(shape) != 4 for shape in shapes):
         return Obstacle("PAG003", "queries, keys and values do not have four axes", name)
     (_, heads, new, size), (_, kv_heads, _, _), (_, _, _, width) = shapes  # type: ignore[misc]
-    if not all(isinstance(each, int) for each in (heads, kv_heads, size, width)):
+    fixed = [each for each in (heads, kv_heads, size, width) if isinstance(each, int)]
+    if len(fixed) < 4:
         return Obstacle("PAG003", "heads and head sizes are not fixed", name)
     if past_key is not None:
         key, value = k, v
@@ -166,10 +153,10 @@ def _layer(facts: Facts, node: ir.Node, family: MaskFamily | None) -> PagedLayer
         key,
         value,
         (pairs[0], pairs[1]),
-        int(heads),  # type: ignore[call-overload]
-        int(kv_heads),  # type: ignore[call-overload]
-        int(size),  # type: ignore[call-overload]
-        int(width),  # type: ignore[call-overload]
+        fixed[0],
+        fixed[1],
+        fixed[2],
+        fixed[3],
         family,
         last if node.op_type == "SinkAttention" else None,
     )

@@ -4,11 +4,11 @@ Every document holds:
 
 - ``schema``: 1; it grows only when a key changes its meaning or goes.
 - ``onnxgen``: the version that wrote it.
-- ``command``: "fuse" or "verify".
+- ``command``: "fuse", "to-paged" or "verify".
 - ``exit_code``: what the command ended with (see README.md).
 - ``error``: the sentence the command ended with, null where it succeeded.
 
-``fuse`` adds ``report``: the fields of `onnxgen.report.values.Report`, sites, proof and cases
+``fuse`` and ``to-paged`` add ``report``: the fields of `onnxgen.report.values.Report`, sites, proof and cases
 nested, and two that are derived from them: ``summary``, by kind of site how many were found,
 fused, kept and undone, and in the proof ``worst``, the case with the largest difference. It is
 null where the command failed before there was anything to report.
@@ -32,7 +32,18 @@ from onnxgen.report.values import SCHEMA_VERSION, Proof, Report, Site
 
 def fuse_document(report: Report | None, exit_code: int, error: str | None) -> dict[str, Any]:
     """The outcome of `onnxgen fuse`."""
-    document = _header("fuse", exit_code, error)
+    return _report_document("fuse", report, exit_code, error)
+
+
+def to_paged_document(report: Report | None, exit_code: int, error: str | None) -> dict[str, Any]:
+    """The outcome of `onnxgen to-paged`."""
+    return _report_document("to-paged", report, exit_code, error)
+
+
+def _report_document(
+    command: str, report: Report | None, exit_code: int, error: str | None
+) -> dict[str, Any]:
+    document = _header(command, exit_code, error)
     document["report"] = None
     if report is not None:
         document["report"] = {

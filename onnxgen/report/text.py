@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxgen.report.as_json import summary
-from onnxgen.report.values import Case, Proof, Report, Site
+from onnxgen.report.values import Case, Paging, Proof, Report, Site
 
 NAMES_SHOWN = 3
 GROUPS_SHOWN = 4
@@ -51,9 +51,12 @@ def render_report(report: Report) -> RenderableType:
     parts += _fused(report.sites)
     parts += _not_fused(report.sites)
     parts += _lowered(report.lowered)
+    if report.paging is not None:
+        parts += _paging(report.paging)
     if report.contract:
         parts.append(_labelled("Contract", report.contract, "bold"))
-    parts.append(render_proof(report.proof))
+    if report.proof is not None or report.paging is None:
+        parts.append(render_proof(report.proof))
     parts += [_labelled("Warning", warning, "yellow") for warning in report.warnings]
     parts.append(_footer(report))
     if report.beside:
@@ -167,6 +170,21 @@ def _lowered(sites: Sequence[Site]) -> Iterator[Text]:
         said = f": {'; '.join(sorted(details))}" if any(details) else ""
         yield Text(f"Lowered {_NAMES.get(kind, kind)} ({len(done)} of {len(group)}){said}")
     yield from _not_fused(sites)
+
+
+def _paging(paging: Paging) -> Iterator[Text]:
+    """What reads pools, or what stands in the way."""
+    for obstacle in paging.obstacles:
+        where = f" [{obstacle.node}]" if obstacle.node else ""
+        yield _labelled(f"Cannot be paged: {obstacle.code}", f"{obstacle.reason}{where}", "red")
+    if paging.obstacles or not paging.layers:
+        return
+    families = "; ".join(paging.families)
+    yield Text(
+        f"Paged {_many(paging.layers, 'layer')}: {len(paging.pools)} pools of {paging.kv_dtype}, "
+        f"blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
+        f"masks: {families}; logits: {paging.logits}"
+    )
 
 
 def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:

@@ -120,14 +120,57 @@ class Proof:
         return max(ran, key=lambda case: case.difference, default=None)
 
 
+@dataclass(frozen=True)
+class Obstacle:
+    """One thing that stands in the way of paging a model.
+
+    Attributes:
+        code: stable, such as "PAG004".
+        reason: one sentence for a person.
+        node: name of the node or the tensor it is about.
+    """
+
+    code: str
+    reason: str
+    node: str = ""
+
+
+@dataclass
+class Paging:
+    """What `onnxgen to-paged` made, or why it could not.
+
+    Attributes:
+        block_size: slots of a block.
+        tokens: the input that the tokens come in by.
+        logits: which rows are answered: "all", "last" or "indices".
+        layers: attentions that read pools.
+        pools: names of the pools' inputs.
+        kv_dtype: of the pools.
+        token_bytes: bytes that one token takes in all pools.
+        families: what the masks mean, each once.
+        obstacles: what stands in the way; nothing was written then.
+    """
+
+    block_size: int
+    tokens: str = ""
+    logits: str = "all"
+    layers: int = 0
+    pools: list[str] = field(default_factory=list)
+    kv_dtype: str = ""
+    token_bytes: int = 0
+    families: list[str] = field(default_factory=list)
+    obstacles: list[Obstacle] = field(default_factory=list)
+
+
 @dataclass
 class Report:
-    """What `onnxgen fuse` did to one model.
+    """What `onnxgen fuse`, or `to-paged`, did to one model.
 
     Attributes:
         input, output: paths as given; output is "" when nothing was written.
         beside: names of the files that were written beside the output.
-        target: "onnx" or "ort".
+        target: "onnx", "ort" or "paged".
+        paging: what was paged; None of `fuse`.
         contract: what the written model assumes, as text; "" where it assumes nothing.
         opset_before, opset_after: versions of the default domain.
         nodes_before: nodes of the model as read, functions' bodies included once a call.
@@ -151,6 +194,7 @@ class Report:
     sites: list[Site] = field(default_factory=list)
     lowered: list[Site] = field(default_factory=list)
     contract: str = ""
+    paging: Paging | None = None
     beside: list[str] = field(default_factory=list)
     proof: Proof | None = None
     warnings: list[str] = field(default_factory=list)

@@ -147,7 +147,7 @@ def _edge_runs(roles: Roles, edges: Iterable[int]) -> list[Run]:
             shapes = [RunShape(1, edge), RunShape(1, edge + 1)]
         else:
             continue
-        reason = _too_large(roles, edge)
+        reason = too_large(roles, edge)
         if reason:
             runs.append(Run(f"lengths around {edge}", shapes[-1], skipped=reason))
             continue
@@ -155,7 +155,7 @@ def _edge_runs(roles: Roles, edges: Iterable[int]) -> list[Run]:
     return runs
 
 
-def _too_large(roles: Roles, edge: int) -> str:
+def too_large(roles: Roles, edge: int) -> str:
     longest = LONGEST if roles.pairs else _LONGEST_PREFILL
     if edge > longest:
         return f"not run: longer than {longest} tokens"

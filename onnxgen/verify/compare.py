@@ -84,7 +84,7 @@ def verify_models(
             )
     model, other = _read(original), _read(rewritten)
     runtime.twins = holds_bfloat16(model) or holds_bfloat16(other)
-    proof = Proof("unverifiable", TOLERANCES[_compute_type(model)], twins=runtime.twins)
+    proof = Proof("unverifiable", TOLERANCES[compute_type(model)], twins=runtime.twins)
     mismatch = _mismatch(model, other)
     if mismatch:
         proof.status, proof.reason = "differs", mismatch
@@ -322,7 +322,7 @@ def _mismatch(original: ir.Model, rewritten: ir.Model) -> str:
     return ""
 
 
-def _compute_type(model: ir.Model) -> ir.DataType:
+def compute_type(model: ir.Model) -> ir.DataType:
     """The floating point type that most weights have; where there are none, the inputs'."""
     counts: dict[ir.DataType, int] = {}
 

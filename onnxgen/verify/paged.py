@@ -15,6 +15,7 @@ V scores, NB blocks of BS slots.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,15 +28,24 @@ import onnx_ir as ir
 
 from onnxgen.analysis.feeds import RunShape, forced_shape, make_feeds
 from onnxgen.analysis.roles import Roles
+from onnxgen.model_io import read_model
 from onnxgen.paged import Sequences
-from onnxgen.passes.to_paged import Paged, PagedOptions
-from onnxgen.report.values import Case
+from onnxgen.report.values import Case, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.targets.paged import PagedModel
+from onnxgen.verify.cases import find_edges, too_large
+from onnxgen.verify.compare import TOLERANCES, compute_type
 from onnxgen.verify.difference import scaled_difference
 
 Array = npt.NDArray[Any]
 _VOCABULARY = 256
 """Of a model that takes embeddings: so many random ones stand for tokens."""
+
+_SPARE = 6
+"""Places of a static cache that a prompt leaves to what comes after it."""
+
+_LONGEST_START = 4096
+"""An original that takes tokens over a past only is started with one, if it need not be longer."""
 
 
 @dataclass(frozen=True)
@@ -83,45 +93,55 @@ def program(block_size: int, edges: Sequence[int]) -> list[Event]:
     return events
 
 
-@dataclass
-class Comparison:
-    """What the two models did."""
-
-    cases: list[Case]
-    reason: str = ""
-
-
-def compare_paged(
-    original: Path | bytes,
-    paged: Path | bytes,
-    *,
+def prove_paged(
+    original: Path,
+    written: Sequence[Path],
+    results: Sequence[PagedModel],
     roles: Roles,
-    result: Paged,
-    options: PagedOptions,
-    edges: Sequence[int],
     runtime: Runtime,
-    tolerance: float,
     progress: Callable[[str], None] = lambda message: None,
-) -> Comparison:
-    """Run the program on both models.
+) -> Proof:
+    """Compare the original with what it was paged to, for each size of blocks.
+
+    The tolerance is that of the original's weights, or of the pools where these are narrower.
 
     Args:
-        roles: of the original.
-        edges: lengths at which behaviour may switch, that are to be run.
+        original: as `read_model` takes it.
+        written: where each of `results` lies.
+        roles: of the original, as it was paged.
 
     Returns:
-        One case for each step; a reason where a step differs, or could not be run at all.
+        "proven", "differs" (with step, sequence and tensor) or "unverifiable".
     """
-    first = runtime.load(original)
+    model = read_model(original)
+    kinds = [compute_type(model), *(pool.dtype for pool in results[0].pools)]
+    proof = Proof("unverifiable", max(TOLERANCES.get(k, 0.0) for k in kinds), twins=runtime.twins)
+    near, _ = find_edges(model, roles)
+    sizes = [family.size for family in results[0].families if family.size]
+    edges = [edge for edge in dict.fromkeys([*sizes, *near]) if not too_large(roles, edge)]
     try:
-        second = runtime.load(paged, optimize=True)
+        first = runtime.load(original)
+    except RuntimeFailure as error:
+        proof.reason = f"ONNX Runtime cannot load the original: {error}"
+        return proof
+    for path, result in zip(written, results, strict=True):
         try:
-            sides = _Contiguous(runtime, first, roles), _Paged(runtime, second, result, options)
-            return _Run(*sides, tolerance, progress).program(program(options.block_size, edges))
-        finally:
-            runtime.unload(second)
-    finally:
-        runtime.unload(first)
+            second = runtime.load(path, optimize=True)
+        except RuntimeFailure as error:
+            proof.status = "differs"
+            proof.reason = f"ONNX Runtime cannot load the paged model: {error}"
+            return proof
+        sides = _Contiguous(runtime, first, roles), _Paged(runtime, second, result)
+        run = _Run(*sides, proof, progress)
+        run.program(program(result.options.block_size, edges))
+        runtime.unload(second)
+        if proof.reason:
+            return proof
+    if any(case.compared for case in proof.cases):
+        proof.status = "proven"
+    else:
+        proof.reason = f"no step could be run: {proof.cases[0].skipped}"
+    return proof
 
 
 class _Contiguous:
@@ -143,6 +163,8 @@ class _Contiguous:
         self.single = roles.fixed.get("S") == 1
         rows = [each for each in roles.outputs.values() if each.role not in ("present", "copy")]
         self.logits = rows[0].name
+        self.room = roles.static_room or 1 << 40
+        self.least = next((p for p in range(_LONGEST_START) if self._shape(1, p)), 0)
         self._caches: dict[str, dict[str, Array]] = {}
 
     def start(self, name: str, past: int) -> None:
@@ -197,27 +219,29 @@ class _Contiguous:
             return 0, array[:total]
         return total - len(array), array
 
+    def _shape(self, new: int, past: int) -> RunShape | None:
+        found = forced_shape(self.roles, RunShape(1, new, past))
+        return found if found and (found.new, found.past) == (new, past) else None
+
     def forget(self, name: str) -> None:
         self._caches.pop(name, None)
 
     def _feeds(self, new: int, past: int) -> dict[str, Array]:
-        shape = forced_shape(self.roles, RunShape(1, new, past))
-        if shape is None or (shape.new, shape.past) != (new, past):
-            raise RuntimeFailure(f"the original does not take {new} new tokens over {past}")
+        shape = self._shape(new, past)
+        if shape is None:
+            raise RuntimeFailure(f"it takes no {new} new tokens over {past}")
         return make_feeds(self.roles, shape, np.random.default_rng(past))
 
 
 class _Paged:
     """The paged model: all sequences together, on pools whose free slots hold NaN."""
 
-    def __init__(
-        self, runtime: Runtime, session: int, result: Paged, options: PagedOptions
-    ) -> None:
+    def __init__(self, runtime: Runtime, session: int, result: PagedModel) -> None:
         self._runtime = runtime
         self._session = session
         self.result = result
-        self.options = options
-        self.sequences = Sequences(0, options.block_size)
+        self.options = result.options
+        self.sequences = Sequences(0, result.options.block_size)
         self.pools: dict[str, Array] = {}
 
     def prepare(self, blocks: int) -> None:
@@ -261,9 +285,7 @@ class _Paged:
     @staticmethod
     def asked(edges: Array) -> Array:
         """Which rows are asked for: each sequence's last and first, in no order."""
-        found = [
-            row for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a for row in (b - 1, a)
-        ]
+        found = [row for a, b in itertools.pairwise(edges) if b > a for row in (b - 1, a)]
         return np.array(found, np.int32)
 
     def empty(self, blocks: Sequence[int]) -> None:
@@ -279,80 +301,97 @@ class _Run:
         self,
         original: _Contiguous,
         paged: _Paged,
-        tolerance: float,
+        proof: Proof,
         progress: Callable[[str], None],
     ) -> None:
         self._original = original
         self._paged = paged
-        self._tolerance = tolerance
+        self._proof = proof
         self._progress = progress
         self._numbers: dict[str, int] = {}
         self._tokens: dict[str, list[int]] = {}
         self._next: dict[str, int] = {}
         self._rng = np.random.default_rng(3)
 
-    def program(self, events: Sequence[Event]) -> Comparison:
-        size = self._paged.options.block_size
+    def program(self, events: Sequence[Event]) -> None:
+        """Go through all steps; the first that differs is the last, and the proof says why."""
+        size, proof = self._paged.options.block_size, self._proof
         longest = sum(sum(j[:2]) + 40 for event in events for j in event.joins.values())
         self._paged.prepare(longest // size + 2 * len(events) + 4)
-        found = Comparison([])
         for number, event in enumerate(events, 1):
             self._progress(f"comparing step {number}/{len(events)}, blocks of {size}")
-            case = self._step(number, event, found)
-            found.cases.append(case)
-            if found.reason:
-                break
-        return found
+            case = self._step(number, event)
+            proof.cases.append(case)
+            if case.compared and case.difference > proof.tolerance:
+                proof.status = "differs"
+                proof.reason = proof.reason or (
+                    f"{case.output} differs by {case.difference:.2g} standard deviations in "
+                    f"{case.name}; at most {proof.tolerance:g} is allowed"
+                )
+                return
 
-    def _step(self, number: int, event: Event, found: Comparison) -> Case:
+    def _step(self, number: int, event: Event) -> Case:
         paged, original = self._paged, self._original
         for name in event.leaves:
-            paged.empty(paged.sequences.remove(self._numbers.pop(name)))
-            original.forget(name)
-            self._tokens.pop(name)
-        for name, joining in event.joins.items():
-            self._join(name, *joining)
-        counts = {name: count for name, count in event.counts.items() if name in self._numbers}
-        case = Case(
-            _name(number, paged, self._numbers, counts),
-            len(counts),
-            sum(counts.values()),
-            0,
-            "none",
-        )
-        wanted: dict[str, Array] = {}
-        for name, count in counts.items():
-            sequence, past = self._numbers[name], paged.sequences.length(self._numbers[name])
-            if paged.sequences.waiting(sequence) < count:
-                self._extend(name, [self._next[name]] * count)
-            if count:
-                tokens = self._tokens[name][past : past + count]
-                wanted[name] = original.run(name, tokens, past)
-                self._next[name] = (
-                    int(wanted[name][-1].astype(np.float64).argmax()) % original.vocabulary
-                )
-        edges = np.cumsum([0, *counts.values()])
+            if name in self._numbers:
+                paged.empty(paged.sequences.remove(self._numbers.pop(name)))
+                original.forget(name)
         try:
-            logits, spoiled = paged.run(
-                {self._numbers[name]: count for name, count in counts.items()}, original.embeddings
-            )
+            for name, joining in event.joins.items():
+                self._join(name, *joining)
+            counts = self._fitting(event.counts)
+            name = _name(number, paged, self._numbers, counts)
+            case = Case(name, len(counts), sum(counts.values()), 0, "none")
+            if not any(counts.values()):
+                return replace(case, skipped="the original takes no more tokens")
+            wanted = {each: self._original_rows(each, n) for each, n in counts.items() if n}
         except RuntimeFailure as error:
-            found.reason = f"the paged model fails in {case.name}: {error}"
-            return _differs(case, math.inf, "")
+            self._proof.reason = f"the original fails: {error}"
+            return Case(f"step {number}", 0, 0, 0, "none", skipped=str(error))
+        edges = np.cumsum([0, *counts.values()])
+        run = {self._numbers[each]: count for each, count in counts.items()}
+        try:
+            logits, spoiled = paged.run(run, original.embeddings)
+        except RuntimeFailure as error:
+            self._proof.reason = f"the paged model fails in {case.name}: {error}"
+            return replace(case, difference=math.inf)
         if spoiled:
-            found.reason = f"{spoiled[0]!r} is written where no token belongs in {case.name}"
-            return _differs(case, math.inf, spoiled[0])
-        worst, where = 0.0, "logits"
+            self._proof.reason = f"{spoiled[0]} is written where no token belongs in {case.name}"
+            return replace(case, difference=math.inf, output=spoiled[0])
+        worst, where = 0.0, ""
         for output, difference in self._differences(counts, edges, wanted, logits):
-            if difference > worst:
+            if difference > worst or not where:
                 worst, where = difference, output
-        if worst > self._tolerance:
-            found.reason = f"{where} differs by {worst:.2g} standard deviations in {case.name}"
-        return _differs(case, worst, where)
+        return replace(case, difference=worst, output=where)
+
+    def _fitting(self, counts: Mapping[str, int]) -> dict[str, int]:
+        """Of the sequences that are still there, as many tokens as the original has room for."""
+        fitting = {}
+        for name, count in counts.items():
+            if name in self._numbers:
+                past = self._paged.sequences.length(self._numbers[name])
+                fitting[name] = count if past + count <= self._original.room else 0
+        return fitting
+
+    def _original_rows(self, name: str, count: int) -> Array:
+        """The original's logits [S, V] of a sequence's next tokens: those that wait, or the likeliest."""
+        paged, original = self._paged, self._original
+        sequence = self._numbers[name]
+        past = paged.sequences.length(sequence)
+        if paged.sequences.waiting(sequence) < count:
+            self._extend(name, [self._next[name]] * count)
+        rows = original.run(name, self._tokens[name][past : past + count], past)
+        self._next[name] = int(rows[-1].astype(np.float64).argmax()) % original.vocabulary
+        return rows
 
     def _join(self, name: str, new: int, past: int, prefix: str) -> None:
         """A sequence comes: a prompt, and a past of random keys where there is one."""
         paged, original = self._paged, self._original
+        past = max(past, original.least)
+        prefix = "" if past else prefix
+        new = min(new, max(original.room - past - _SPARE, 1))
+        if past + new > original.room:
+            return
         fresh = self._rng.integers(0, original.vocabulary, past + new).tolist()
         alike = self._tokens[prefix][: paged.options.block_size] if prefix else []
         tokens = [*alike, *fresh[len(alike) :]]
@@ -397,8 +436,9 @@ class _Run:
                 found = logits[at]
                 right = wanted[name][asked[at] - edges[index]] if count else found[:0]
             else:
-                found, right = logits[edges[index] : edges[index + 1]], wanted.get(name)
-            if count and right is not None:
+                found = logits[edges[index] : edges[index + 1]]
+                right = wanted.get(name, found)
+            if count:
                 yield f"logits of {name}", scaled_difference(right.astype(found.dtype), found)
         for name in counts:
             number = self._numbers[name]
@@ -415,7 +455,3 @@ def _name(number: int, paged: _Paged, numbers: Mapping[str, int], counts: Mappin
         for name, count in counts.items()
     ]
     return f"step {number}, blocks of {paged.options.block_size}: {', '.join(parts)}"
-
-
-def _differs(case: Case, difference: float, output: str) -> Case:
-    return replace(case, difference=difference, output=output)

@@ -39,7 +39,7 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute, producer
 from onnxgen.analysis.masks import MaskFamily
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.operands import joined_heads, rows_first, scale_of
+from onnxgen.patterns.operands import merged_heads, rows_first, scale_of
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 from onnxgen.targets.contract import Contract, Padding
 from onnxgen.targets.ort.lengths import Lengths, input_mask
@@ -150,9 +150,7 @@ class GroupQuery(Rule):
         )
         fused = outputs[0].producer()
         assert fused is not None
-        y = joined_heads(facts, builder, node.outputs[0], outputs[0], heads)
-        if y is None:
-            raise Declined(self, "layout", "the output's size cannot be computed", node)
+        y = self._joined(facts, builder, node, outputs[0], heads)
         replaced = (y, *zip(node.outputs[1:], outputs[1:], strict=False))
         self._promise(rotary[0] if rotary else None, guarded or positions is not None)
         details = {
@@ -225,6 +223,22 @@ class GroupQuery(Rule):
         if caches.positions is not None and self._padding == "any":
             return None
         return caches, int(attribute(first, "interleaved", 0))
+
+    def _joined(
+        self, facts: Facts, builder: Builder, node: ir.Node, rows: ir.Value, heads: int
+    ) -> tuple[ir.Value, ir.Value]:
+        """(old, new): the output as [B, S, H * D] where that is all that is read of it."""
+        y = node.outputs[0]
+        merged = merged_heads(facts, y)
+        if merged is not None:
+            return merged, rows
+        shape = facts.shapes.of(y)
+        assert shape is not None
+        target = builder.target(rows, [shape[0], shape[2], heads, shape[3]])
+        if target is None:
+            raise Declined(self, "layout", "the output's size cannot be computed", node)
+        split = builder.op("Reshape", [rows, target])
+        return y, builder.op("Transpose", [split], {"perm": [0, 2, 1, 3]})
 
     def _promise(self, caches: RotaryCaches | None, guarded: bool) -> None:
         length = self.contract.max_length

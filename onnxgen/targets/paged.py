@@ -1,0 +1,113 @@
+"""What a paged model is: its inputs and outputs, as onnxruntime-genai's Engine reads them.
+
+| name | type | shape |
+|---|---|---|
+| input_ids (or inputs_embeds) | int64 (float) | [num_tokens] ([num_tokens, H]) |
+| cumulative_sequence_lengths | int32 | [batch + 1] |
+| past_sequence_lengths | int32 | [batch] |
+| block_table | int32 | [batch, max_num_blocks], -1 where there is no block |
+| slot_mapping, where asked for | int32 | [num_tokens], -1 for a token that is not written |
+| logits_indices, where asked for | int32 | [num_logits] |
+| past_key_values.N.key, .value | the caches' | [num_blocks, block_size, K, D] |
+| logits | the original's | [num_tokens, V], [batch, V] or [num_logits, V] |
+| present.N.key, .value | the caches' | as the pools |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import onnx_ir as ir
+
+from onnxgen.analysis.masks import MaskFamily
+from onnxgen.errors import UsageError
+from onnxgen.report.values import Paging
+
+Logits = Literal["all", "last", "indices"]
+LARGEST_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class PagedOptions:
+    """How a model is paged.
+
+    Attributes:
+        block_size: BS, slots of a block.
+        logits: "all", "last" or "indices": which rows of logits are made.
+        kv_dtype: of the pools; None for the caches' own.
+        slot_mapping: whether an input of that name says where tokens are written.
+    """
+
+    block_size: int = 16
+    logits: Logits = "all"
+    kv_dtype: ir.DataType | None = None
+    slot_mapping: bool = False
+
+
+@dataclass(frozen=True)
+class Pool:
+    """The keys or the values of one layer.
+
+    Attributes:
+        past, present: the cache's names in the original.
+        name: its input in the paged model.
+        output: its output in the paged model.
+        heads, size: K and D.
+        dtype: of its elements.
+    """
+
+    past: str
+    present: str
+    name: str
+    output: str
+    heads: int
+    size: int
+    dtype: ir.DataType
+
+
+@dataclass(frozen=True)
+class PagedModel:
+    """What a model became.
+
+    Attributes:
+        model: it.
+        options: as asked for.
+        pools: in layer order, keys before values.
+        layers: how many attentions there are, and the families of their masks.
+        tokens: the input of the tokens, "input_ids" or "inputs_embeds".
+    """
+
+    model: ir.Model
+    options: PagedOptions
+    pools: tuple[Pool, ...]
+    layers: int
+    families: tuple[MaskFamily, ...]
+    tokens: str
+
+    def described(self) -> Paging:
+        """The same for the report."""
+        kinds = {pool.dtype for pool in self.pools}
+        return Paging(
+            block_size=self.options.block_size,
+            tokens=self.tokens,
+            logits=self.options.logits,
+            layers=self.layers,
+            pools=[pool.name for pool in self.pools],
+            kv_dtype=", ".join(sorted(kind.name for kind in kinds)),
+            token_bytes=sum(int(p.heads * p.size * p.dtype.itemsize) for p in self.pools),
+            families=[str(family) for family in self.families],
+        )
+
+
+def check_paged_options(options: PagedOptions) -> None:
+    """Refuse sizes that no runtime takes.
+
+    Raises:
+        UsageError: the size of a block is no power of two, or too large.
+    """
+    size = options.block_size
+    if not 1 <= size <= LARGEST_BLOCK or size & (size - 1):
+        raise UsageError(
+            f"--block-size {size}: a block has a power of two of slots, at most {LARGEST_BLOCK}"
+        )
