@@ -134,7 +134,7 @@ class _Positions:
         match meaning.kind:
             case "position":
                 new = self.tokens.positions
-                if meaning.axis is None or (axis == 0 and None not in meaning.dims):
+                if axis == 0 and self._batch(meaning) is None:
                     return None
             case "total":
                 new = op(
@@ -153,6 +153,14 @@ class _Positions:
             return op("Reshape", [new, ints(*meaning.dims)]) if meaning.dims != (1,) else new  # type: ignore[arg-type]
         return self._spread(new, meaning)
 
+    @staticmethod
+    def _batch(meaning: Meaning) -> int | None:
+        """The axis of the batch, of a model of one new token: the first that is as long as it.
+
+        What is said of one row is said of every row.
+        """
+        return next((i for i, dim in enumerate(meaning.dims) if dim in (None, 1)), None)
+
     def _input(self, value: ir.Value) -> Meaning | None:
         """An input of positions means what its axes say."""
         each = self.facts.roles.inputs[value.name or ""]
@@ -170,8 +178,8 @@ class _Positions:
         assert meaning.axis is not None
         sizes = [1 if dim is None else dim for dim in meaning.dims]
         at = meaning.axis
-        if self.tokens.axis == 0:  # the batch's
-            at = next(i for i, dim in enumerate(meaning.dims) if dim is None and i != meaning.axis)
+        if self.tokens.axis == 0:
+            at = self._batch(meaning) or 0
         plain = [-1 if i == at else 1 for i in range(len(sizes))]
         new = vector if plain == [-1] else op("Reshape", [vector, ints(*plain)])
         if any(size > 1 for size in sizes):

@@ -44,9 +44,6 @@ _VOCABULARY = 256
 _SPARE = 6
 """Places of a static cache that a prompt leaves to what comes after it."""
 
-_LONGEST_START = 4096
-"""An original that takes tokens over a past only is started with one, if it need not be longer."""
-
 
 @dataclass(frozen=True)
 class Event:
@@ -164,8 +161,8 @@ class _Contiguous:
         rows = [each for each in roles.outputs.values() if each.role not in ("present", "copy")]
         self.logits = rows[0].name
         self.room = roles.static_room or 1 << 40
-        self.least = next((p for p in range(_LONGEST_START) if self._shape(1, p)), 0)
         self._caches: dict[str, dict[str, Array]] = {}
+        self.least = self._least()
 
     def start(self, name: str, past: int) -> None:
         """Caches for a sequence that has a past already: random ones."""
@@ -218,6 +215,23 @@ class _Contiguous:
         if len(array) >= total:
             return 0, array[:total]
         return total - len(array), array
+
+    def _least(self) -> int:
+        """The shortest past that the original takes one and more tokens over."""
+        caps = {pair.cap for pair in self.roles.pairs if pair.cap is not None}
+        held = {self.roles.inputs[p.past].shape[p.axis] for p in self.roles.pairs if not p.static}
+        tried = {0, 1, *caps, *(size for size in held if isinstance(size, int))}
+        for past in sorted(tried):
+            try:
+                for count in (2, 1):
+                    self.start("", past)
+                    self.run("", [0] * count, past)
+            except RuntimeFailure:
+                continue
+            finally:
+                self.forget("")
+            return past
+        return 0
 
     def _shape(self, new: int, past: int) -> RunShape | None:
         found = forced_shape(self.roles, RunShape(1, new, past))
@@ -369,7 +383,9 @@ class _Run:
         fitting = {}
         for name, count in counts.items():
             if name in self._numbers:
-                past = self._paged.sequences.length(self._numbers[name])
+                number = self._numbers[name]
+                past = self._paged.sequences.length(number)
+                count = min(count, self._paged.sequences.waiting(number) or count)
                 fitting[name] = count if past + count <= self._original.room else 0
         return fitting
 
@@ -398,8 +414,9 @@ class _Run:
         shares = self._numbers[prefix] if prefix else None
         number = self._numbers[name] = paged.sequences.add(tokens, shares)
         self._tokens[name] = tokens
-        if prefix:  # the original computes what is shared as well
-            original.run(name, tokens[: paged.sequences.length(number)], 0)
+        shared = paged.sequences.length(number)
+        if shared:  # the original computes what is shared as well
+            original.run(name, tokens[:shared], 0)
         if past:
             original.start(name, past)
             paged.sequences.feeds({number: past})
