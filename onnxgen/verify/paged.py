@@ -61,11 +61,12 @@ class Event:
     leaves: tuple[str, ...] = ()
 
 
-def program(block_size: int, edges: Sequence[int]) -> list[Event]:
+def program(block_size: int, edges: Sequence[int], *, sharing: bool = True) -> list[Event]:
     """What is run for a block size.
 
     Args:
         edges: lengths at which a mask starts to hide keys, or tables switch.
+        sharing: whether one sequence takes another's block as its beginning.
     """
     size = block_size
     near = [edge for edge in edges if edge <= 64]
@@ -74,7 +75,7 @@ def program(block_size: int, edges: Sequence[int]) -> list[Event]:
         Event({"b": (size + 1, 0, "")}, {"a": 1, "b": size + 1}),
         Event({"c": (size + 3, 0, "")}, {"c": 3, "b": 0, "a": 1}),
         Event({}, {"a": 1, "b": 1, "c": size}),
-        Event({"d": (size + 4, 0, "b")}, {"d": 4, "a": 1, "c": 1}),
+        Event({"d": (size + 4, 0, "b" if sharing else "")}, {"d": 4, "a": 1, "c": 1}),
         Event({"e": (2 * size, 0, "")}, {"b": 1, "e": 2 * size, "c": 1, "d": 1}, ("a",)),
     ]
     events += [Event({}, {"e": 1, "d": 1, "c": 1, "b": 1})] * 2
@@ -130,7 +131,8 @@ def prove_paged(
             return proof
         sides = _Contiguous(runtime, first, roles), _Paged(runtime, second, result)
         run = _Run(*sides, proof, progress)
-        run.program(program(result.options.block_size, edges))
+        size, sharing = result.options.block_size, not result.switches
+        run.program(program(size, edges, sharing=sharing))
         runtime.unload(second)
         if proof.reason:
             return proof
