@@ -23,6 +23,7 @@ import click
 
 from onnxgen import __version__
 from onnxgen.errors import OnnxgenError, RefusedError, UsageError
+from onnxgen.places import same_place
 from onnxgen.report import as_json, files
 from onnxgen.report.values import Proof, Report
 
@@ -66,6 +67,18 @@ def main() -> None:
     """
 
 
+class _File(click.Path):
+    """A path; whether it can be read or written is said later, with exit code 4."""
+
+    def __init__(self, **kinds: bool) -> None:
+        super().__init__(readable=False, path_type=Path, **kinds)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        if not os.fspath(value):
+            self.fail("a path is empty", param, ctx)
+        return Path(os.fsdecode(super().convert(value, param, ctx)))
+
+
 _role = click.option(
     "--role",
     "roles",
@@ -76,9 +89,9 @@ _role = click.option(
 _report = click.option(
     "--report",
     "report_file",
-    type=click.Path(path_type=Path),
+    type=_File(),
     metavar="FILE.json",
-    help="Write the report as JSON, whatever the outcome.",
+    help="Write the report as JSON, whatever the outcome; only a report is replaced.",
 )
 _json = click.option(
     "--json", "json_output", is_flag=True, help="Print the report as JSON and nothing else."
@@ -86,11 +99,11 @@ _json = click.option(
 
 
 @main.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=_File())
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=_File(),
     metavar="OUT",
     help="Where to write; MODEL with .fused.onnx unless given.",
 )
@@ -160,9 +173,11 @@ def fuse(
       onnxgen fuse model.onnx -o fused.onnx --report report.json
     """
     from onnxgen import pipeline
+    from onnxgen.targets.genai_files import CONFIG, READ
 
     output = output or default_output(model)
-    _check_report_file(report_file, model, output)
+    beside = (file.with_name(name) for file in (model, output) for name in (CONFIG, *READ))
+    _check_report_file(report_file, model, output, *beside)
     options = pipeline.FuseOptions(
         output=output,
         target=target,
@@ -187,8 +202,8 @@ def fuse(
 
 
 @main.command()
-@click.argument("original", type=click.Path(path_type=Path))
-@click.argument("rewritten", type=click.Path(path_type=Path))
+@click.argument("original", type=_File())
+@click.argument("rewritten", type=_File())
 @_role
 @_report
 @_json
@@ -224,7 +239,7 @@ def verify(
 @main.command()
 @click.option(
     "--keep",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=_File(file_okay=False),
     metavar="DIR",
     help="Keep the model and the fused model in this folder.",
 )
@@ -337,8 +352,8 @@ def _check_report_file(report_file: Path | None, *others: Path) -> None:
     if report_file is None:
         return
     for other in others:
-        if report_file.absolute() == other.absolute():
-            raise UsageError(f"--report {report_file} is a model of this command")
+        if same_place(report_file, other):
+            raise UsageError(f"--report {report_file} is another file of this command")
     files.check_writable(report_file)
 
 

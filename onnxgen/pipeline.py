@@ -22,7 +22,7 @@ from onnxgen.analysis.masks import MaskFamily, mask_families
 from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
-from onnxgen.model_io import read_model, staged
+from onnxgen.model_io import data_files, read_model, staged
 from onnxgen.passes.lower import lower_model
 from onnxgen.passes.merged import Part, join_branches, split_branches
 from onnxgen.passes.normalize import normalize
@@ -31,10 +31,11 @@ from onnxgen.passes.tidy import tidy
 from onnxgen.patterns import RULES
 from onnxgen.report.values import Proof, Report
 from onnxgen.runtime import Runtime
+from onnxgen.staging import check_output
 from onnxgen.targets import onnx as onnx_target
 from onnxgen.targets import ort as ort_target
 from onnxgen.targets.contract import Contract, Padding, read_contract, write_contract
-from onnxgen.targets.genai_files import CONFIG, genai_files
+from onnxgen.targets.genai_files import CONFIG, READ, genai_files
 from onnxgen.targets.ort.config import context_length
 from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.compare import TOLERANCES, verify_models
@@ -96,6 +97,8 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
 
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
+    reads = [*data_files(model), *map(path.with_name, READ)]
+    check_output(output, path, reads, force=options.force)
     report.ops_before = _count(model)
     report.opset_before = model.graph.opset_imports.get("", 0)
     opset = onnx_target.opset_for(report.opset_before, options.opset)
@@ -129,7 +132,9 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
 
         beside = _files_beside(report, model, roles, path, output, options)
         clock.start("write", f"writing {output.name}")
-        with staged(model, output, source=path, force=options.force, beside=beside) as stage:
+        with staged(
+            model, output, source=path, force=options.force, beside=beside, reads=reads
+        ) as stage:
             clock.start("verify", "verifying")
             report.proof = (
                 _prove(path, stage.path, options, runtime, checkers, progress)

@@ -365,3 +365,76 @@ def test_the_module_runs() -> None:
         [sys.executable, "-m", "onnxgen", "--version"], capture_output=True, text=True, check=True
     )
     assert onnxgen.__version__ in result.stdout
+
+
+def test_a_report_replaces_only_a_report(pipeline: FakePipeline, tmp_path: Path) -> None:
+    """An input's weights, say, whose names are no secret to a completing shell."""
+    weights = tmp_path / "m.onnx.data"
+    weights.write_bytes(bytes(100))
+    for command in (("fuse", "m.onnx"), ("verify", "m.onnx", "n.onnx")):
+        result = run(*command, "--report", weights)
+        assert result.exit_code == 2
+        assert "is no report of onnxgen" in result.stderr
+        assert weights.read_bytes() == bytes(100)
+    assert pipeline.calls == []
+    report = tmp_path / "report.json"
+    report.touch()
+    for _ in range(2):  # an empty file, then a report
+        assert run("fuse", "m.onnx", "--report", report).exit_code == 0
+    assert json.loads(report.read_text())["command"] == "fuse"
+
+
+@pytest.mark.parametrize("name", ["genai_config.json", "config.json", "tokenizer.json", "o.onnx"])
+def test_a_report_is_no_file_of_the_command(
+    pipeline: FakePipeline, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sub").mkdir()
+    for place in (tmp_path / name, tmp_path / "sub" / ".." / name):
+        result = run("fuse", "m.onnx", "-o", tmp_path / "o.onnx", "--report", place)
+        assert result.exit_code == 2
+        assert "another file of this command" in result.stderr
+    assert pipeline.calls == []
+
+
+def test_a_report_goes_over_no_special_file(pipeline: FakePipeline, tmp_path: Path) -> None:
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    for place in (fifo, link):
+        result = run("fuse", "m.onnx", "--report", place)
+        assert result.exit_code == 4
+        assert "not a regular file" in result.stderr
+    assert fifo.is_fifo()
+    assert link.is_symlink()
+    assert pipeline.calls == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("fuse", ""), ("fuse", "m.onnx", "-o", ""), ("verify", "m.onnx", "n.onnx", "--report", "")],
+)
+def test_an_empty_path_is_a_mistake(pipeline: FakePipeline, words: tuple[str, ...]) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    assert "a path is empty" in result.stderr
+    assert pipeline.calls == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_what_may_not_be_read_is_a_sentence(tmp_path: Path) -> None:
+    for name in ("model.onnx", "report.json"):
+        (tmp_path / name).write_bytes(b"x")
+        (tmp_path / name).chmod(0)
+    tmp_path.chmod(0o777)
+    for folder in (tmp_path, *tmp_path.parents[:3]):
+        folder.chmod(folder.stat().st_mode | 0o055)
+    model = tmp_path / "model.onnx"
+    os.seteuid(65534)
+    try:
+        read = run("fuse", model)
+        written = run("fuse", model, "--report", tmp_path / "report.json")
+    finally:
+        os.seteuid(0)
+    assert (read.exit_code, written.exit_code) == (4, 4)
+    assert f"{model} cannot be read: Permission denied" in read.stderr
+    assert "cannot be replaced: Permission denied" in written.stderr
