@@ -379,6 +379,8 @@ def _unexpected(error: Exception) -> OnnxgenError:
     """A failure of onnxgen itself, as a sentence."""
     if _debugging():
         traceback.print_exception(error)
+    if isinstance(error, MemoryError):
+        return RefusedError("there is not enough memory for this model and what is asked of it")
     detail = " ".join(str(error).split())[:300]
     return RefusedError(
         f"onnxgen failed unexpectedly ({type(error).__name__}: {detail}); this is a bug, please "

@@ -164,11 +164,17 @@ def _check_options(options: FuseOptions) -> None:
         raise UsageError(f"--target {options.target}: no such target; targets: onnx, ort")
     if options.target != "ort" and (options.padding != "any" or options.max_length):
         raise UsageError("--padding and --max-length are for --target ort")
+    if (options.max_length or 0) > ort_target.LONGEST:
+        raise UsageError(
+            f"--max-length {options.max_length}: rotary tables of so many positions fit in no "
+            f"memory; the most is {ort_target.LONGEST}"
+        )
 
 
 def _settings(path: Path, options: FuseOptions) -> ort_target.Settings:
     """What was asked for, with the length that config.json beside the model states."""
-    length = options.max_length or context_length(path.with_name("config.json"))
+    told = context_length(path.with_name("config.json"))
+    length = options.max_length or (told if told <= ort_target.LONGEST else 0)
     return ort_target.Settings(options.padding, length)
 
 
@@ -250,6 +256,7 @@ def _lower(
         disabled=work.disabled,
     )
     tidy(model)
+    ort_target.name_guards(model.graph)
     return lowering.contract
 
 
@@ -295,7 +302,7 @@ def _describe(report: Report, model: ir.Model) -> None:
     report.nodes_after = sum(report.ops_after.values())
     report.warnings += [
         f"{site.node}: the rewrite was undone: {site.decline.reason}"
-        for site in report.sites
+        for site in (*report.sites, *report.lowered)
         if site.status == "undone" and site.decline is not None
     ]
 

@@ -77,3 +77,6 @@ class Rule(ABC):
         Raises:
             Declined: the node anchors a site that must be kept.
         """
+
+    def applied(self, rewrite: Rewrite) -> None:  # noqa: B027 - most rules need not know
+        """Told that a rewrite of its own stands in the graph, checked."""

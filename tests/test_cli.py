@@ -254,6 +254,14 @@ def test_a_bug_is_said_to_be_one(pipeline: FakePipeline, monkeypatch: pytest.Mon
     assert "Traceback" in run("fuse", "m.onnx").stderr
 
 
+def test_too_little_memory_is_no_bug(pipeline: FakePipeline) -> None:
+    pipeline.error = MemoryError("Unable to allocate 9 EiB")
+    result = run("fuse", "m.onnx")
+    assert result.exit_code == 3
+    assert "not enough memory" in result.stderr
+    assert "bug" not in result.stderr
+
+
 def test_an_interruption_is_no_difference(pipeline: FakePipeline) -> None:
     pipeline.error = KeyboardInterrupt()  # type: ignore[assignment]
     result = run("fuse", "m.onnx")
