@@ -234,6 +234,8 @@ def verify(
             original, rewritten, roles=parsed, progress=progress
         )
         outcome.exit_code = proof_exit_code(proof, unproven=RefusedError.exit_code)
+        to_blame = rewritten if proof.status == "differs" else original
+        outcome.failure = proof.reason and f"{to_blame}: {proof.reason}"
 
 
 @main.command()
@@ -311,6 +313,7 @@ def proof_exit_code(proof: Proof | None, *, unproven: int) -> int:
 class _Outcome:
     value: Any = None
     exit_code: int = 0
+    failure: str = ""
 
 
 @contextmanager
@@ -330,8 +333,11 @@ def _outcome(show: Callable[[Any, int, str | None], None]) -> Iterator[_Outcome]
         except OnnxgenError as error:  # the report cannot be written: the first failure counts
             _say_error(error)
         raise failure
-    show(outcome.value, outcome.exit_code, None)
+    sentence = outcome.failure if outcome.exit_code else ""
+    show(outcome.value, outcome.exit_code, sentence or None)
     if outcome.exit_code:
+        if sentence:
+            _say_error(sentence)
         sys.exit(outcome.exit_code)
 
 
@@ -371,7 +377,7 @@ def _debugging() -> bool:
     return os.environ.get("ONNXGEN_DEBUG") == "1"
 
 
-def _say_error(error: Exception) -> None:
+def _say_error(error: Exception | str) -> None:
     click.echo(f"Error: {error}", err=True)
 
 

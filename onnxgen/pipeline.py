@@ -187,9 +187,11 @@ def _files_beside(
     length = read_contract(model).max_length
     files = genai_files(model, roles, path, output, max_length=length, force=options.force)
     if "eos_token_id" not in json.loads(files[CONFIG])["model"]:
-        report.warnings.append(
-            f"{CONFIG} says nothing of special tokens: there is no config.json beside {path.name}"
-        )
+        there = [name for name in READ[:2] if path.with_name(name).exists()]
+        said = f"{' and '.join(there) or 'no config.json'} beside {path.name}"
+        why = f"{said} {'give' if len(there) > 1 else 'gives'} no eos_token_id that is a number"
+        why = why if there else f"there is {said}"
+        report.warnings.append(f"{CONFIG} does not say which token ends a text: {why}")
     return files
 
 
@@ -300,11 +302,13 @@ def _describe(report: Report, model: ir.Model) -> None:
     report.ops_after = _count(model)
     report.nodes_before = sum(report.ops_before.values())
     report.nodes_after = sum(report.ops_after.values())
-    report.warnings += [
-        f"{site.node}: the rewrite was undone: {site.decline.reason}"
-        for site in (*report.sites, *report.lowered)
-        if site.status == "undone" and site.decline is not None
-    ]
+    undone: dict[str, list[str]] = {}
+    for site in (*report.sites, *report.lowered):
+        if site.status == "undone" and site.decline is not None:
+            undone.setdefault(site.decline.reason, []).append(site.node)
+    for reason, nodes in undone.items():
+        more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+        report.warnings.append(f"{nodes[0]}{more}: the rewrite was undone: {reason}")
 
 
 def _count(model: ir.Model) -> dict[str, int]:

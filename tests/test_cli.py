@@ -55,12 +55,14 @@ class FakePipeline(ModuleType):
     def __init__(self) -> None:
         super().__init__("onnxgen.pipeline")
         self.status: Any = "proven"
+        self.reason = ""
         self.error: Exception | None = None
         self.calls: list[tuple[Any, ...]] = []
 
     def proof(self) -> Proof:
         difference = float("inf") if self.status == "differs" else 2e-6
-        return Proof(self.status, 1e-4, [Case("prefill", 2, 4, 0, "none", difference, "logits")])
+        case = Case("prefill", 2, 4, 0, "none", difference, "logits")
+        return Proof(self.status, 1e-4, [case], reason=self.reason)
 
     def fuse(self, path: Path, options: FuseOptions, progress: Callable[[str], None]) -> Report:
         self.calls.append((path, options))
@@ -190,6 +192,16 @@ def test_failures_are_one_sentence(
     assert document == json.loads(report_file.read_text())
     assert document["error"] == str(error)
     assert document["exit_code"] == error.exit_code
+
+
+def test_verify_says_why_it_fails(pipeline: FakePipeline) -> None:
+    pipeline.status, pipeline.reason = "differs", "output 'logits' differs"
+    result = run("verify", "m.onnx", "n.onnx")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: n.onnx: output 'logits' differs\n"
+    assert "output 'logits' differs" not in result.stdout
+    document = json.loads(run("verify", "m.onnx", "n.onnx", "--json").stdout)
+    assert document["error"] == "n.onnx: output 'logits' differs"
 
 
 def test_a_report_that_an_error_carries_is_shown(pipeline: FakePipeline, tmp_path: Path) -> None:
