@@ -7,13 +7,8 @@ that need them, so that `onnxgen --help` answers at once.
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import os
 import sys
 import tempfile
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,12 +17,11 @@ from typing import Any
 import click
 
 from onnxgen import __version__
+from onnxgen.cli_words import PathType, prepare_streams, say_error, show_progress, unexpected
 from onnxgen.errors import OnnxgenError, RefusedError, UsageError
 from onnxgen.places import same_place
 from onnxgen.report import as_json, files
 from onnxgen.report.values import Proof, Report
-
-Progress = Callable[[str], None]
 
 INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 
@@ -36,11 +30,11 @@ class _Program(click.Group):
     """Turns every failure into one sentence and its documented exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        _prepare_streams()
+        prepare_streams()
         try:
             return super().invoke(ctx)
         except OnnxgenError as error:
-            _say_error(error)
+            say_error(error)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
@@ -48,7 +42,7 @@ class _Program(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            _say_error(_unexpected(error))
+            say_error(unexpected(error))
             ctx.exit(RefusedError.exit_code)
 
 
@@ -67,18 +61,6 @@ def main() -> None:
     """
 
 
-class _File(click.Path):
-    """A path; whether it can be read or written is said later, with exit code 4."""
-
-    def __init__(self, **kinds: bool) -> None:
-        super().__init__(readable=False, path_type=Path, **kinds)
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        if not os.fspath(value):
-            self.fail("a path is empty", param, ctx)
-        return Path(os.fsdecode(super().convert(value, param, ctx)))
-
-
 _role = click.option(
     "--role",
     "roles",
@@ -89,7 +71,7 @@ _role = click.option(
 _report = click.option(
     "--report",
     "report_file",
-    type=_File(),
+    type=PathType(),
     metavar="FILE.json",
     help="Write the report as JSON, whatever the outcome; only a report is replaced.",
 )
@@ -99,11 +81,11 @@ _json = click.option(
 
 
 @main.command()
-@click.argument("model", type=_File())
+@click.argument("model", type=PathType())
 @click.option(
     "-o",
     "--output",
-    type=_File(),
+    type=PathType(),
     metavar="OUT",
     help="Where to write; MODEL with .fused.onnx unless given.",
 )
@@ -196,14 +178,14 @@ def fuse(
         document = as_json.dumps(as_json.fuse_document(report, code, error))
         _show(document, report, report_file, json_output)
 
-    with _outcome(show) as outcome, _progress() as progress:
+    with _outcome(show) as outcome, show_progress() as progress:
         outcome.value = report = pipeline.fuse(model, options, progress)
         outcome.exit_code = proof_exit_code(report.proof, unproven=0)
 
 
 @main.command()
-@click.argument("original", type=_File())
-@click.argument("rewritten", type=_File())
+@click.argument("original", type=PathType())
+@click.argument("rewritten", type=PathType())
 @_role
 @_report
 @_json
@@ -229,7 +211,7 @@ def verify(
         document = as_json.verify_document(str(original), str(rewritten), proof, code, error)
         _show(as_json.dumps(document), proof, report_file, json_output)
 
-    with _outcome(show) as outcome, _progress() as progress:
+    with _outcome(show) as outcome, show_progress() as progress:
         outcome.value = proof = pipeline.verify(
             original, rewritten, roles=parsed, progress=progress
         )
@@ -241,7 +223,7 @@ def verify(
 @main.command()
 @click.option(
     "--keep",
-    type=_File(file_okay=False),
+    type=PathType(file_okay=False),
     metavar="DIR",
     help="Keep the model and the fused model in this folder.",
 )
@@ -267,7 +249,7 @@ def demo(keep: Path | None) -> None:
         else:
             folder = keep
             files.make_folder(folder)
-        with _outcome(show) as outcome, _progress() as progress:
+        with _outcome(show) as outcome, show_progress() as progress:
             progress("growing the demo model")
             model = testing.write_demo_model(folder)
             options = pipeline.FuseOptions(output=default_output(model))
@@ -326,18 +308,18 @@ def _outcome(show: Callable[[Any, int, str | None], None]) -> Iterator[_Outcome]
     except OnnxgenError as error:
         failure = error
     except Exception as error:
-        failure = _unexpected(error)
+        failure = unexpected(error)
     if failure is not None:
         try:
             show(getattr(failure, "report", None), failure.exit_code, str(failure))
         except OnnxgenError as error:  # the report cannot be written: the first failure counts
-            _say_error(error)
+            say_error(error)
         raise failure
     sentence = outcome.failure if outcome.exit_code else ""
     show(outcome.value, outcome.exit_code, sentence or None)
     if outcome.exit_code:
         if sentence:
-            _say_error(sentence)
+            say_error(sentence)
         sys.exit(outcome.exit_code)
 
 
@@ -361,48 +343,3 @@ def _check_report_file(report_file: Path | None, *others: Path) -> None:
         if same_place(report_file, other):
             raise UsageError(f"--report {report_file} is another file of this command")
     files.check_writable(report_file)
-
-
-def _prepare_streams() -> None:
-    """Only what onnxgen says is said, and saying it cannot fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # "→" where the encoding has none
-    if not _debugging():
-        logging.getLogger().addHandler(logging.NullHandler())
-        warnings.simplefilter("ignore")
-
-
-def _debugging() -> bool:
-    return os.environ.get("ONNXGEN_DEBUG") == "1"
-
-
-def _say_error(error: Exception | str) -> None:
-    click.echo(f"Error: {error}", err=True)
-
-
-def _unexpected(error: Exception) -> OnnxgenError:
-    """A failure of onnxgen itself, as a sentence."""
-    if _debugging():
-        traceback.print_exception(error)
-    if isinstance(error, MemoryError):
-        return RefusedError("there is not enough memory for this model and what is asked of it")
-    detail = " ".join(str(error).split())[:300]
-    return RefusedError(
-        f"onnxgen failed unexpectedly ({type(error).__name__}: {detail}); this is a bug, please "
-        "report it with what ONNXGEN_DEBUG=1 prints"
-    )
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """What is being done, on one line of stderr while it is a terminal; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield lambda message: None
-        return
-    from rich.text import Text
-
-    from onnxgen.report import text
-
-    with text.console(stderr=True).status(Text("starting")) as status:
-        yield lambda message: status.update(Text(message))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pty
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -441,20 +443,21 @@ def test_an_empty_path_is_a_mistake(pipeline: FakePipeline, words: tuple[str, ..
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
-def test_what_may_not_be_read_is_a_sentence(tmp_path: Path) -> None:
-    for name in ("model.onnx", "report.json"):
-        (tmp_path / name).write_bytes(b"x")
-        (tmp_path / name).chmod(0)
-    tmp_path.chmod(0o777)
-    for folder in (tmp_path, *tmp_path.parents[:3]):
-        folder.chmod(folder.stat().st_mode | 0o055)
-    model = tmp_path / "model.onnx"
-    os.seteuid(65534)
-    try:
-        read = run("fuse", model)
-        written = run("fuse", model, "--report", tmp_path / "report.json")
-    finally:
-        os.seteuid(0)
+def test_what_may_not_be_read_is_a_sentence() -> None:
+    importlib.import_module("onnxgen.pipeline")  # while it may be read
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        model, report = folder / "model.onnx", folder / "report.json"
+        for path in (model, report):
+            path.write_bytes(b"x")
+            path.chmod(0)
+        os.seteuid(65534)
+        try:
+            read = run("fuse", model)
+            written = run("fuse", model, "--report", report)
+        finally:
+            os.seteuid(0)
     assert (read.exit_code, written.exit_code) == (4, 4)
     assert f"{model} cannot be read: Permission denied" in read.stderr
     assert "cannot be replaced: Permission denied" in written.stderr
