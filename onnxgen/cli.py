@@ -19,7 +19,7 @@ import click
 from onnxgen import __version__
 from onnxgen.cli_words import PathType, prepare_streams, say_error, show_progress, unexpected
 from onnxgen.errors import OnnxgenError, RefusedError, UsageError
-from onnxgen.places import same_place
+from onnxgen.places import default_output, same_place
 from onnxgen.report import as_json, files
 from onnxgen.report.values import Proof, Report
 
@@ -125,7 +125,11 @@ _json = click.option(
     is_flag=True,
     help="Write what onnxruntime-genai needs beside OUT: genai_config.json, the tokenizer's files.",
 )
-@click.option("--force", is_flag=True, help="Allow OUT to replace MODEL.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Allow OUT to replace MODEL, and with --genai-config the config and tokenizer of another model.",
+)
 @_role
 @_report
 @_json
@@ -255,12 +259,6 @@ def demo(keep: Path | None) -> None:
             options = pipeline.FuseOptions(output=default_output(model))
             outcome.value = report = pipeline.fuse(model, options, progress)
             outcome.exit_code = proof_exit_code(report.proof, unproven=RefusedError.exit_code)
-
-
-def default_output(model: Path) -> Path:
-    """MODEL with .fused.onnx: `model.onnx` gives `model.fused.onnx`, beside it."""
-    stem = model.name.removesuffix(".onnx")
-    return model.with_name(f"{stem}.fused.onnx")
 
 
 def parse_roles(words: Sequence[str]) -> Mapping[str, str]:

@@ -29,6 +29,7 @@ from onnxgen.passes.normalize import normalize
 from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
 from onnxgen.patterns import RULES
+from onnxgen.places import default_output
 from onnxgen.report.values import Proof, Report
 from onnxgen.runtime import Runtime
 from onnxgen.staging import check_output
@@ -90,7 +91,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             `report` where there is one.
         ModelDiffersError: the result differs from the original; carries `report`.
     """
-    output = options.output or path.with_name(f"{path.name.removesuffix('.onnx')}.fused.onnx")
+    output = options.output or default_output(path)
     _check_options(options)
     report = Report(input=str(path), output="", target=options.target)
     clock = _Clock(report.seconds, progress)

@@ -27,6 +27,12 @@ def check_place(path: Path) -> None:
         raise FileError(f"{path} cannot be written: the folder {path.parent} is not writable")
 
 
+def default_output(model: Path) -> Path:
+    """MODEL with .fused.onnx: `model.onnx` gives `model.fused.onnx`, beside it."""
+    stem = model.stem if model.suffix.lower() == ".onnx" else model.name
+    return model.with_name(f"{stem}.fused.onnx")
+
+
 def same_place(path: Path, other: Path) -> bool:
     """Whether two paths are one file, or would be once they exist."""
     if os.path.exists(path) and os.path.exists(other):

@@ -20,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import onnxgen
-from onnxgen.cli import default_output, main
+from onnxgen.cli import main
 from onnxgen.cli_reference import reference
 from onnxgen.errors import (
     ExpectationError,
@@ -29,7 +29,10 @@ from onnxgen.errors import (
     OnnxgenError,
     RefusedError,
 )
+from onnxgen.patterns import RULES
+from onnxgen.places import default_output
 from onnxgen.report.values import Case, Proof, Report, Site
+from onnxgen.targets import ort
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -150,6 +153,8 @@ def test_every_option_reaches_the_pipeline(pipeline: FakePipeline) -> None:
         ("model.onnx", "model.fused.onnx"),
         ("a/b.v2.onnx", "a/b.v2.fused.onnx"),
         ("model", "model.fused.onnx"),
+        ("MODEL.ONNX", "MODEL.fused.onnx"),
+        (".onnx", ".onnx.fused.onnx"),
         ("m.onnx.onnx", "m.onnx.fused.onnx"),
     ],
 )
@@ -301,6 +306,14 @@ def test_every_command_helps_with_an_example() -> None:
 def test_the_reference_is_fresh() -> None:
     stale = "cli.md is stale: python -m onnxgen.cli_reference > cli.md"
     assert (ROOT / "cli.md").read_text() == reference(), stale
+
+
+def test_the_reference_names_every_rule() -> None:
+    rows = [line.split("|") for line in reference().splitlines() if line.startswith("| `")]
+    titles = {row[1].strip(" `"): row[2].strip() for row in rows}
+    for code in [*(rule.code for rule in RULES), *ort.CODES]:
+        assert titles[code].endswith("."), code
+        assert code not in titles[code]
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported() -> None:

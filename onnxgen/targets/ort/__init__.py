@@ -18,7 +18,7 @@ from onnxgen.targets.ort.norms import SkipNorm
 from onnxgen.targets.ort.packing import PackedProjections
 from onnxgen.targets.ort.rotary_caches import FEWEST
 
-__all__ = ["CODES", "KEPT", "LONGEST", "Lowering", "Settings", "name_guards"]
+__all__ = ["CODES", "KEPT", "LONGEST", "RULES", "Lowering", "Settings", "name_guards"]
 
 DEFAULT_LENGTH = 32768
 LONGEST = 1 << 24
@@ -42,7 +42,8 @@ class Settings:
 # Raising rules that are left out: their operator is this target's own.
 KEPT = frozenset({"MSA001"})
 
-CODES = tuple(rule.code for rule in (GroupQuery, PackedProjections, SkipNorm))
+RULES: tuple[type[Rule], ...] = (GroupQuery, PackedProjections, SkipNorm)
+CODES = tuple(rule.code for rule in RULES)
 
 
 class Lowering:
