@@ -184,8 +184,8 @@ def _paging(paging: Paging) -> Iterator[Text]:
         return
     families = "; ".join(paging.families)
     yield Text(
-        f"Paged {_many(paging.layers, 'layer')}: {len(paging.pools)} pools of {paging.kv_dtype}, "
-        f"blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
+        f"{_many(len(paging.pools), 'pool')} of {paging.kv_dtype} for "
+        f"{_many(paging.layers, 'layer')}: blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
         f"masks: {families}; logits: {paging.logits}"
     )
     if paging.dropped:
