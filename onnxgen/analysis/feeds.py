@@ -227,6 +227,7 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
             values = rng.integers(0, each.bound or 2, dims)
         case "positions":
             rows = shape.positions if "B" in each.axes else shape.past + np.arange(shape.new)
+            rows = rows[..., : dims[-1]] if dims else rows[..., 0]  # one is where the first stands
             values = np.broadcast_to(rows[: dims[-2]] if len(dims) > 1 else rows, dims)
         case "cache_position":
             values = np.broadcast_to(shape.past + np.arange(shape.new), dims)
@@ -264,6 +265,8 @@ def _mask(each: InputRole, dims: tuple[int, ...], causal: bool, shape: RunShape)
         seen = seen[:, None, :] & rows
         if len(dims) == 4:
             seen = seen[:, None]
+    elif len(dims) > 2:  # one row for all new tokens
+        seen = seen.reshape(seen.shape[0], *[1] * (len(dims) - 2), dims[-1])
     seen = np.broadcast_to(seen[: dims[0]], dims) if len(dims) > 1 else seen[0]
     if each.additive:
         return np.where(seen, 0, float(each.dtype.min))
