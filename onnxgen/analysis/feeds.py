@@ -139,6 +139,15 @@ def make_feeds(
     }
 
 
+def input_sizes(roles: Roles, shape: RunShape) -> dict[str, int]:
+    """The size of every axis of every input for a run, as `shapes` names them: "ids[1]"."""
+    return {
+        f"{each.name}[{axis}]": size
+        for each in roles.inputs.values()
+        for axis, size in enumerate(_dims(each, roles, shape))
+    }
+
+
 def misfit(roles: Roles, shape: RunShape) -> str:
     """Why the graph cannot take this shape, as one sentence; "" where it can."""
     wanted = {"B": shape.batch, "S": shape.new, "P": shape.past, "T": shape.total}
@@ -201,7 +210,7 @@ def nearest_shape(roles: Roles, shape: RunShape, spare: int = 0) -> RunShape | N
         spare: places of a static cache that are to stay free.
     """
     past = shape.past if roles.pairs else 0
-    new = shape.new if roles.pairs else min(shape.total, 300)
+    new = shape.new if roles.pairs or not shape.past else min(shape.total, 300)
     if roles.static_room is not None and past + new > roles.static_room - spare:
         room = max(roles.static_room - spare, 1)
         new = min(roles.fixed.get("S", new), max(room - bool(past), 1))

@@ -8,14 +8,18 @@ Only for values that follow from the graph's inputs without the model's layers i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import Array, CutError, cut
-from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
+from onnxgen.analysis.feeds import RunShape, input_sizes, make_feeds, nearest_shape
+from onnxgen.analysis.reads import reads_of
 from onnxgen.analysis.roles import Roles
+from onnxgen.analysis.shapes import Shapes
+from onnxgen.analysis.symbols import evaluate
 from onnxgen.runtime import Runtime, RuntimeFailure
 
 # Enough to tell two lanes of a table apart: several positions, past ones, a padded row.
@@ -24,6 +28,8 @@ TABLE_SHAPES = (
     RunShape(batch=1, new=2, past=300),
     RunShape(batch=2, new=4),
 )
+
+MOST_ELEMENTS = 1 << 27
 
 
 class Sampler:
@@ -47,6 +53,25 @@ class Sampler:
         if key not in self._known:
             self._known[key] = self._run(value, shapes)
         return self._known[key]
+
+    def unaffordable(self, value: ir.Value, shapes: Iterable[RunShape]) -> RunShape | None:
+        """The first shape for which something that the value is computed from is too large to be
+        run, or not known to be small.
+        """
+        nodes = reads_of(value).nodes
+        known = Shapes(self._graph)
+        for shape in shapes:
+            sizes = input_sizes(self.roles, shape)
+            for each in dict.fromkeys(v for node in nodes for v in (*node.inputs, *node.outputs)):
+                if each is None or each.const_value is not None:
+                    continue
+                dims = known.of(each)
+                numbers = None if dims is None else [evaluate(dim, sizes) for dim in dims]
+                if numbers is None or None in numbers:
+                    return shape
+                if math.prod(number or 0 for number in numbers) > MOST_ELEMENTS:
+                    return shape
+        return None
 
     def along(self, value: ir.Value, positions: str, length: int) -> list[Array]:
         """The value for positions 0 to length-1 of one row; none where that cannot be run.

@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import CutError, cut
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
+from onnxgen.analysis.feeds import RunShape, input_sizes, make_feeds, nearest_shape
 from onnxgen.analysis.graph import ancestors
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.scores import MASKED
@@ -137,12 +137,7 @@ class RewriteChecker:
         """The model's inputs for a shape, and the sizes of their axes; made once."""
         if shape not in self._fed:
             inputs = make_feeds(self._roles, shape, np.random.default_rng(0))
-            sizes = {
-                f"{name}[{axis}]": int(size)
-                for name, array in inputs.items()
-                for axis, size in enumerate(array.shape)
-            }
-            self._fed[shape] = (inputs, sizes)
+            self._fed[shape] = (inputs, input_sizes(self._roles, shape))
         return self._fed[shape]
 
     def _feeds(
