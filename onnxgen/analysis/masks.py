@@ -162,7 +162,7 @@ def _further(mask: ir.Value, reads: Reads, sampler: Sampler) -> tuple[RunShape, 
         wanted = [RunShape(1, edge + 3)]
         if roles.pairs:
             wanted = [
-                RunShape(1, 4, max(edge - 3, 0)),
+                RunShape(1, 6, max(edge - 3, 0)),
                 RunShape(1, 3, edge + 7),
                 RunShape(1, 2, 2 * edge - 1),
             ]

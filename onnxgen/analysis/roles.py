@@ -67,8 +67,8 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
     roles = _structural(inputs, found, joins)
     _separate_tables(roles, found)
     _separate_masks(roles, found, uses)
-    _ask_names(roles, found)
     _separate_vectors(roles, inputs)
+    _ask_names(roles, found)
     roles.update(overrides)
 
     grown = {j.past: j for j in joins if roles.get(j.past) in ("past", "static_past")}
@@ -226,12 +226,14 @@ def _separate_vectors(roles: dict[str, str], inputs: Sequence[ir.Value]) -> None
     if not main or len(main[0]) < 2:
         return
     batch, new = main[0][:2]
+    # One number for each sequence, or for each new token over a past: of what, no use tells.
+    untold = [(batch,), (batch, new)] if "past" in roles.values() else [(batch,)]
     for value in inputs:
-        name, shape = str(value.name), _shape(value)
+        name, shape = str(value.name), _shape(value) or ()
         if shape == (1,) and new != 1 and roles[name] in ("positions", "cache_position"):
             roles[name] = "cache_length"  # where the first of the new tokens stands
-        elif shape == (batch,) and isinstance(batch, str) and roles[name] == "mask":
-            roles[name] = "unknown"  # it counts something in each sequence, and may count anything
+        elif roles[name] == "mask" and isinstance(batch, str) and shape in untold:
+            roles[name] = "unknown"
 
 
 def _hint(name: str) -> str | None:

@@ -17,6 +17,7 @@ from onnxgen.analysis.evaluate import CutError
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.feeds import RunShape, make_feeds
 from onnxgen.analysis.graph import constant, producer
+from onnxgen.analysis.reads import reads_of
 from onnxgen.analysis.sampling import Sampler
 
 Array = np.ndarray[Any, Any]
@@ -76,7 +77,9 @@ def _read(
 ) -> RotaryCaches | str:
     inputs = {value.name: value for value in facts.graph.inputs}
     named = [each for each in sampler.roles.named("positions") if "S" in each.axes]
-    for role in (*named, None):
+    # Nothing but lengths: a count may begin elsewhere, and an offset may be any.
+    unread = not reads_of(cos).inputs and not reads_of(sin).inputs
+    for role in (*named, *((None,) if unread else ())):
         if role is not None and len(role.axes) > 2:
             continue  # several kinds of position
         if role is not None and role.bound:
