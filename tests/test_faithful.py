@@ -114,3 +114,34 @@ def test_unusual_inputs_of_a_lowered_model(name: str, padding: str, tmp_path: Pa
     old, new, report = both(tmp_path, decoder(masked, inputs), fed, **options)
     assert any(site.status == "fused" for site in report.lowered)
     assert_faithful(old, new)
+
+
+FAR = {"mask": [[0, 0, 1, 1, 1, 1, 1]]}
+REPLACED = "s2 = Where(keep, s1, -10000.0)"
+MULTIPLIED = (
+    "kf = Cast<to = 1>(keep)  sk = Mul(s1, kf)  om = Sub(1.0, kf)  lo = Mul(om, 10000.0)"
+    "  s2 = Sub(sk, lo)"
+)
+
+
+@pytest.mark.parametrize("masked", [REPLACED, MULTIPLIED])
+def test_a_number_that_replaces_scores_hides_the_largest(masked: str, tmp_path: Path) -> None:
+    fed = feeds(1, 3, 4, **FAR)
+    fed["pk"][:, :, :2] *= 1e5  # those that are hidden
+    old, new, report = both(tmp_path, decoder(PADDED + masked), fed)
+    assert [site.status for site in report.sites] == ["fused"]
+    assert_faithful(old, new)
+
+
+@pytest.mark.parametrize("masked", [REPLACED, MULTIPLIED, "s2 = Where(keep, s1, -3.4028235e38)"])
+def test_rows_whose_scores_are_all_replaced_are_uniform(masked: str, tmp_path: Path) -> None:
+    """Also where two conditions hide the same keys."""
+    twice = "s8 = Where(ca, s1, -10000.0)  " + masked.replace("s1", "s8")
+    for index, text in enumerate((masked, twice)):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        fed = feeds(1, 1, 6, mask=np.zeros((1, 7), np.int64))
+        old, new, report = both(folder, decoder(PADDED + text), fed)
+        assert [site.status for site in report.sites] == ["fused"]
+        assert new is not None
+        assert_faithful(old, new)
