@@ -147,8 +147,8 @@ def caches_of(
 
     "concatenated": inside; "static": its keys and values are buffers that TensorScatter writes;
     "shared": the queries need the concatenation, which an earlier layer takes inside; "outside":
-    keys and values are made of a cache in another way, or the mask is made of keys and could not
-    wait for the node's own present; "none".
+    keys and values are made of a cache in another way, nobody reads what they are joined to, or the
+    mask is made of keys and could not wait for the node's own present; "none".
     """
     keys, values = cache_of(facts, k), cache_of(facts, v)
     if keys is not None and values is not None:
@@ -156,6 +156,9 @@ def caches_of(
         if any(_reaches(facts, total, q) for total in totals):
             return None, "shared"
         if mask is not None and any(_reaches(facts, total, mask) for total in totals):
+            return None, "outside"
+        # Runtimes take a past from the node only where they give a present, which is read.
+        if any(len(list(t.uses())) < 2 and not t.is_graph_output() for t in totals):
             return None, "outside"
         return (keys, values), "concatenated"
     views = [facts.views.of(each) for each in (k, v)]

@@ -145,3 +145,34 @@ def test_rows_whose_scores_are_all_replaced_are_uniform(masked: str, tmp_path: P
         assert [site.status for site in report.sites] == ["fused"]
         assert new is not None
         assert_faithful(old, new)
+
+
+HIDDEN = PADDED.replace("Cast<to = 9>(mask)", "Equal(mask, 0)") + LOWEST
+
+
+@pytest.mark.parametrize(("masked", "keys"), [(PADDED + LOWEST, "kr, pk"), (HIDDEN, "pk, kr")])
+def test_what_only_the_whole_model_showed_is_undone(masked: str, keys: str, tmp_path: Path) -> None:
+    """A past that is empty where an operator takes none; rows of real tokens that see nothing."""
+    old, new, report = both(tmp_path, decoder(masked, keys=keys), feeds(1, 3, 4, mask=ONES))
+    assert [site.status for site in report.sites] == ["undone"]
+    assert_faithful(old, new)
+
+
+def test_a_cache_that_nobody_reads_joined_stays_outside(tmp_path: Path) -> None:
+    """The presents hold the keys doubled: what attends gives no present of its own."""
+    model = decoder(PADDED + LOWEST)
+    for node in model.graph.node:
+        for index, name in enumerate(node.output):
+            if name in ("k", "v"):
+                node.output[index] = f"all_{name}"
+        for index, name in enumerate(node.input):
+            if name in ("k", "v"):
+                node.input[index] = f"all_{name}"
+    for name in ("k", "v"):
+        double = onnx.helper.make_node("Add", [f"{name}r", f"{name}r"], [f"{name}d"])
+        joined = onnx.helper.make_node("Concat", [f"p{name}", f"{name}d"], [name], axis=2)
+        model.graph.node.extend([double, joined])
+    old, new, report = both(tmp_path, model, feeds(1, 3, 4, mask=ONES))
+    (site,) = report.sites
+    assert (site.status, site.details["cache"]) == ("fused", "outside")
+    assert_faithful(old, new)
