@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxgen.analysis.feeds import RunShape, make_feeds, misfit
-from onnxgen.analysis.roles import Roles, find_roles
+from onnxgen.analysis.roles import InputRole, Roles, find_roles
 from onnxgen.testing import corpus
 
 
@@ -131,3 +131,12 @@ def test_a_cropped_cache_is_fed_its_last_places() -> None:
     feeds = make_feeds(roles, RunShape(1, 2, cap + 4), random())
     assert feeds[roles.pairs[0].past].shape[2] == cap
     assert feeds["attention_mask"].shape == (1, cap + 6)
+
+
+def test_a_mask_for_all_sequences_shows_what_one_of_them_needs() -> None:
+    """Else a real token of the second, which is not padded, would see nothing."""
+    role = InputRole("m", "mask", ir.DataType.BOOL, (1, 1, "s", "t"), ("B", "", "S", "T"))
+    shape = RunShape(2, 4, padding="left", pads=(3, 0))
+    feeds = make_feeds(Roles({"m": role}, {}), shape, np.random.default_rng(0))
+    assert feeds["m"].shape == (1, 1, 4, 4)
+    assert feeds["m"].all()

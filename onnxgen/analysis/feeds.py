@@ -276,7 +276,9 @@ def _mask(each: InputRole, dims: tuple[int, ...], causal: bool, shape: RunShape)
             seen = seen[:, None]
     elif len(dims) > 2:  # one row for all new tokens
         seen = seen.reshape(seen.shape[0], *[1] * (len(dims) - 2), dims[-1])
-    seen = np.broadcast_to(seen[: dims[0]], dims) if len(dims) > 1 else seen[0]
+    if len(dims) > 1 and dims[0] == 1:  # for all sequences: what one of them needs
+        seen = np.logical_or.reduce(seen, axis=0, keepdims=True)
+    seen = np.broadcast_to(seen, dims) if len(dims) > 1 else seen[0]
     if each.additive:
         return np.where(seen, 0, float(each.dtype.min))
     return seen

@@ -27,10 +27,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from onnxgen.analysis.edges import edges_among
 from onnxgen.analysis.evaluate import CutError
-from onnxgen.analysis.feeds import RunShape, nearest_shape
-from onnxgen.analysis.reads import Reads, reads_of
+from onnxgen.analysis.feeds import RunShape
+from onnxgen.analysis.reads import reads_of
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.analysis.scores import MASKED
 
@@ -46,10 +45,6 @@ PROBES = (
     RunShape(batch=2, new=6, past=0, padding="right"),
 )
 
-LONGEST = 1 << 17
-"""No mask is run for more tokens (T)."""
-
-_MOST_EDGES = 12
 _COUNTS = frozenset({"positions", "cache_position", "cache_length"})
 
 
@@ -127,9 +122,8 @@ def mask_families(graph: ir.Graph, sampler: Sampler) -> dict[str, MaskFamily]:
 
 def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
     """Run a mask's subgraph on the probes and fit it to a family."""
-    reads = reads_of(mask)
     counted: list[str] = []
-    for value in reads.inputs:
+    for value in reads_of(mask).inputs:
         name = value.name or ""
         given = sampler.roles.inputs.get(name)
         if given is not None and given.role in _COUNTS:
@@ -138,7 +132,7 @@ def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
             return MaskFamily(
                 "general", reason=f"it follows from {name!r}, which may hold anything"
             )
-    further = _further(mask, reads, sampler)
+    further = sampler.further(mask)
     if isinstance(further, str):
         return MaskFamily("general", reason=further)
     try:
@@ -147,33 +141,6 @@ def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
         return MaskFamily("general", reason=f"it cannot be run alone: {error}")
     family = _read(samples)
     return family if family.kind == "general" else replace(family, counted=tuple(counted))
-
-
-def _further(mask: ir.Value, reads: Reads, sampler: Sampler) -> tuple[RunShape, ...] | str:
-    """Probes on both sides of every length that the mask may switch at, as far as the model goes;
-    the reason where it goes further than what can be run.
-    """
-    edges = edges_among(reads.nodes)
-    roles = sampler.roles
-    shapes: list[RunShape] = []
-    if len(edges) > _MOST_EDGES:
-        return f"it may switch at {len(edges)} lengths"
-    for edge in edges:
-        wanted = [RunShape(1, edge + 3)]
-        if roles.pairs:
-            wanted = [
-                RunShape(1, 6, max(edge - 3, 0)),
-                RunShape(1, 3, edge + 7),
-                RunShape(1, 2, 2 * edge - 1),
-            ]
-        shapes += [found for each in wanted if (found := nearest_shape(roles, each)) is not None]
-    if not shapes:
-        return ()
-    far = sampler.unaffordable(mask, shapes)
-    far = next((shape for shape in shapes if shape.total > 2 * LONGEST), far)
-    if far is not None:
-        return f"it may switch at {', '.join(map(str, edges))} tokens, which is more than is run"
-    return tuple(dict.fromkeys(shapes))
 
 
 def _read(samples: Iterable[tuple[RunShape, Any]]) -> MaskFamily:

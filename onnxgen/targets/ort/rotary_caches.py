@@ -109,7 +109,10 @@ def _rows(sampler: Sampler, table: ir.Value, positions: str | None, length: int)
 def _holds(sampler: Sampler, table: ir.Value, rows: Array, positions: str | None) -> bool:
     """Whether every run that is held out shows the rows of its positions."""
     compared = 0
-    for shape, found in sampler.samples(table, HELD_OUT):
+    further = sampler.further(table)
+    if isinstance(further, str):
+        return False
+    for shape, found in sampler.samples(table, (*HELD_OUT, *further)):
         at = shape.past + np.arange(shape.new)[None]
         if positions is not None:
             feeds = make_feeds(sampler.roles, shape, np.random.default_rng(0), names=[positions])
