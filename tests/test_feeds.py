@@ -34,6 +34,12 @@ def test_right_padding_lies_after_them() -> None:
     assert shape.positions.tolist() == [[4, 4, 4], [4, 5, 6]]
 
 
+def test_holes_lie_behind_the_first_token() -> None:
+    shape = RunShape(batch=2, new=3, past=3, padding="holes", pads=(3, 0))
+    assert shape.real.tolist() == [[True, False, False, False, True, True], [True] * 6]
+    assert shape.positions.tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
 def test_right_padding_of_a_prompt_stays_in_the_past() -> None:
     shape = RunShape(2, 1, 4, "right", (2, 0))
     assert shape.real.astype(int).tolist() == [[1, 1, 0, 0, 1], [1, 1, 1, 1, 1]]

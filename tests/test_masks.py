@@ -125,6 +125,18 @@ def test_a_window_of_a_model_without_a_cache() -> None:
     assert str(found) == "window 400, key padding"
 
 
+def test_a_mask_from_a_rows_first_token_to_its_last() -> None:
+    """What stands between them is shown, whatever the attention mask says of it."""
+    found = family(
+        "no = Sub(1, mask)  pl = Mul(no, 99999)  rs = Add(rk, pl)"
+        "  fi = ReduceMin(rs, [1])  ml = Mul(rk, mask)  la = ReduceMax(ml, [1])"
+        "  fu = Unsqueeze(fi, [1, 2])  lu = Unsqueeze(la, [1, 2])"
+        "  af = GreaterOrEqual(rk, fu)  be = LessOrEqual(rk, lu)  in = And(af, be)"
+        "  kp = And(ca, in)  m = Where(kp, 0.0, -3.4028235e38)"
+    )
+    assert found.kind == "general"
+
+
 def test_a_mask_that_hides_what_others_show() -> None:
     """Where it is 1 a key is hidden: no row of the longest probe sees anything."""
     found = family("mn = Not(mu)  ok = And(ca, mn)  m = Where(ok, 0.0, -3.4028235e38)")

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from onnxgen.analysis.roles import InputRole, Roles
 
 Array = npt.NDArray[Any]
-Padding = Literal["none", "left", "right"]
+Padding = Literal["none", "left", "right", "holes"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class RunShape:
         if self.padding == "none":
             object.__setattr__(self, "pads", (0,) * self.batch)
             return
-        if self.padding == "left":
-            room = self.total - 1
+        if self.padding != "right":
+            room = self.total - (1 if self.padding == "left" else 2)
         else:
             room = self.new - 1 if self.new > 1 else self.past
         if not self.pads:
@@ -79,6 +79,8 @@ class RunShape:
         at, pads = np.arange(self.total), np.array(self.pads)[:, None]
         if self.padding == "left":
             return at >= pads
+        if self.padding == "holes":
+            return np.logical_or(np.equal(at, 0), np.greater(at, pads))
         end = self.total if self.new > 1 else self.past
         return (at < end - pads) | (at >= end)
 
@@ -166,7 +168,7 @@ def misfit(roles: Roles, shape: RunShape) -> str:
         return "the graph takes no past"
     if shape.padding != "none" and not roles.named("mask"):
         return "the graph takes no mask"
-    if roles.counted and shape.padding == "left":
+    if roles.counted and shape.padding in ("left", "holes"):
         return "the graph counts tokens from the left: padding can only stand behind them"
     if shape.spare and not (roles.counted and _grows_by_mask(roles)):
         return "the graph's caches are as long as their tokens"

@@ -43,6 +43,7 @@ PROBES = (
     RunShape(batch=2, new=7, past=0, padding="left"),
     RunShape(batch=3, new=5, past=8, padding="left"),
     RunShape(batch=2, new=6, past=0, padding="right"),
+    RunShape(batch=2, new=6, past=4, padding="holes"),
 )
 
 _COUNTS = frozenset({"positions", "cache_position", "cache_length"})
@@ -139,6 +140,8 @@ def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
         samples = [*sampler.samples(mask, PROBES), *sampler.samples(mask, further)]
     except CutError as error:
         return MaskFamily("general", reason=f"it cannot be run alone: {error}")
+    if all(shape.new == 1 for shape, _ in samples) and sampler.roles.fixed.get("S") != 1:
+        return MaskFamily("general", reason="it was run for one new token only")
     family = _read(samples)
     return family if family.kind == "general" else replace(family, counted=tuple(counted))
 
