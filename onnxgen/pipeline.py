@@ -397,4 +397,9 @@ def _page(
         refused.report = report
         raise refused from error
     report.paging = found[0].described()
+    if any(family.faint for family in found[0].families):
+        report.warnings.append(
+            "the original hides keys by adding a number that a score above it would outweigh; "
+            "in the paged model they are hidden whatever their scores"
+        )
     return found
