@@ -262,8 +262,8 @@ class PagedRunner:
             num_blocks: how many blocks each pool has, at least 1.
 
         Raises:
-            RefusedError: the model is not paged, takes inputs that a runner does not know, or has
-                pools of another type than float32 and float16.
+            RefusedError: the model is not paged, cannot be run, takes inputs that a runner does
+                not know, or has pools of another type than float32 and float16.
             ValueError: there are no blocks.
         """
         import onnxruntime as ort
@@ -271,7 +271,7 @@ class PagedRunner:
         if num_blocks < 1:
             raise ValueError(f"{num_blocks} blocks hold nothing")
         if isinstance(model, str | Path):
-            model = ort.InferenceSession(str(model), providers=["CPUExecutionProvider"])
+            model = _opened(Path(model))
         self.session = model
         pools = _pool_inputs(model)
         self.sequences = Sequences(num_blocks, int(pools[0].shape[1]))
@@ -362,6 +362,21 @@ _FED = ("input_ids", "cumulative_sequence_lengths", "past_sequence_lengths", "bl
 _POOL_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
+def _opened(path: Path) -> Any:
+    """A session of a model on CPU.
+
+    Raises:
+        RefusedError: ONNX Runtime cannot run it.
+    """
+    import onnxruntime as ort
+
+    try:
+        return ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:
+        words = " ".join(str(error).split())
+        raise RefusedError(f"{path} cannot be run on ONNX Runtime's CPU: {words}") from error
+
+
 def _pool_inputs(session: Any) -> list[Any]:
     """The inputs that are pools, in the session's order.
 
@@ -376,6 +391,8 @@ def _pool_inputs(session: Any) -> list[Any]:
     for each in inputs:
         if each not in pools and each.name not in _FED:
             raise RefusedError(f"a PagedRunner does not feed the input {each.name!r}")
+    if not pools:
+        raise RefusedError("the model is not paged: it has no pools past_key_values.N")
     for each in pools:
         if each.type not in _POOL_TYPES:
             kind = each.type.removeprefix("tensor(").removesuffix(")")
