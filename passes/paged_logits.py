@@ -29,9 +29,10 @@ def row_outputs(facts: Facts, roles: Roles) -> list[ir.Value]:
     tokens = next(v for v in facts.graph.inputs if facts.role(v) in ("ids", "embeds"))
     given = facts.shapes.of(tokens)
     for value in facts.graph.outputs:
-        role = roles.outputs[value.name or ""].role
-        if role in ("present", "copy"):
+        if roles.outputs[value.name or ""].role in ("present", "copy"):
             continue
+        if not facts.is_activation(value) and value.producer() is not None:
+            continue  # how many tokens a cache holds: a paged model is told
         shape = facts.shapes.of(value)
         if (
             shape is None

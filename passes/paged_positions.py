@@ -15,8 +15,10 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import ancestors
 from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.positions import Lengths, Meaning
+from onnxgen.passes.paged_switches import Switches
 from onnxgen.patterns.building import Builder
 from onnxgen.report.values import Obstacle
 
@@ -42,19 +44,21 @@ class TokenLengths:
 
     Attributes:
         positions: int64 [N].
+        totals: int64 [N], past and new tokens of each token's sequence.
         count: int64 [1], N.
         axis: where the tokens are among the model's batch (0) and sequence (1).
     """
 
     positions: ir.Value
+    totals: ir.Value
     count: ir.Value
     axis: int
 
 
 def page_positions(
     facts: Facts, builder: Builder, asked: list[ir.Value], tokens: TokenLengths
-) -> list[tuple[ir.Value, ir.Value]]:
-    """(old, new) for every value that says positions or lengths, before anything is replaced.
+) -> tuple[list[tuple[ir.Value, ir.Value]], bool]:
+    """(old, new) for every value that says positions or lengths, and whether a table switches.
 
     Args:
         asked: values that are needed, of which attention knows nothing.
@@ -62,7 +66,8 @@ def page_positions(
     Raises:
         UnpageableError: something else of the old inputs is asked for.
     """
-    return _Positions(facts, builder, tokens).replaced(asked)
+    found = _Positions(facts, builder, tokens)
+    return found.replaced(asked), bool(found.switches.found)
 
 
 @dataclass
@@ -76,6 +81,9 @@ class _Positions:
         assert self.facts.sampler is not None
         self.lengths = Lengths(self.facts.sampler)
         self.dropped = self._depending()
+        self.switches = Switches(
+            self.facts, self.builder, self.lengths, self.tokens.totals, self.tokens.axis
+        )
 
     def _depending(self) -> set[ir.Value]:
         """Every value that follows from masks, positions, lengths and pasts alone."""
@@ -98,6 +106,11 @@ class _Positions:
         obstacles: list[Obstacle] = []
         seen: set[ir.Value] = set()
         pending = list(asked)
+        for condition in self._conditions(asked):
+            self.switches.split(condition)
+        pending += self.switches.leaves
+        self.found += self.switches.found
+        seen.update(old for old, _ in self.switches.found)
         while pending:
             value = pending.pop()
             if value in seen:
@@ -123,6 +136,17 @@ class _Positions:
             raise UnpageableError(obstacles)
         return self.found
 
+    def _conditions(self, asked: list[ir.Value]) -> list[ir.Value]:
+        """Conditions on the longest sequence that are asked for, in graph order."""
+        needed = set(ancestors(asked, frozenset()))
+        return [
+            value
+            for node in self.facts.graph
+            if node in needed
+            for value in node.outputs
+            if value in self.dropped and self.switches.is_switch(value)
+        ]
+
     def _said(self, value: ir.Value) -> ir.Value | None:
         """What stands for a value among packed tokens; None where it says no more than it is."""
         meaning = self.lengths.meaning(value)
@@ -134,7 +158,7 @@ class _Positions:
         match meaning.kind:
             case "position":
                 new = self.tokens.positions
-                if meaning.axis is None or (axis == 0 and None not in meaning.dims):
+                if axis == 0 and self._batch(meaning) is None:
                     return None
             case "total":
                 new = op(
@@ -153,6 +177,14 @@ class _Positions:
             return op("Reshape", [new, ints(*meaning.dims)]) if meaning.dims != (1,) else new  # type: ignore[arg-type]
         return self._spread(new, meaning)
 
+    @staticmethod
+    def _batch(meaning: Meaning) -> int | None:
+        """The axis of the batch, of a model of one new token: the first that is as long as it.
+
+        What is said of one row is said of every row.
+        """
+        return next((i for i, dim in enumerate(meaning.dims) if dim in (None, 1)), None)
+
     def _input(self, value: ir.Value) -> Meaning | None:
         """An input of positions means what its axes say."""
         each = self.facts.roles.inputs[value.name or ""]
@@ -170,8 +202,8 @@ class _Positions:
         assert meaning.axis is not None
         sizes = [1 if dim is None else dim for dim in meaning.dims]
         at = meaning.axis
-        if self.tokens.axis == 0:  # the batch's
-            at = next(i for i, dim in enumerate(meaning.dims) if dim is None and i != meaning.axis)
+        if self.tokens.axis == 0:
+            at = self._batch(meaning) or 0
         plain = [-1 if i == at else 1 for i in range(len(sizes))]
         new = vector if plain == [-1] else op("Reshape", [vector, ints(*plain)])
         if any(size > 1 for size in sizes):

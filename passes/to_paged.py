@@ -69,6 +69,7 @@ def page_model(
         len(layers),
         tuple(dict.fromkeys(layer.family for layer in layers)),
         writer.tokens_name,
+        writer.switches,
     )
 
 
@@ -85,6 +86,7 @@ class _Writer:
         self._pools: dict[str, tuple[Pool, ir.Value]] = {}
         self._updated: dict[str, ir.Value] = {}
         self._keys: dict[tuple[object, ...], tuple[ir.Value, ir.Value]] = {}
+        self.switches = False
         self._old_tokens = self._find_tokens()
         self._axis = self._token_axis()
         real = self._old_tokens.dtype in _FLOATS
@@ -104,15 +106,17 @@ class _Writer:
             mapping = _input("slot_mapping", INT32, ["num_tokens"])
             self._extra.append(mapping)
         op = self._builder.op
-        self._positions, self._places, self._spread, self._collect = self._builder.ops(
-            paged_plan.TOKENS,
-            [self._cumulative, self._past, self._table, self._tokens, mapping],
-            4,
-            {"block_size": options.block_size},
-            domain=functions.DOMAIN,
-            overload="mapped" if mapping is not None else "",
+        self._positions, self._totals, self._places, self._spread, self._collect = (
+            self._builder.ops(
+                paged_plan.TOKENS,
+                [self._cumulative, self._past, self._table, self._tokens, mapping],
+                5,
+                {"block_size": options.block_size},
+                domain=functions.DOMAIN,
+                overload="mapped" if mapping is not None else "",
+            )
         )
-        for value in (self._positions, self._places, self._spread, self._collect):
+        for value in (self._positions, self._totals, self._places, self._spread, self._collect):
             _typed(value, INT64)
         self._positions.shape = ir.Shape(["num_tokens"])
         self._row = op("Unsqueeze", [self._tokens, self._builder.ints(1 - self._axis)])
@@ -258,13 +262,18 @@ class _Writer:
         for old, new in self._replaced:
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         self._replaced = []
-        self._graph.extend(self._builder.take())
+        nodes = self._builder.take()
+        self._graph.extend(nodes)
+        for node in nodes:
+            self._facts.added(node, len(self._graph))
 
     def position(self, rows: Sequence[ir.Value]) -> None:
         """Make positions and lengths the packed tokens' own, and the tokens the new ones."""
         count = self._builder.op("Shape", [self._tokens], {"start": 0, "end": 1})
-        tokens = TokenLengths(self._positions, count, self._axis)
-        self._replaced = page_positions(self._facts, self._builder, list(rows), tokens)
+        tokens = TokenLengths(self._positions, self._totals, count, self._axis)
+        self._replaced, self.switches = page_positions(
+            self._facts, self._builder, list(rows), tokens
+        )
         self.splice()
         ir.convenience.replace_all_uses_with(self._old_tokens, self._row)
 

@@ -43,7 +43,7 @@ def model(
         made(
             "PagedTokens",
             tokens,
-            ["positions", "places", "spread", "collect"],
+            ["positions", "totals", "places", "spread", "collect"],
             block_size=BS,
             overload="mapped" if mapped else "",
             **size,

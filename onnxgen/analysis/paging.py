@@ -36,6 +36,7 @@ _COUPLING = frozenset(
 ) | frozenset(
     ["LinearAttention", "CausalConvWithState", "AveragePool", "MaxPool", "GlobalAveragePool"]
 )
+_MOST_STEPS = 8  # from an attention back to its cache
 _FAMILIES = ("causal", "window", "chunked")
 _ATTENTIONS = ("Attention", "SinkAttention")
 
@@ -163,11 +164,22 @@ def _layer(facts: Facts, node: ir.Node, family: MaskFamily | None) -> PagedLayer
 
 
 def _cache(facts: Facts, value: ir.Value | None) -> CachePair | None:
-    """The pair whose past, seen as it may be, a value is."""
-    view = None if value is None else facts.views.of(value)
-    if view is None or not view.source.is_graph_input():
-        return None
-    return facts.roles.pair_of(view.source.name or "")
+    """The pair whose past a value is: seen as it may be, cropped, or with places to spare."""
+    for _ in range(_MOST_STEPS):
+        view = None if value is None else facts.views.of(value)
+        if view is None:
+            return None
+        if view.source.is_graph_input():
+            return facts.roles.pair_of(view.source.name or "")
+        node = view.source.producer()
+        if node is None or node.op_type not in ("Slice", "Concat"):
+            return None
+        data = node.inputs[:1] if node.op_type == "Slice" else node.inputs
+        real = [each for each in data if each is not None and facts.is_activation(each)]
+        if len(real) != 1:
+            return None
+        (value,) = real
+    return None
 
 
 def _held(facts: Facts, value: ir.Value | None) -> tuple[ir.Value | None, CachePair | None]:

@@ -5,10 +5,11 @@ and values lie in pools of blocks; a table names the blocks of each sequence in 
 from these lengths alone is worked out once for all layers:
 
     PagedTokens(cumulative, past, block_table, tokens, slot_mapping?)
-        -> positions [N], places [N, 2], spread [B, S], collect [N]
+        -> positions [N], totals [N], places [N, 2], spread [B, S], collect [N]
 
         row = how many sequences end at or before a token        [N]
         positions = past[row] + token - cumulative[row]
+        totals = past and new tokens of row
         places = (block, offset) of each token's key             block_table[row, positions // BS]
         spread = the token at each place of a padded batch       any token where there is none
         collect = where each token stands in that batch
@@ -76,7 +77,9 @@ def build_tokens(overload: str, opset: int) -> ir.Function:
         before = op.GreaterOrEqual(_column(op, number), op.Unsqueeze(ends, ints(op, 0)))
         row = op.ReduceSum(op.Cast(before, to=INT64), ints(op, 1), keepdims=0)
         offset = op.Sub(number, op.Gather(starts, row, axis=0))
-        positions = op.Add(op.Gather(op.Cast(past, to=INT64), row, axis=0), offset)
+        kept = op.Cast(past, to=INT64)
+        positions = op.Add(op.Gather(kept, row, axis=0), offset)
+        totals = op.Gather(op.Add(kept, op.Sub(ends, starts)), row, axis=0)
         if mapping is None:
             at = op.Concat(_column(op, row), _column(op, op.Div(positions, size)), axis=1)
             block = op.GatherND(op.Cast(table, to=INT64), at)
@@ -93,7 +96,7 @@ def build_tokens(overload: str, opset: int) -> ir.Function:
         wide = op.Add(_column(op, starts), op.Unsqueeze(_range(op, most), ints(op, 0)))
         spread = op.Min(wide, op.Sub(count, ints(op, 1)))
         collect = op.Add(op.Mul(row, most), offset)
-        return [positions, places, spread, collect]
+        return [positions, totals, places, spread, collect]
 
     inputs = {
         "cumulative": True,
@@ -103,7 +106,7 @@ def build_tokens(overload: str, opset: int) -> ir.Function:
         "slot_mapping": overload == "mapped",
     }
     attributes = [ir.Attr("block_size", ir.AttributeType.INT, None)]
-    outputs = ("positions", "places", "spread", "collect")
+    outputs = ("positions", "totals", "places", "spread", "collect")
     return made(TOKENS, overload, opset, inputs, outputs, attributes, body)
 
 

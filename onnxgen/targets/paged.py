@@ -76,6 +76,8 @@ class PagedModel:
         pools: in layer order, keys before values.
         layers: how many attentions there are, and the families of their masks.
         tokens: the input of the tokens, "input_ids" or "inputs_embeds".
+        switches: whether tables switch on a sequence's length (longrope): then keys of one
+            beginning differ with what follows, and cannot be shared beyond that length.
     """
 
     model: ir.Model
@@ -84,6 +86,7 @@ class PagedModel:
     layers: int
     families: tuple[MaskFamily, ...]
     tokens: str
+    switches: bool = False
 
     def described(self) -> Paging:
         """The same for the report."""

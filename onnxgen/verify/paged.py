@@ -44,9 +44,6 @@ _VOCABULARY = 256
 _SPARE = 6
 """Places of a static cache that a prompt leaves to what comes after it."""
 
-_LONGEST_START = 4096
-"""An original that takes tokens over a past only is started with one, if it need not be longer."""
-
 
 @dataclass(frozen=True)
 class Event:
@@ -64,11 +61,12 @@ class Event:
     leaves: tuple[str, ...] = ()
 
 
-def program(block_size: int, edges: Sequence[int]) -> list[Event]:
+def program(block_size: int, edges: Sequence[int], *, sharing: bool = True) -> list[Event]:
     """What is run for a block size.
 
     Args:
         edges: lengths at which a mask starts to hide keys, or tables switch.
+        sharing: whether one sequence takes another's block as its beginning.
     """
     size = block_size
     near = [edge for edge in edges if edge <= 64]
@@ -77,7 +75,7 @@ def program(block_size: int, edges: Sequence[int]) -> list[Event]:
         Event({"b": (size + 1, 0, "")}, {"a": 1, "b": size + 1}),
         Event({"c": (size + 3, 0, "")}, {"c": 3, "b": 0, "a": 1}),
         Event({}, {"a": 1, "b": 1, "c": size}),
-        Event({"d": (size + 4, 0, "b")}, {"d": 4, "a": 1, "c": 1}),
+        Event({"d": (size + 4, 0, "b" if sharing else "")}, {"d": 4, "a": 1, "c": 1}),
         Event({"e": (2 * size, 0, "")}, {"b": 1, "e": 2 * size, "c": 1, "d": 1}, ("a",)),
     ]
     events += [Event({}, {"e": 1, "d": 1, "c": 1, "b": 1})] * 2
@@ -133,7 +131,8 @@ def prove_paged(
             return proof
         sides = _Contiguous(runtime, first, roles), _Paged(runtime, second, result)
         run = _Run(*sides, proof, progress)
-        run.program(program(result.options.block_size, edges))
+        size, sharing = result.options.block_size, not result.switches
+        run.program(program(size, edges, sharing=sharing))
         runtime.unload(second)
         if proof.reason:
             return proof
@@ -164,8 +163,8 @@ class _Contiguous:
         rows = [each for each in roles.outputs.values() if each.role not in ("present", "copy")]
         self.logits = rows[0].name
         self.room = roles.static_room or 1 << 40
-        self.least = next((p for p in range(_LONGEST_START) if self._shape(1, p)), 0)
         self._caches: dict[str, dict[str, Array]] = {}
+        self.least = self._least()
 
     def start(self, name: str, past: int) -> None:
         """Caches for a sequence that has a past already: random ones."""
@@ -218,6 +217,23 @@ class _Contiguous:
         if len(array) >= total:
             return 0, array[:total]
         return total - len(array), array
+
+    def _least(self) -> int:
+        """The shortest past that the original takes one and more tokens over."""
+        caps = {pair.cap for pair in self.roles.pairs if pair.cap is not None}
+        held = {self.roles.inputs[p.past].shape[p.axis] for p in self.roles.pairs if not p.static}
+        tried = {0, 1, *caps, *(size for size in held if isinstance(size, int))}
+        for past in sorted(tried):
+            try:
+                for count in (2, 1):
+                    self.start("", past)
+                    self.run("", [0] * count, past)
+            except RuntimeFailure:
+                continue
+            finally:
+                self.forget("")
+            return past
+        return 0
 
     def _shape(self, new: int, past: int) -> RunShape | None:
         found = forced_shape(self.roles, RunShape(1, new, past))
@@ -369,7 +385,9 @@ class _Run:
         fitting = {}
         for name, count in counts.items():
             if name in self._numbers:
-                past = self._paged.sequences.length(self._numbers[name])
+                number = self._numbers[name]
+                past = self._paged.sequences.length(number)
+                count = min(count, self._paged.sequences.waiting(number) or count)
                 fitting[name] = count if past + count <= self._original.room else 0
         return fitting
 
@@ -398,8 +416,9 @@ class _Run:
         shares = self._numbers[prefix] if prefix else None
         number = self._numbers[name] = paged.sequences.add(tokens, shares)
         self._tokens[name] = tokens
-        if prefix:  # the original computes what is shared as well
-            original.run(name, tokens[: paged.sequences.length(number)], 0)
+        shared = paged.sequences.length(number)
+        if shared:  # the original computes what is shared as well
+            original.run(name, tokens[:shared], 0)
         if past:
             original.start(name, past)
             paged.sequences.feeds({number: past})
