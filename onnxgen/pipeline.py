@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -48,6 +50,8 @@ from onnxgen.stages import (
 from onnxgen.targets import onnx as onnx_target
 from onnxgen.targets import ort as ort_target
 from onnxgen.targets.contract import Contract, Padding, read_contract, write_contract
+from onnxgen.targets.genai import Said, genai_config
+from onnxgen.targets.genai_engine import engine_config
 from onnxgen.targets.genai_files import CONFIG, genai_files
 from onnxgen.targets.ort.config import context_length
 from onnxgen.targets.paged import PagedModel, PagedOptions, check_paged_options
@@ -150,7 +154,11 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         onnx_target.finish(model, __version__, options.target)
         describe(report, model)
 
-        beside = _files_beside(report, model, roles, path, output, options)
+        beside: dict[str, bytes] = {}
+        if options.genai_config:
+            length = read_contract(model).max_length
+            make = partial(genai_config, model, roles, filename=output.name, max_length=length)
+            beside = _files_beside(report, make, path, output, force=options.force)
         clock.start("write", f"writing {output.name}")
         with staged(model, output, source=path, force=options.force, beside=beside) as stage:
             clock.start("verify", "verifying")
@@ -178,7 +186,7 @@ class PageOptions:
         inline: expand the functions of the `onnxgen` domain.
         roles: what inputs are for, by name, where structure does not tell.
         genai_config: write genai_config.json and the tokenizer's files beside the output too.
-        force: let files of another model in the output's folder be replaced.
+        force: let files of another model in the output's folder be replaced, and the input.
     """
 
     output: Path
@@ -229,6 +237,11 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
             clock.stop()
             return report
         result = results[0]
+        output = folder / "model.onnx"
+        beside: dict[str, bytes] = {}
+        if options.genai_config:  # read from our functions: before they are expanded
+            make = partial(engine_config, result, roles, filename=output.name)
+            beside = _files_beside(report, make, path, output, force=options.force)
         if options.inline:
             for each in results:
                 functions.expand(each.model)
@@ -238,14 +251,18 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
 
         made = not folder.exists()
         files.make_folder(folder)
-        output = folder / "model.onnx"
         try:
             clock.start("write", f"writing {output}")
-            beside: dict[str, bytes] = {}
             with contextlib.ExitStack() as stack:
                 stages = [
                     stack.enter_context(
-                        staged(each.model, folder / name, source=path, force=False, beside=extra)
+                        staged(
+                            each.model,
+                            folder / name,
+                            source=path,
+                            force=options.force,
+                            beside=extra,
+                        )
                     )
                     for each, name, extra in zip(
                         results, ("model.onnx", "other-blocks.onnx"), (beside, {}), strict=True
@@ -294,13 +311,15 @@ def _settings(path: Path, options: FuseOptions) -> ort_target.Settings:
 
 
 def _files_beside(
-    report: Report, model: ir.Model, roles: Roles, path: Path, output: Path, options: FuseOptions
+    report: Report,
+    make: Callable[[Said], Mapping[str, Any]],
+    path: Path,
+    output: Path,
+    *,
+    force: bool,
 ) -> dict[str, bytes]:
-    """What is written beside the model, by name, where it was asked for."""
-    if not options.genai_config:
-        return {}
-    length = read_contract(model).max_length
-    files = genai_files(model, roles, path, output, max_length=length, force=options.force)
+    """What is written beside the model for onnxruntime-genai, by name."""
+    files = genai_files(make, path, output, force=force)
     if "eos_token_id" not in json.loads(files[CONFIG])["model"]:
         report.warnings.append(
             f"{CONFIG} says nothing of special tokens: there is no config.json beside {path.name}"
