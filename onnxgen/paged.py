@@ -48,6 +48,7 @@ class BlockAllocator:
     """Which block of a pool belongs to whom. A block may belong to several that begin alike.
 
     Attributes:
+        num_blocks: how many blocks there are.
         block_size: BS, slots of a block.
     """
 
@@ -61,6 +62,7 @@ class BlockAllocator:
             block_size: BS, slots of a block.
             order: in which they are taken, a permutation of their numbers; counting up by default.
         """
+        self.num_blocks = num_blocks
         self.block_size = block_size
         self._free = list(order if order is not None else range(num_blocks))[::-1]
         self._owners = [0] * num_blocks

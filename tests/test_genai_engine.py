@@ -247,3 +247,29 @@ def test_other_forms_of_a_paged_model(options: dict[str, Any], tmp_path: Path) -
     client = Client(tmp_path / "out", num_blocks=24, max_scheduled_tokens=9)
     client.generate()
     assert client.found == alone(path, "llama/dynamo20")
+
+
+def test_a_beginning_that_the_engine_shares(tmp_path: Path) -> None:
+    genai = pytest.importorskip("onnxruntime_genai")
+    path = written(tmp_path / "in", "llama/dynamo20", ENDLESS)
+    paged(path, tmp_path / "out")
+    wanted = alone(path, "llama/dynamo20")
+    engine = genai.Engine(genai.Model(str(tmp_path / "out")))
+    buffer = engine.create_event_buffer(8)
+    cached = []
+    for index in (5, 6):  # alike in 18 tokens
+        request = engine.create_request()
+        options = genai.TurnOptions(request)
+        options.set_max_generated_tokens(NEW[index])
+        options.set_do_sample(False)
+        request.begin_turn(np.array(PROMPTS[index], np.int32), options)
+        tokens: list[int] = []
+        while len(tokens) < NEW[index]:
+            for event in engine.run(buffer):
+                if int(event.flags) & int(genai.EngineEventFlags.TOKEN):
+                    tokens.append(event.token)
+                if int(event.flags) & int(genai.EngineEventFlags.TURN_FINISHED):
+                    cached.append(event.usage.cached_prompt_tokens)
+        assert tokens == wanted[index]
+        request.close()
+    assert cached == [0, 16]

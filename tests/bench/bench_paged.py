@@ -14,10 +14,11 @@ deviations of the export's.
 Serving: requests whose lengths are drawn from log-normal distributions, all there at the start and
 answered greedily in the same memory for keys and values: padded batches over the fused model,
 which reserve for each row the longest prompt of the batch and the most tokens that a request may
-ask for, against continuous batching over the paged model with `--logits last`: prompts run one at
-a time when blocks are free, all sequences decode together, and where blocks run out the youngest
-waits and is run again. Tokens are those that were asked for. Wasted is what is reserved and holds
-no token, averaged over the steps. Nothing is asserted here: machines differ.
+ask for, against continuous batching over the paged model, which answers for the last tokens or for
+all as the fused one does: prompts run one at a time when blocks are free, all sequences decode
+together, and where blocks run out the youngest waits and is run again. Tokens are those that were asked for. Wasted is the share of what is
+reserved that holds no token, averaged over the steps; of pools that is the rest of each sequence's
+last block, since nothing is reserved behind it. Nothing is asserted here: machines differ.
 """
 
 from __future__ import annotations
@@ -43,7 +44,6 @@ from onnxgen.paged import OutOfBlocksError, PagedRunner
 
 BATCH, PAST = 8, 512
 PROMPT, NEW = (32, 1024), (16, 256)
-ROWS = 8  # of the longest prompt and answer: the memory that both servers have
 
 Array = np.ndarray[Any, Any]
 
@@ -257,7 +257,8 @@ def serve_paged(session: Any, requests: Sequence[Request], memory: int, size: in
             served.again += 1
             continue
         served.steps += 1
-        taken = (len(sequences.allocator._owners) - sequences.allocator.free) * size
+        blocks = sequences.allocator
+        taken = (blocks.num_blocks - blocks.free) * size
         served.wasted.append(1 - sum(map(sequences.length, sequences)) / taken)
         for number, logits in rows.items():
             token = int(logits[-1].argmax())
@@ -270,7 +271,7 @@ def serve_paged(session: Any, requests: Sequence[Request], memory: int, size: in
 
 
 def bench_serving(paths: dict[str, Path], options: argparse.Namespace) -> None:
-    memory = ROWS * (PROMPT[1] + NEW[1])
+    memory = options.rows * (PROMPT[1] + NEW[1])
     asked = drawn(options.requests, options.seed)
     total = sum(each.new for each in asked)
     found: dict[str, Served] = {}
@@ -278,7 +279,7 @@ def bench_serving(paths: dict[str, Path], options: argparse.Namespace) -> None:
         requests = [Request(each.prompt, each.new) for each in asked]
         session = opened(path, options.threads)
         start, used = time.perf_counter(), time.process_time()
-        if name == "paged":
+        if name.startswith("paged"):
             served = serve_paged(session, requests, memory, options.block_size)
         else:
             served = serve_padded(session, requests, memory)
@@ -321,6 +322,9 @@ def main() -> None:
     parser.add_argument("--form", default="dynamo20")
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--requests", type=int, default=32, help="0 for none")
+    parser.add_argument(
+        "--rows", type=int, default=8, help="memory: of so many longest prompts and answers"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2, help="for serving")
     parser.add_argument("--seconds", type=float, default=20, help="for decode; 0 for none")
@@ -338,7 +342,8 @@ def main() -> None:
             bench_decode(models, options)
         if options.requests:
             last = paged(export, f"{size} --logits last")
-            bench_serving({"fused, padded": models["fused"], "paged": last}, options)
+            servers = {"fused, padded": models["fused"], "paged, last logits": last}
+            bench_serving({**servers, "paged, all logits": models["paged"]}, options)
 
 
 if __name__ == "__main__":
