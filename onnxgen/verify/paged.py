@@ -36,6 +36,8 @@ from onnxgen.targets.paged import PagedModel
 from onnxgen.verify.cases import find_edges, too_large
 from onnxgen.verify.compare import TOLERANCES, compute_type
 from onnxgen.verify.difference import scaled_difference
+from onnxgen.verify.precision import NOTE, rounds_activations
+from onnxgen.verify.side import Side
 
 Array = npt.NDArray[Any]
 _VOCABULARY = 256
@@ -117,25 +119,30 @@ def prove_paged(
     near, _ = find_edges(model, roles)
     sizes = [family.size for family in results[0].families if family.size]
     edges = [edge for edge in dict.fromkeys([*sizes, *near]) if not too_large(roles, edge)]
+    full = rounds_activations(model)
+    if full:
+        proof.note = NOTE
+    first = Side(runtime, original, as_written=True, full=full)
     try:
-        first = runtime.load(original)
+        first.load()
     except RuntimeFailure as error:
         proof.reason = f"ONNX Runtime cannot load the original: {error}"
         return proof
     for path, result in zip(written, results, strict=True):
+        second = Side(runtime, path, as_written=False, full=full)
         try:
-            second = runtime.load(path, optimize=True)
+            second.load()
         except RuntimeFailure as error:
             proof.status = "differs"
             proof.reason = f"ONNX Runtime cannot load the paged model: {error}"
             return proof
-        sides = _Contiguous(runtime, first, roles), _Paged(runtime, second, result)
-        run = _Run(*sides, proof, progress)
+        sides = _Contiguous(first, roles), _Paged(second, result, twins=runtime.twins)
         size, sharing = result.options.block_size, not result.switches
-        run.program(program(size, edges, sharing=sharing))
-        runtime.unload(second)
+        _Run(*sides, proof, progress).program(program(size, edges, sharing=sharing))
+        second.unload()
         if proof.reason:
             return proof
+    first.unload()
     if any(case.compared for case in proof.cases):
         proof.status = "proven"
     else:
@@ -146,9 +153,8 @@ def prove_paged(
 class _Contiguous:
     """The original: one sequence at a time, each on caches of its own."""
 
-    def __init__(self, runtime: Runtime, session: int, roles: Roles) -> None:
-        self._runtime = runtime
-        self._session = session
+    def __init__(self, side: Side, roles: Roles) -> None:
+        self._side = side
         self.roles = roles
         tokens = [*roles.named("ids"), *roles.named("embeds")][0]
         self._tokens = tokens
@@ -190,7 +196,7 @@ class _Contiguous:
                 np.broadcast_to(wide, shape).astype(feeds[self._tokens.name].dtype)
             )
             feeds.update(self._caches.get(name, {}))
-            outputs = self._runtime.run(self._session, feeds)
+            outputs = self._side.run(feeds)
             self._caches[name] = {pair.past: outputs[pair.present] for pair in self.roles.pairs}
             rows.append(outputs[self.logits][0])
             past += len(piece)
@@ -252,9 +258,9 @@ class _Contiguous:
 class _Paged:
     """The paged model: all sequences together, on pools whose free slots hold NaN."""
 
-    def __init__(self, runtime: Runtime, session: int, result: PagedModel) -> None:
-        self._runtime = runtime
-        self._session = session
+    def __init__(self, side: Side, result: PagedModel, *, twins: bool) -> None:
+        self._side = side
+        self._twins = twins
         self.result = result
         self.options = result.options
         self.sequences = Sequences(0, result.options.block_size)
@@ -287,7 +293,7 @@ class _Paged:
             feeds["slot_mapping"] = slots.astype(np.int32)
         if self.options.logits == "indices":
             feeds["logits_indices"] = self.asked(feeds["cumulative_sequence_lengths"])
-        outputs = self._runtime.run(self._session, {**feeds, **self.pools})
+        outputs = self._side.run({**feeds, **self.pools})
         spoiled = []
         for pool in self.result.pools:
             old = self.flat(pool.name)
