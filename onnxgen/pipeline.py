@@ -11,12 +11,10 @@ verify:  the comparison alone, of any two models with the same inputs and output
 from __future__ import annotations
 
 import contextlib
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import onnx_ir as ir
 
@@ -26,13 +24,14 @@ from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import RefusedError, UsageError
-from onnxgen.model_io import read_model, staged
+from onnxgen.model_io import data_files, read_model, staged
 from onnxgen.passes.lower import lower_model
 from onnxgen.passes.merged import join_branches, split_branches
 from onnxgen.passes.normalize import normalize
 from onnxgen.passes.tidy import tidy
 from onnxgen.passes.to_paged import page_model
 from onnxgen.patterns import RULES
+from onnxgen.places import default_output
 from onnxgen.report import files
 from onnxgen.report.values import Paging, Proof, Report
 from onnxgen.runtime import Runtime
@@ -44,15 +43,17 @@ from onnxgen.stages import (
     continuing,
     count_ops,
     describe,
+    files_beside,
     raise_part,
     raise_unless_good,
 )
+from onnxgen.staging import check_output
 from onnxgen.targets import onnx as onnx_target
 from onnxgen.targets import ort as ort_target
 from onnxgen.targets.contract import Contract, Padding, read_contract, write_contract
-from onnxgen.targets.genai import Said, genai_config
+from onnxgen.targets.genai import genai_config
 from onnxgen.targets.genai_engine import engine_config
-from onnxgen.targets.genai_files import CONFIG, genai_files
+from onnxgen.targets.genai_files import READ
 from onnxgen.targets.ort.config import context_length
 from onnxgen.targets.paged import PagedModel, PagedOptions, check_paged_options
 from onnxgen.twin import holds_bfloat16
@@ -115,13 +116,15 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             `report` where there is one.
         ModelDiffersError: the result differs from the original; carries `report`.
     """
-    output = options.output or path.with_name(f"{path.name.removesuffix('.onnx')}.fused.onnx")
+    output = options.output or default_output(path)
     _check_options(options)
     report = Report(input=str(path), output="", target=options.target)
     clock = Clock(report.seconds, progress)
 
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
+    reads = [*data_files(model), *map(path.with_name, READ)]
+    check_output(output, path, reads, force=options.force)
     report.ops_before = count_ops(model)
     report.opset_before = model.graph.opset_imports.get("", 0)
     opset = onnx_target.opset_for(report.opset_before, options.opset)
@@ -158,9 +161,11 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         if options.genai_config:
             length = read_contract(model).max_length
             make = partial(genai_config, model, roles, filename=output.name, max_length=length)
-            beside = _files_beside(report, make, path, output, force=options.force)
+            beside = files_beside(report, make, path, output, force=options.force)
         clock.start("write", f"writing {output.name}")
-        with staged(model, output, source=path, force=options.force, beside=beside) as stage:
+        with staged(
+            model, output, source=path, force=options.force, beside=beside, reads=reads
+        ) as stage:
             clock.start("verify", "verifying")
             report.proof = (
                 _prove(path, stage.path, options, runtime, checkers, progress)
@@ -218,6 +223,10 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
     report.ops_before = count_ops(model)
+    output = folder / "model.onnx"
+    reads = [*data_files(model), *map(path.with_name, READ)]
+    if folder.is_dir():
+        check_output(output, path, reads, force=options.force)
     report.opset_before = model.graph.opset_imports.get("", 0)
     opset = onnx_target.opset_for(report.opset_before, None)
 
@@ -237,11 +246,10 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
             clock.stop()
             return report
         result = results[0]
-        output = folder / "model.onnx"
         beside: dict[str, bytes] = {}
         if options.genai_config:  # read from our functions: before they are expanded
             make = partial(engine_config, result, roles, filename=output.name)
-            beside = _files_beside(report, make, path, output, force=options.force)
+            beside = files_beside(report, make, path, output, force=options.force)
         if options.inline:
             for each in results:
                 functions.expand(each.model)
@@ -262,6 +270,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
                             source=path,
                             force=options.force,
                             beside=extra,
+                            reads=reads,
                         )
                     )
                     for each, name, extra in zip(
@@ -302,29 +311,18 @@ def _check_options(options: FuseOptions) -> None:
         raise UsageError(f"--target {options.target}: no such target; targets: onnx, ort")
     if options.target != "ort" and (options.padding != "any" or options.max_length):
         raise UsageError("--padding and --max-length are for --target ort")
+    if (options.max_length or 0) > ort_target.LONGEST:
+        raise UsageError(
+            f"--max-length {options.max_length}: rotary tables of so many positions fit in no "
+            f"memory; the most is {ort_target.LONGEST}"
+        )
 
 
 def _settings(path: Path, options: FuseOptions) -> ort_target.Settings:
     """What was asked for, with the length that config.json beside the model states."""
-    length = options.max_length or context_length(path.with_name("config.json"))
+    told = context_length(path.with_name("config.json"))
+    length = options.max_length or (told if told <= ort_target.LONGEST else 0)
     return ort_target.Settings(options.padding, length)
-
-
-def _files_beside(
-    report: Report,
-    make: Callable[[Said], Mapping[str, Any]],
-    path: Path,
-    output: Path,
-    *,
-    force: bool,
-) -> dict[str, bytes]:
-    """What is written beside the model for onnxruntime-genai, by name."""
-    files = genai_files(make, path, output, force=force)
-    if "eos_token_id" not in json.loads(files[CONFIG])["model"]:
-        report.warnings.append(
-            f"{CONFIG} says nothing of special tokens: there is no config.json beside {path.name}"
-        )
-    return files
 
 
 def _lower(
@@ -347,6 +345,7 @@ def _lower(
         disabled=work.disabled,
     )
     tidy(model)
+    ort_target.name_guards(model.graph)
     return lowering.contract
 
 
@@ -399,4 +398,9 @@ def _page(
         refused.report = report
         raise refused from error
     report.paging = found[0].described()
+    if any(family.faint for family in found[0].families):
+        report.warnings.append(
+            "the original hides keys by adding a number that a score above it would outweigh; "
+            "in the paged model they are hidden whatever their scores"
+        )
     return found

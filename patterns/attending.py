@@ -147,8 +147,8 @@ def caches_of(
 
     "concatenated": inside; "static": its keys and values are buffers that TensorScatter writes;
     "shared": the queries need the concatenation, which an earlier layer takes inside; "outside":
-    keys and values are made of a cache in another way, or the mask is made of keys and could not
-    wait for the node's own present; "none".
+    keys and values are made of a cache in another way, nobody reads what they are joined to, or the
+    mask is made of keys and could not wait for the node's own present; "none".
     """
     keys, values = cache_of(facts, k), cache_of(facts, v)
     if keys is not None and values is not None:
@@ -156,6 +156,9 @@ def caches_of(
         if any(_reaches(facts, total, q) for total in totals):
             return None, "shared"
         if mask is not None and any(_reaches(facts, total, mask) for total in totals):
+            return None, "outside"
+        # Runtimes take a past from the node only where they give a present, which is read.
+        if any(len(list(t.uses())) < 2 and not t.is_graph_output() for t in totals):
             return None, "outside"
         return (keys, values), "concatenated"
     views = [facts.views.of(each) for each in (k, v)]
@@ -237,22 +240,7 @@ def attention(
             permuted(builder, keys.past, keys.order),
             permuted(builder, values.past, values.order),
         ]
-    count = 1 if caches is None else 3
-    if sinks is None:
-        made = builder.ops("Attention", inputs, count, attributes)
-    else:
-        attributes = dict(attributes)
-        precision = attributes.pop("softmax_precision", None)
-        overload = sink_attention.overload_of(
-            None if mask is None else mask.dtype,
-            cache=caches is not None,
-            cap="softcap" in attributes,
-            wide=precision is not None,
-        )
-        inputs = [*inputs, *[None] * (sink_attention.SINKS - len(inputs)), sinks]
-        made = builder.ops(
-            sink_attention.NAME, inputs, count, attributes, domain=DOMAIN, overload=overload
-        )
+    made = attended(builder, inputs, attributes, sinks)
     node = made[0].producer()
     assert node is not None
     replaced = []
@@ -260,6 +248,37 @@ def attention(
         back = tuple(int(axis) for axis in np.argsort(cache.order))
         replaced.append((cache.total, permuted(builder, present, back)))
     return node, made[0], replaced
+
+
+def attended(
+    builder: Builder,
+    inputs: Sequence[ir.Value | None],
+    attributes: dict[str, int | float],
+    sinks: ir.Value | None = None,
+) -> Sequence[ir.Value]:
+    """The outputs of an Attention: [B, H, S, D], and the presents where there is a past.
+
+    Args:
+        inputs: q, k, v, mask?, past_key?, past_value?.
+        sinks: [H]: then it is a SinkAttention, which knows no is_causal.
+    """
+    cache = len(inputs) > 4 and inputs[4] is not None
+    count = 3 if cache else 1
+    if sinks is None:
+        return builder.ops("Attention", inputs, count, attributes)
+    attributes = dict(attributes)
+    precision = attributes.pop("softmax_precision", None)
+    mask = inputs[3] if len(inputs) > 3 else None
+    overload = sink_attention.overload_of(
+        None if mask is None else mask.dtype,
+        cache=cache,
+        cap="softcap" in attributes,
+        wide=precision is not None,
+    )
+    inputs = [*inputs, *[None] * (sink_attention.SINKS - len(inputs)), sinks]
+    return builder.ops(
+        sink_attention.NAME, inputs, count, attributes, domain=DOMAIN, overload=overload
+    )
 
 
 def attention_mask(
@@ -282,6 +301,7 @@ def attention_mask(
         None where there is no mask; the reason as text where one cannot be arranged.
     """
     bools: list[ir.Value] = []
+    replaced: list[ir.Value] = []  # what keeps a score from being overwritten by a finite number
     floats: list[ir.Value] = []
     for mask in masks:
         condition, fill_number, inverted = mask.value, mask.fill, mask.inverted
@@ -306,30 +326,36 @@ def attention_mask(
         if isinstance(on_axes, str):
             return on_axes
         keep = builder.op("Not", [on_axes]) if inverted else on_axes
-        if fill_number == -np.inf:
-            bools.append(keep)
-        else:  # a finite fill leaves rows that are masked everywhere uniform: keep it so
-            kind = dtype.numpy()
-            lowest = (
-                float(np.finfo(np.float16).min) if dtype == ir.DataType.FLOAT16 else fill_number
-            )
-            fill = builder.constant(np.array(max(fill_number, lowest), dtype=kind))
-            zero = builder.constant(np.array(0, dtype=kind))
-            floats.append(builder.op("Where", [keep, zero, fill]))
+        (bools if fill_number == -np.inf else replaced).append(keep)
+    if replaced:
+        # A number that replaces scores leaves rows that are masked everywhere uniform. One that is
+        # added does so where it swallows them: this does. Of the very lowest ONNX Runtime makes
+        # zeros.
+        low = float(dtype.min) / 2
+        floats.append(_lowered(builder, _all(builder, replaced), low, dtype))
     if not bools and not floats:
         return None
-    joined: ir.Value | None = None
-    for value in bools:
-        joined = value if joined is None else builder.op("And", [joined, value])
-    if floats and joined is not None:
-        kind = dtype.numpy()
-        zero, low = (builder.constant(np.array(n, dtype=kind)) for n in (0, -np.inf))
-        floats.append(builder.op("Where", [joined, zero, low]))
-        joined = None
-    for value in floats:
-        joined = value if joined is None else builder.op("Add", [joined, value])
-    assert joined is not None
+    if not floats:
+        return _fitted(facts, builder, _all(builder, bools), rows, columns)
+    if bools:
+        floats.append(_lowered(builder, _all(builder, bools), -np.inf, dtype))
+    joined = floats[0]
+    for value in floats[1:]:
+        joined = builder.op("Add", [joined, value])
     return _fitted(facts, builder, joined, rows, columns)
+
+
+def _all(builder: Builder, keeps: Sequence[ir.Value]) -> ir.Value:
+    joined = keeps[0]
+    for keep in keeps[1:]:
+        joined = builder.op("And", [joined, keep])
+    return joined
+
+
+def _lowered(builder: Builder, keep: ir.Value, low: float, dtype: ir.DataType) -> ir.Value:
+    """0 where a score is kept, else what is added to it."""
+    numbers = [builder.constant(np.array(n, dtype=dtype.numpy())) for n in (0, low)]
+    return builder.op("Where", [keep, *numbers])
 
 
 def _fitted(

@@ -24,7 +24,10 @@ Declines
 Numerics
     The same sums in another order: about 1e-6 of the output's standard deviation in fp32. Rows
     that are masked everywhere are zeros where the mask is -inf (the decomposition gives NaN, or
-    zeros behind its guard); a finite mask keeps them as they were.
+    zeros behind its guard). What is added stays what is added. A finite number that replaces
+    scores becomes half the lowest, which is added: rows that are masked everywhere are uniform
+    with both. It assumes that a row sees a score that is above the number by 104 or more, so that
+    what is masked weighs nothing beside it.
 
 Seen in
     torch.onnx.export, TorchScript and dynamo, torch 2.13; transformers' OnnxExporter 5.23.
@@ -62,7 +65,7 @@ from onnxgen.patterns.attending import (
 )
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.masking import each_head
-from onnxgen.patterns.rule import Declined, Rewrite, Rule
+from onnxgen.patterns.rule import Declined, Rewrite, Rule, number
 
 Layouts: TypeAlias = Mapping[ir.Value, tuple[Axis, ...]]
 
@@ -207,9 +210,9 @@ class SoftmaxAttention(Rule):
                 raise Declined(self, "layout", "the output's size cannot be computed", down.product)
             y = builder.op("Reshape", [y, target])
         details: dict[str, str | int | float | bool] = {
-            "heads": str(q.count),
-            "kv_heads": str(k.count),
-            "head_size": str(q_shape[3]),
+            "heads": number(q.count),
+            "kv_heads": number(k.count),
+            "head_size": number(q_shape[3]),
             "scale": scale,
             "cache": cache,
             "mask": "explicit" if mask is not None else "none",

@@ -128,12 +128,23 @@ def test_files_of_another_model_are_kept(tmp_path: Path) -> None:
     paged(path, out)  # its own
 
 
+def test_the_input_is_replaced_with_force_only(tmp_path: Path) -> None:
+    path = written(tmp_path, "llama/dynamo20", CONFIG)
+    before = path.read_bytes()
+    with pytest.raises(UsageError, match="is the input itself: replacing it needs --force"):
+        paged(path, tmp_path)
+    assert path.read_bytes() == before
+    assert sorted(os.listdir(tmp_path)) == ["config.json", "model.onnx"]
+    paged(path, tmp_path, force=True)
+    assert "block_table" in {value.name for value in onnx.load(path).graph.input}
+
+
 def test_the_command(tmp_path: Path) -> None:
     path = written(tmp_path, "llama/dynamo20")
     result = CliRunner().invoke(main, ["to-paged", str(path), "--genai-config"])
     assert result.exit_code == 0, result.output
     assert "Beside it: genai_config.json" in result.output
-    assert "genai_config.json says nothing of special tokens" in result.output
+    assert "genai_config.json does not say which token ends a text" in result.output
     assert (tmp_path / "model.paged" / "genai_config.json").exists()
 
 

@@ -78,6 +78,7 @@ class PagedModel:
         tokens: the input of the tokens, "input_ids" or "inputs_embeds".
         switches: whether tables switch on a sequence's length (longrope): then keys of one
             beginning differ with what follows, and cannot be shared beyond that length.
+        dropped: outputs of the original that it has not, caches aside.
     """
 
     model: ir.Model
@@ -87,6 +88,7 @@ class PagedModel:
     families: tuple[MaskFamily, ...]
     tokens: str
     switches: bool = False
+    dropped: tuple[str, ...] = ()
 
     def described(self) -> Paging:
         """The same for the report."""
@@ -100,6 +102,7 @@ class PagedModel:
             kv_dtype=", ".join(sorted(kind.name for kind in kinds)),
             token_bytes=sum(int(p.heads * p.size * p.dtype.itemsize) for p in self.pools),
             families=[str(family) for family in self.families],
+            dropped=list(self.dropped),
         )
 
 
