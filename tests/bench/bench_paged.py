@@ -244,7 +244,7 @@ def serve_paged(session: Any, requests: Sequence[Request], memory: int, size: in
             first = waiting[0]
             tokens = [*first.prompt, *first.answer]
             # One block more for each that runs already, so that it does not have to go at once.
-            if -(-len(tokens) // size) + len(running) < sequences.allocator.free:
+            if -(-len(tokens) // size) + len(running) <= sequences.allocator.free:
                 number = runner.add(tokens)
                 running[number] = waiting.pop(0)
                 counts = {number: len(tokens)}
