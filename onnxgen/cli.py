@@ -229,6 +229,15 @@ def fuse(
     "--no-verify", is_flag=True, help="Run nothing, per-rewrite checks included: unproven."
 )
 @click.option("--inline", is_flag=True, help="Expand functions of our own to standard ops.")
+@click.option(
+    "--genai-config",
+    is_flag=True,
+    help="Write what onnxruntime-genai's Engine needs into DIR: genai_config.json, the "
+    "tokenizer's files.",
+)
+@click.option(
+    "--force", is_flag=True, help="Allow files of another model in DIR, or MODEL, to be replaced."
+)
 @_role
 @_report
 @_json
@@ -242,6 +251,8 @@ def to_paged(
     check: bool,
     no_verify: bool,
     inline: bool,
+    genai_config: bool,
+    force: bool,
     roles: tuple[str, ...],
     report_file: Path | None,
     json_output: bool,
@@ -273,6 +284,8 @@ def to_paged(
         verify=not no_verify,
         inline=inline,
         roles=parse_roles(roles),
+        genai_config=genai_config,
+        force=force,
     )
 
     def show(report: Report | None, code: int, error: str | None) -> None:

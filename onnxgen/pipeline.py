@@ -11,9 +11,9 @@ verify:  the comparison alone, of any two models with the same inputs and output
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -43,6 +43,7 @@ from onnxgen.stages import (
     continuing,
     count_ops,
     describe,
+    files_beside,
     raise_part,
     raise_unless_good,
 )
@@ -50,7 +51,9 @@ from onnxgen.staging import check_output
 from onnxgen.targets import onnx as onnx_target
 from onnxgen.targets import ort as ort_target
 from onnxgen.targets.contract import Contract, Padding, read_contract, write_contract
-from onnxgen.targets.genai_files import CONFIG, READ, genai_files
+from onnxgen.targets.genai import genai_config
+from onnxgen.targets.genai_engine import engine_config
+from onnxgen.targets.genai_files import READ
 from onnxgen.targets.ort.config import context_length
 from onnxgen.targets.paged import PagedModel, PagedOptions, check_paged_options
 from onnxgen.twin import holds_bfloat16
@@ -154,7 +157,11 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         onnx_target.finish(model, __version__, options.target)
         describe(report, model)
 
-        beside = _files_beside(report, model, roles, path, output, options)
+        beside: dict[str, bytes] = {}
+        if options.genai_config:
+            length = read_contract(model).max_length
+            make = partial(genai_config, model, roles, filename=output.name, max_length=length)
+            beside = files_beside(report, make, path, output, force=options.force)
         clock.start("write", f"writing {output.name}")
         with staged(
             model, output, source=path, force=options.force, beside=beside, reads=reads
@@ -184,7 +191,7 @@ class PageOptions:
         inline: expand the functions of the `onnxgen` domain.
         roles: what inputs are for, by name, where structure does not tell.
         genai_config: write genai_config.json and the tokenizer's files beside the output too.
-        force: let files of another model in the output's folder be replaced.
+        force: let files of another model in the output's folder be replaced, and the input.
     """
 
     output: Path
@@ -216,8 +223,10 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
     report.ops_before = count_ops(model)
+    output = folder / "model.onnx"
+    reads = [*data_files(model), *map(path.with_name, READ)]
     if folder.is_dir():
-        check_output(folder / "model.onnx", path, data_files(model), force=False)
+        check_output(output, path, reads, force=options.force)
     report.opset_before = model.graph.opset_imports.get("", 0)
     opset = onnx_target.opset_for(report.opset_before, None)
 
@@ -237,6 +246,10 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
             clock.stop()
             return report
         result = results[0]
+        beside: dict[str, bytes] = {}
+        if options.genai_config:  # read from our functions: before they are expanded
+            make = partial(engine_config, result, roles, filename=output.name)
+            beside = files_beside(report, make, path, output, force=options.force)
         if options.inline:
             for each in results:
                 functions.expand(each.model)
@@ -246,14 +259,19 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
 
         made = not folder.exists()
         files.make_folder(folder)
-        output = folder / "model.onnx"
         try:
             clock.start("write", f"writing {output}")
-            beside: dict[str, bytes] = {}
             with contextlib.ExitStack() as stack:
                 stages = [
                     stack.enter_context(
-                        staged(each.model, folder / name, source=path, force=False, beside=extra)
+                        staged(
+                            each.model,
+                            folder / name,
+                            source=path,
+                            force=options.force,
+                            beside=extra,
+                            reads=reads,
+                        )
                     )
                     for each, name, extra in zip(
                         results, ("model.onnx", "other-blocks.onnx"), (beside, {}), strict=True
@@ -305,23 +323,6 @@ def _settings(path: Path, options: FuseOptions) -> ort_target.Settings:
     told = context_length(path.with_name("config.json"))
     length = options.max_length or (told if told <= ort_target.LONGEST else 0)
     return ort_target.Settings(options.padding, length)
-
-
-def _files_beside(
-    report: Report, model: ir.Model, roles: Roles, path: Path, output: Path, options: FuseOptions
-) -> dict[str, bytes]:
-    """What is written beside the model, by name, where it was asked for."""
-    if not options.genai_config:
-        return {}
-    length = read_contract(model).max_length
-    files = genai_files(model, roles, path, output, max_length=length, force=options.force)
-    if "eos_token_id" not in json.loads(files[CONFIG])["model"]:
-        there = [name for name in READ[:2] if path.with_name(name).exists()]
-        said = f"{' and '.join(there) or 'no config.json'} beside {path.name}"
-        why = f"{said} {'give' if len(there) > 1 else 'gives'} no eos_token_id that is a number"
-        why = why if there else f"there is {said}"
-        report.warnings.append(f"{CONFIG} does not say which token ends a text: {why}")
-    return files
 
 
 def _lower(

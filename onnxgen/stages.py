@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -19,6 +21,8 @@ from onnxgen.passes.merged import Part, split_branches
 from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
 from onnxgen.report.values import Proof, Report
+from onnxgen.targets.genai import Said
+from onnxgen.targets.genai_files import CONFIG, READ, genai_files
 from onnxgen.verify.rewrites import RewriteChecker
 
 Progress = Callable[[str], None]
@@ -144,3 +148,22 @@ class Clock:
             stage, since = self._current
             self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - since
             self._current = None
+
+
+def files_beside(
+    report: Report,
+    make: Callable[[Said], Mapping[str, Any]],
+    path: Path,
+    output: Path,
+    *,
+    force: bool,
+) -> dict[str, bytes]:
+    """What is written beside the model for onnxruntime-genai, by name; see `genai_files`."""
+    files = genai_files(make, path, output, force=force)
+    if "eos_token_id" not in json.loads(files[CONFIG])["model"]:
+        there = [name for name in READ[:2] if path.with_name(name).exists()]
+        said = f"{' and '.join(there) or 'no config.json'} beside {path.name}"
+        why = f"{said} {'give' if len(there) > 1 else 'gives'} no eos_token_id that is a number"
+        why = why if there else f"there is {said}"
+        report.warnings.append(f"{CONFIG} does not say which token ends a text: {why}")
+    return files

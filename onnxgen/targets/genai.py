@@ -10,7 +10,7 @@ The format is that of onnxruntime-genai 0.18 (its src/config.h, and what its mod
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,46 +105,70 @@ def genai_config(
     caches = [_cache(node) for node in attentions]
     template = name_templates(caches, list(roles.inputs))
     if isinstance(template, str):
-        raise _refused(template)
+        raise refused(template)
     logits, vocabulary = _logits(graph, roles, shapes)
     heads, kv_heads, head_size = _heads(roles, shapes, attentions[0])
-    decoder: dict[str, Any] = {
+    length = context_length(roles, said, max_length)
+    return assembled(
+        said,
+        decoder={
+            "filename": filename,
+            "head_size": head_size,
+            "hidden_size": hidden_size(graph, {each.name for each in roles.named("ids")}, shapes),
+            "inputs": {
+                **inputs,
+                "past_key_names": template.past_key,
+                "past_value_names": template.past_value,
+            },
+            "outputs": {
+                "logits": logits,
+                "present_key_names": template.present_key,
+                "present_value_names": template.present_value,
+            },
+            "num_attention_heads": heads,
+            "num_hidden_layers": len(caches),
+            "num_key_value_heads": kv_heads,
+        },
+        vocabulary=vocabulary,
+        length=length,
+        shares=_may_share(attentions),
+    )
+
+
+def assembled(
+    said: Said, *, decoder: Mapping[str, Any], vocabulary: int, length: int, shares: bool
+) -> dict[str, Any]:
+    """genai_config.json of a decoder, with what the files beside the model say.
+
+    Args:
+        decoder: what is known of `model.decoder`; None where it is not.
+        vocabulary: V, how many tokens are scored.
+        length: the most tokens of a sequence.
+        shares: whether past and present may be one buffer.
+    """
+    found = {
         "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
-        "filename": filename,
-        "head_size": head_size,
-        "hidden_size": _hidden_size(graph, roles, shapes) or said.size("hidden_size"),
-        "inputs": {
-            **inputs,
-            "past_key_names": template.past_key,
-            "past_value_names": template.past_value,
-        },
-        "outputs": {
-            "logits": logits,
-            "present_key_names": template.present_key,
-            "present_value_names": template.present_value,
-        },
-        "num_attention_heads": heads,
-        "num_hidden_layers": len(caches),
-        "num_key_value_heads": kv_heads,
+        **decoder,
+        "hidden_size": decoder.get("hidden_size") or said.size("hidden_size"),
     }
-    length = _context_length(roles, said, max_length)
     return {
         "model": {
             **_tokens(said),
             "context_length": length,
-            "decoder": {key: value for key, value in decoder.items() if value is not None},
+            "decoder": {key: value for key, value in found.items() if value is not None},
             "type": _type(said),
             "vocab_size": vocabulary,
         },
         "search": {
             **{key: _default(said, key, value) for key, value in SEARCH.items()},
             "max_length": length,
-            "past_present_share_buffer": _may_share(attentions),
+            "past_present_share_buffer": shares,
         },
     }
 
 
-def _refused(reason: str) -> RefusedError:
+def refused(reason: str) -> RefusedError:
+    """Why there is no config."""
     return RefusedError(f"no genai_config.json can be written: {reason}")
 
 
@@ -157,25 +181,25 @@ def _inputs(roles: Roles) -> dict[str, str]:
             continue
         word = fed.get(each.role)
         if word is None or word in found:
-            raise _refused(f"onnxruntime-genai does not feed the input '{each.name}' ({each.role})")
+            raise refused(f"onnxruntime-genai does not feed the input '{each.name}' ({each.role})")
         if len(each.shape) != 2 or each.dtype not in (ir.DataType.INT32, ir.DataType.INT64):
-            raise _refused(f"the input '{each.name}' ({each.role}) is not int32 or int64 [B,S]")
+            raise refused(f"the input '{each.name}' ({each.role}) is not int32 or int64 [B,S]")
         found[word] = each
     if "input_ids" not in found:
-        raise _refused("no input takes token ids")
+        raise refused("no input takes token ids")
     counted = [found[word] for word in ("attention_mask", "position_ids") if word in found]
     if len({each.dtype for each in counted}) > 1:
-        raise _refused("positions and mask have different element types")
+        raise refused("positions and mask have different element types")
     for letter, what in (("S", "number of new tokens"), ("P", "length of the past")):
         if letter in roles.fixed:
-            raise _refused(f"the {what} is fixed at {roles.fixed[letter]}")
+            raise refused(f"the {what} is fixed at {roles.fixed[letter]}")
     return {word: each.name for word, each in found.items()}
 
 
 def _attentions(graph: ir.Graph, roles: Roles) -> list[ir.Node]:
     """The nodes that read the caches, in graph order; every cache is read by one of them."""
     if not roles.pairs:
-        raise _refused("the model continues no cache that grows")
+        raise refused("the model continues no cache that grows")
     found: list[ir.Node] = []
     covered: set[str] = set()
     for node in graph:
@@ -191,9 +215,9 @@ def _attentions(graph: ir.Graph, roles: Roles) -> list[ir.Node]:
         covered |= {str(past.name) for past in pasts if past is not None}
     for pair in roles.pairs:
         if pair.cap is not None:
-            raise _refused(f"the cache '{pair.past}' is cropped")
+            raise refused(f"the cache '{pair.past}' is cropped")
         if pair.past not in covered:
-            raise _refused(f"the cache '{pair.past}' is not that of an attention, [B,K,P,D]")
+            raise refused(f"the cache '{pair.past}' is not that of an attention, [B,K,P,D]")
     return found
 
 
@@ -210,14 +234,14 @@ def _heads(roles: Roles, shapes: Shapes, node: ir.Node) -> tuple[int, int, int]:
     pairs = [roles.pair_of(str(each.name)) for each in (key, value) if each is not None]
     sizes = {(pair.heads, pair.head_size) for pair in pairs if pair is not None}
     if len(sizes) != 1 or 0 in next(iter(sizes)):
-        raise _refused("keys and values are not [B,K,P,D] of one K and one D that are fixed")
+        raise refused("keys and values are not [B,K,P,D] of one K and one D that are fixed")
     kv_heads, head_size = sizes.pop()
     for name in ("num_heads", "q_num_heads"):
         if name in node.attributes:
             return int(node.attributes[name].value), kv_heads, head_size
     queries = shapes.of(node.inputs[0])
     if queries is None or len(queries) != 4 or not isinstance(queries[1], int):
-        raise _refused("the number of query heads is not known")
+        raise refused("the number of query heads is not known")
     return queries[1], kv_heads, head_size
 
 
@@ -227,21 +251,21 @@ def _logits(graph: ir.Graph, roles: Roles, shapes: Shapes) -> tuple[str, int]:
     named = [each for each in rows if "logits" in each.name]
     found: list[OutputRole] = rows if len(rows) == 1 else named
     if len(found) != 1:
-        raise _refused(f"which output is the logits is open: {[each.name for each in rows]}")
+        raise refused(f"which output is the logits is open: {[each.name for each in rows]}")
     value = next(each for each in graph.outputs if each.name == found[0].name)
     shape = shapes.of(value) or found[0].shape
     if shape is None or len(shape) != 3 or not isinstance(shape[2], int):
-        raise _refused(f"the output '{found[0].name}' is not [B,S,V] of a V that is fixed")
+        raise refused(f"the output '{found[0].name}' is not [B,S,V] of a V that is fixed")
     return found[0].name, shape[2]
 
 
-def _hidden_size(graph: ir.Graph, roles: Roles, shapes: Shapes) -> int | None:
-    """H, as the table says that the tokens index."""
-    tokens = {each.name for each in roles.named("ids")}
-    for value in graph.inputs:
-        if value.name not in tokens:
-            continue
-        for use in value.uses():
+def hidden_size(graph: ir.Graph, tokens: Collection[str], shapes: Shapes) -> int | None:
+    """H, as the table says that the inputs of these names index."""
+    values = [value for value in graph.inputs if value.name in tokens]
+    while values:
+        for use in values.pop().uses():
+            if use.node.op_type in ("Unsqueeze", "Cast") and use.idx == 0:
+                values.append(use.node.outputs[0])
             table = use.node.inputs[0]
             if producer(use.node.outputs[0], "Gather") is None or use.idx != 1:
                 continue
@@ -266,7 +290,7 @@ def _may_share(attentions: list[ir.Node]) -> bool:
     return True
 
 
-def _context_length(roles: Roles, said: Said, max_length: int | None) -> int:
+def context_length(roles: Roles, said: Said, max_length: int | None) -> int:
     """The most tokens, past and new, that the model was made for."""
     tables = [each.bound for each in roles.named("positions") if each.bound]
     told = said.size("max_position_embeddings") or said.size("n_positions")

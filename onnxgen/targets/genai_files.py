@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import onnx_ir as ir
-
-from onnxgen.analysis.role_values import Roles
 from onnxgen.errors import FileError, UsageError
-from onnxgen.targets.genai import Said, genai_config
+from onnxgen.targets.genai import Said
 
 CONFIG = "genai_config.json"
 TOKENIZER = (
@@ -32,21 +29,14 @@ READ = ("config.json", "generation_config.json", *TOKENIZER)
 
 
 def genai_files(
-    model: ir.Model,
-    roles: Roles,
-    source: Path,
-    output: Path,
-    *,
-    max_length: int | None,
-    force: bool,
+    make: Callable[[Said], Mapping[str, Any]], source: Path, output: Path, *, force: bool
 ) -> dict[str, bytes]:
     """The files to write beside `output`, by name: the tokenizer's, and the config as the last.
 
     Args:
-        model: as it will be written to `output`.
-        roles: of its inputs and outputs.
+        make: genai_config.json, of what the files beside the source say.
         source: the model as exported; the tokenizer's files and config.json lie beside it.
-        max_length: the most tokens that the model takes; None where nothing limits them.
+        output: where the model will be written to.
         force: allow replacing files of the same names that are not this model's.
 
     Raises:
@@ -55,7 +45,7 @@ def genai_files(
         UsageError: a file of that name, and not this model's, is there already.
     """
     said = Said(*(_object(source.with_name(f"{part}config.json")) for part in ("", "generation_")))
-    config = genai_config(model, roles, said, filename=output.name, max_length=max_length)
+    config = make(said)
     files: dict[str, bytes] = {}
     for name in TOKENIZER:
         content = _read(source.with_name(name))

@@ -54,6 +54,18 @@ def fused(path: Path, target: str) -> Path:
     return output
 
 
+def paged(path: Path, words: str = "") -> Path:
+    """What `onnxgen to-paged` writes of a file, anew at each call.
+
+    Args:
+        words: further ones of the command, such as "--logits last".
+    """
+    folder = path.with_name(f"{path.stem}.paged{''.join(words.split())}")
+    command = [sys.executable, "-m", "onnxgen", "to-paged", path, "-o", folder, "--no-verify"]
+    quietly([*command, *words.split()])
+    return folder / "model.onnx"
+
+
 def quietly(command: Sequence[str | Path], hint: str = "") -> None:
     """Run a command; where it fails, end with what it said and the hint."""
     done = subprocess.run(
