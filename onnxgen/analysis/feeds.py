@@ -80,8 +80,7 @@ class RunShape:
         if self.padding == "left":
             return at >= pads
         if self.padding == "holes":
-            found: npt.NDArray[np.bool_] = np.logical_or(np.equal(at, 0), np.greater(at, pads))
-            return found
+            return np.asarray((at == 0) | (at > pads), dtype=np.bool_)
         end = self.total if self.new > 1 else self.past
         return (at < end - pads) | (at >= end)
 

@@ -155,7 +155,9 @@ def _read(samples: Iterable[tuple[RunShape, Any]]) -> MaskFamily:
         seen = found if found.dtype == bool else found > MASKED
         if found.dtype != bool:
             faint = faint or bool((found[~seen] > np.finfo(found.dtype).min / 2).any())
-        if found.dtype != bool and (slopes or np.unique(found[seen]).size > 1):
+        # Holes say what is seen; Bloom's biases count tokens, and do not count those.
+        tilts = found.dtype != bool and shape.padding != "holes"
+        if tilts and (slopes or np.unique(found[seen]).size > 1):
             tilted = _slopes(found, seen)
             if tilted is None or (slopes and not _alike(slopes, tilted)):
                 return MaskFamily("general", reason="it adds a bias that differs from key to key")
