@@ -51,9 +51,12 @@ from onnxgen.targets.contract import Contract, Padding, read_contract, write_con
 from onnxgen.targets.genai_files import CONFIG, genai_files
 from onnxgen.targets.ort.config import context_length
 from onnxgen.targets.paged import PagedModel, PagedOptions, check_paged_options
+from onnxgen.targets.paged_ort import lower_paged
 from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.compare import TOLERANCES, verify_models
 from onnxgen.verify.paged import prove_paged
+from onnxgen.verify.paged_kernel import run_kernel
+from onnxgen.verify.paged_twin import staged_twins
 from onnxgen.verify.rewrites import RewriteChecker
 
 FLOAT = ir.DataType.FLOAT
@@ -173,6 +176,8 @@ class PageOptions:
     Attributes:
         output: the folder to write model.onnx to.
         paged: how the model is paged.
+        max_length: for the flavor "ort": the most tokens of a sequence, past and new, where the
+            rotary embedding goes inside; None as for `FuseOptions`.
         check: convert nothing; say whether it could be.
         verify: run the checks; without them nothing is run and the report says unproven.
         inline: expand the functions of the `onnxgen` domain.
@@ -183,6 +188,7 @@ class PageOptions:
 
     output: Path
     paged: PagedOptions = field(default_factory=PagedOptions)
+    max_length: int | None = None
     check: bool = False
     verify: bool = True
     inline: bool = False
@@ -203,6 +209,8 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
     """
     folder = options.output
     check_paged_options(options.paged)
+    if options.max_length and options.paged.flavor != "ort":
+        raise UsageError("--max-length is for --flavor ort")
     size = options.paged.block_size
     report = Report(input=str(path), output="", target="paged", paging=Paging(block_size=size))
     clock = Clock(report.seconds, progress)
@@ -254,7 +262,9 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
                 clock.start("verify", "verifying")
                 if options.verify:
                     paths = [stage.path for stage in stages]
-                    report.proof = prove_paged(path, paths, results, roles, runtime, progress)
+                    report.proof = _prove_paged(
+                        report, path, paths, results, roles, runtime, progress
+                    )
                     add_checks(report.proof, checkers)
                 else:
                     report.proof = Proof("unproven", TOLERANCES[FLOAT], reason="told not to run")
@@ -347,6 +357,31 @@ def _prove(
     return proof
 
 
+def _prove_paged(
+    report: Report,
+    original: Path,
+    written: Sequence[Path],
+    results: Sequence[PagedModel],
+    roles: Roles,
+    runtime: Runtime,
+    progress: Progress,
+) -> Proof:
+    """The comparison of a paged model; of the flavor "ort" first what it means, then its kernel."""
+    paging = report.paging
+    if results[0].options.flavor != "ort" or paging is None:
+        return prove_paged(original, written, results, roles, runtime, progress)
+    with staged_twins(written) as twins:
+        proof = prove_paged(original, twins, results, roles, runtime, progress)
+    proof.note = (
+        "ONNX Runtime's CPU has no kernel of PagedAttention: what each says in the written file "
+        "was run as standard operators"
+    )
+    paging.kernel = "not run: the model was not proven"
+    if proof.status == "proven":
+        paging.kernel = run_kernel(original, written, results, roles, runtime, proof, progress)
+    return proof
+
+
 def _page(
     report: Report,
     model: ir.Model,
@@ -360,13 +395,23 @@ def _page(
     Raises:
         RefusedError: something stands in the way; carries `report`.
     """
-    asked = options.paged.block_size
-    other = replace(options.paged, block_size=4 if asked != 4 else 8)
+    asked, settings = options.paged.block_size, options.paged
+    lowered = settings.flavor == "ort"
+    if lowered:
+        settings = replace(settings, kv_dtype=settings.kv_dtype or _narrowest(roles))
+    first, second = (32, 16) if lowered else (4, 8)  # the operator takes 16 and more
+    other = replace(settings, block_size=first if asked != first else second)
+    length = options.max_length or context_length(Path(report.input).with_name("config.json"))
     found: list[PagedModel] = []
     try:
-        for each, paged in ((model.clone(), other), (model, options.paged)):
+        for each, paged in ((model.clone(), other), (model, settings)):
             sampler = Sampler(each.graph, roles, runtime)
-            found.insert(0, page_model(each, roles, sampler, families, paged))
+            result = page_model(each, roles, sampler, families, paged)
+            if lowered:
+                result, report.lowered = lower_paged(result, runtime, length)
+                tidy(each)
+                functions.declare(each)
+            found.insert(0, result)
     except UnpageableError as error:
         paging = report.paging
         assert paging is not None
@@ -380,4 +425,14 @@ def _page(
         refused.report = report
         raise refused from error
     report.paging = found[0].described()
+    limit = found[0].max_length
+    if limit is not None:
+        write_contract(found[0].model, Contract(max_length=limit))
+        report.contract = f"at most {limit} tokens a sequence"
     return found
+
+
+def _narrowest(roles: Roles) -> ir.DataType:
+    """The type of pools that com.microsoft::PagedAttention takes: the caches' own, or float16."""
+    kinds = {roles.inputs[pair.past].dtype for pair in roles.pairs}
+    return ir.DataType.BFLOAT16 if kinds == {ir.DataType.BFLOAT16} else ir.DataType.FLOAT16

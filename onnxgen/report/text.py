@@ -185,6 +185,9 @@ def _paging(paging: Paging) -> Iterator[Text]:
         f"blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
         f"masks: {families}; logits: {paging.logits}"
     )
+    if paging.kernel:
+        run = not paging.kernel.startswith("not run")
+        yield _labelled("The operator's kernel", paging.kernel, "green" if run else "yellow")
 
 
 def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:

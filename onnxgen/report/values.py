@@ -149,6 +149,10 @@ class Paging:
         token_bytes: bytes that one token takes in all pools.
         families: what the masks mean, each once.
         obstacles: what stands in the way; nothing was written then.
+        flavor: "portable" or "ort".
+        max_length: most tokens of a sequence; None where nothing limits them.
+        kernel: of flavor "ort": what the operator's own kernel was run on and how far it differed,
+            or "not run: " and why.
     """
 
     block_size: int
@@ -160,6 +164,9 @@ class Paging:
     token_bytes: int = 0
     families: list[str] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
+    flavor: str = "portable"
+    max_length: int | None = None
+    kernel: str = ""
 
 
 @dataclass

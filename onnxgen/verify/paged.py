@@ -129,10 +129,11 @@ def prove_paged(
             proof.status = "differs"
             proof.reason = f"ONNX Runtime cannot load the paged model: {error}"
             return proof
-        sides = _Contiguous(runtime, first, roles), _Paged(runtime, second, result)
-        run = _Run(*sides, proof, progress)
         size, sharing = result.options.block_size, not result.switches
-        run.program(program(size, edges, sharing=sharing))
+        events = program(size, edges, sharing=sharing)
+        compare_steps(
+            (runtime, first, roles), (runtime, second, result), events, proof, progress=progress
+        )
         runtime.unload(second)
         if proof.reason:
             return proof
@@ -141,6 +142,26 @@ def prove_paged(
     else:
         proof.reason = f"no step could be run: {proof.cases[0].skipped}"
     return proof
+
+
+def compare_steps(
+    original: tuple[Runtime, int, Roles],
+    paged: tuple[Runtime, int, PagedModel],
+    events: Sequence[Event],
+    proof: Proof,
+    *,
+    free: float = math.nan,
+    progress: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Take two loaded models through a program; the proof takes its cases and what differs.
+
+    Args:
+        original, paged: where each is loaded, as which session, and what it is.
+        free: what slots hold that are nobody's.
+    """
+    first, second = _Contiguous(*original), _Paged(*paged, free)
+    first.room = min(first.room, paged[2].max_length or first.room)
+    _Run(first, second, proof, progress).program(events)
 
 
 class _Contiguous:
@@ -250,15 +271,16 @@ class _Contiguous:
 
 
 class _Paged:
-    """The paged model: all sequences together, on pools whose free slots hold NaN."""
+    """The paged model: all sequences together, on pools whose free slots hold NaN, or what is said."""
 
-    def __init__(self, runtime: Runtime, session: int, result: PagedModel) -> None:
+    def __init__(self, runtime: Runtime, session: int, result: PagedModel, free: float) -> None:
         self._runtime = runtime
         self._session = session
         self.result = result
         self.options = result.options
         self.sequences = Sequences(0, result.options.block_size)
         self.pools: dict[str, Array] = {}
+        self._free = free
 
     def prepare(self, blocks: int) -> None:
         """Empty pools, and blocks in no order."""
@@ -268,7 +290,7 @@ class _Paged:
             shape = (blocks, self.options.block_size, pool.heads, pool.size)
             half = pool.dtype == ir.DataType.FLOAT16
             kind = np.float16 if half else np.float32  # bfloat16 runs as a float32 twin
-            self.pools[pool.name] = np.full(shape, np.nan, kind)
+            self.pools[pool.name] = np.full(shape, self._free, kind)
 
     def flat(self, name: str) -> Array:
         """A pool as slots [NB * BS, K, D]."""
@@ -307,7 +329,7 @@ class _Paged:
     def empty(self, blocks: Sequence[int]) -> None:
         """Blocks that are nobody's again."""
         for pool in self.pools.values():
-            pool[list(blocks)] = np.nan
+            pool[list(blocks)] = self._free
 
 
 class _Run:
