@@ -100,7 +100,7 @@ def _run_aliased(
             binding.bind_output(name, "cpu")
     session.run_with_iobinding(binding, options)
     return {
-        name: (buffers[name] if name in buffers else value).numpy()
+        name: buffers.get(name, value).numpy()
         for name, value in zip(names, binding.get_outputs(), strict=True)
     }
 

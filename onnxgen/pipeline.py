@@ -399,8 +399,8 @@ def _page(
     lowered = settings.flavor == "ort"
     if lowered:
         settings = replace(settings, kv_dtype=settings.kv_dtype or _narrowest(roles))
-    first, second = (32, 16) if lowered else (4, 8)  # the operator takes 16 and more
-    other = replace(settings, block_size=first if asked != first else second)
+    sizes = (32, 16) if lowered else (4, 8)  # the operator takes 16 and more
+    other = replace(settings, block_size=sizes[asked == sizes[0]])
     length = options.max_length or context_length(Path(report.input).with_name("config.json"))
     found: list[PagedModel] = []
     try:

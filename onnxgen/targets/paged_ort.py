@@ -265,10 +265,7 @@ class _Lowering:
         made.metadata_props.update(node.metadata_props)
         self._graph.insert_before(node, self._builder.take())
         for before, after in zip(node.outputs, (y, *outputs[1:]), strict=True):
-            name = before.name
-            ir.convenience.replace_all_uses_with(before, after, replace_graph_outputs=True)
-            if after.is_graph_output():
-                before.name, after.name = f"{name}.portable", name
+            take_place(before, after)
         self._graph.remove(node, safe=True)
         details: dict[str, str | int | float | bool] = dict(inside.said)
         for name, word in (("local_window_size", "window"), ("softcap", "softcap")):
@@ -278,9 +275,7 @@ class _Lowering:
             details["sinks"] = True
         return Site("attention", CODE, made.name or NAME, "", "fused", details=details)
 
-    def _inside(
-        self, node: ir.Node, query: ir.Value, key: ir.Value, dtype: ir.DataType
-    ) -> _Inside:
+    def _inside(self, node: ir.Node, query: ir.Value, key: ir.Value, dtype: ir.DataType) -> _Inside:
         """As much of what is before attention as the operator does."""
         rotaries = [_turned(each) for each in (query, key)]
         rotary: tuple[RotaryRows, ir.Node] | None = None
@@ -410,6 +405,14 @@ class _Lowering:
             guard = op("Gather", [zero, over], {"axis": 0}, name=sentence)
             self._past[past] = op("Add", [past, guard], name="past_lengths")
         return self._past[past]
+
+
+def take_place(old: ir.Value, new: ir.Value) -> None:
+    """Let a value be read where another was, under its name where that is an output's."""
+    name = old.name
+    ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
+    if new.is_graph_output():
+        old.name, new.name = f"{name}.replaced", name
 
 
 def _keys_of(node: ir.Node) -> ir.Node:

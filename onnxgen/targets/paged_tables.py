@@ -7,6 +7,7 @@ are all there is to know. A switch on the longest position shows as a difference
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import CutError, cut
-from onnxgen.analysis.graph import ancestors, attribute, constant
+from onnxgen.analysis.graph import constant
 from onnxgen.runtime import Runtime, RuntimeFailure
 
 Array = np.ndarray[Any, Any]
@@ -54,10 +55,6 @@ def rotary_rows(
     wanted = [value for value in values if value.const_value is None]
     if not wanted:
         return "its tables do not depend on the position"
-    length = min([length, *_bounds(wanted, positions)])
-    if places is not None:
-        sizes = [v.shape[0] for v in (cos, sin) if v is not None and v.shape is not None]
-        length = min([length, *(size for size in sizes if isinstance(size, int))])
     try:
         part = cut([positions, tokens], wanted, graph.opset_imports)
         session = runtime.load(part.SerializeToString())
@@ -81,6 +78,7 @@ def rotary_rows(
         return tuple(each if index is None else each[index] for each in tables)
 
     try:
+        length = _longest(rows, length)
         everywhere = rows(np.arange(length))
         if any(len(each) != length for each in everywhere):
             return "its tables have no row for each token"
@@ -91,10 +89,24 @@ def rotary_rows(
                 ):
                     return "its tables do not follow from the position alone"
     except (RuntimeFailure, IndexError) as error:
-        return f"its tables cannot be run for {length} positions: {error}"
+        return f"its tables cannot be run: {error}"
     finally:
         runtime.unload(session)
     return RotaryRows(*everywhere)
+
+
+def _longest(rows: Callable[[Array], object], length: int) -> int:
+    """The most positions, up to `length`, that the tables are known for: a lookup fails beyond."""
+    works, fails = 1, length + 1
+    wanted = length
+    while fails - works > 1:
+        try:
+            rows(np.array([wanted - 1]))
+            works = wanted
+        except (RuntimeFailure, IndexError):
+            fails = wanted
+        wanted = (works + fails) // 2
+    return works
 
 
 def _held_out(length: int) -> list[Array]:
@@ -102,16 +114,3 @@ def _held_out(length: int) -> list[Array]:
     last = length - 1
     drawn = np.random.default_rng(0).integers(0, length, 23)
     return [np.array(each) for each in ([0], [last], [min(3, last), last, 0, 0])] + [drawn]
-
-
-def _bounds(wanted: list[ir.Value], positions: ir.Value) -> list[int]:
-    """How many rows the tables hold that are looked up on the way."""
-    found = []
-    for node in ancestors(wanted, frozenset([positions])):
-        data = node.inputs[0] if node.op_type == "Gather" else None
-        if data is None or data.const_value is None or data.const_value.size < 2:
-            continue
-        index = node.inputs[1]
-        if index is not None and index.const_value is None and len(data.const_value.shape) > 1:
-            found.append(int(data.const_value.shape[attribute(node, "axis", 0)]))  # type: ignore[call-overload]
-    return found

@@ -31,7 +31,12 @@ from onnxgen.verify.paged import compare_steps, program
 
 PACKAGE = "onnxruntime_ep_webgpu"
 SAFE_BLOCK, FEW = 32, 12
-"""Slots of a block from which prompts of any length are right; a third of the tokens that are else."""
+"""Slots of a block from which prompts of any length are right; elsewhere the program is one for
+blocks of so many slots, whose longest prompt has twice as many tokens."""
+
+ROUNDING = 3.0
+"""So many times the proof's tolerance is allowed: the kernel's sums and rotations are made in half
+precision (up to 8e-3 was seen on two layers), and what its faults do is above 0.1."""
 
 _REFUSED = {
     "slot_mapping": "a slot mapping",
@@ -70,7 +75,7 @@ def run_kernel(
     events = program(SAFE_BLOCK if safe else FEW, (), sharing=safe)
     with Runtime(webgpu=True) as device:
         device.aliases = {pool.name: pool.output for pool in result.pools}
-        own = Proof("unverifiable", proof.tolerance)
+        own = Proof("unverifiable", ROUNDING * proof.tolerance)
         try:
             progress("loading the kernel")
             session = device.load(path, optimize=True)
@@ -78,7 +83,11 @@ def run_kernel(
         except RuntimeFailure as error:
             return f"not run: {error}"
         compare_steps(
-            (runtime, first, roles), (device, session, result), events, own, free=0.0,
+            (runtime, first, roles),
+            (device, session, result),
+            events,
+            own,
+            free=0.0,
             progress=progress,
         )
         runtime.unload(first)

@@ -22,23 +22,27 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxgen import functions
-from onnxgen.analysis.graph import attribute
+from onnxgen.analysis.graph import attribute, names
 from onnxgen.analysis.shapes import Shapes
 from onnxgen.errors import RefusedError
-from onnxgen.model_io import read_model, staged
 from onnxgen.functions import paged_attention, paged_plan
+from onnxgen.model_io import read_model, staged
 from onnxgen.patterns.building import Builder
-from onnxgen.targets.paged_ort import DOMAIN, NAME, live_schema
+from onnxgen.targets.paged_ort import DOMAIN, NAME, live_schema, take_place
 
 FLOAT = int(ir.DataType.FLOAT)
 # What is put together again; whatever else a node says is not understood.
-_INPUTS = frozenset(
-    "query key value key_cache value_cache cumulative_sequence_length past_seqlens block_table "
-    "cos_cache sin_cache slot_mapping head_sink q_norm_weight k_norm_weight".split()
+_INPUTS = names(
+    """
+    query key value key_cache value_cache cumulative_sequence_length past_seqlens block_table
+    cos_cache sin_cache slot_mapping head_sink q_norm_weight k_norm_weight
+    """
 )
-_ATTRIBUTES = frozenset(
-    "num_heads kv_num_heads scale softcap local_window_size do_rotary rotary_interleaved "
-    "qk_norm_epsilon".split()
+_ATTRIBUTES = names(
+    """
+    num_heads kv_num_heads scale softcap local_window_size do_rotary rotary_interleaved
+    qk_norm_epsilon
+    """
 )
 
 
@@ -94,8 +98,7 @@ class _Expansion:
         if not isinstance(block, int) or not isinstance(size, int):
             raise RefusedError(f"{node.name}: the sizes of its pools are not known")
         lengths = [
-            given[name]
-            for name in ("cumulative_sequence_length", "past_seqlens", "block_table")
+            given[name] for name in ("cumulative_sequence_length", "past_seqlens", "block_table")
         ]
         mapping = given.get("slot_mapping")
         positions, _, places, spread, collect = self._plan(
@@ -151,11 +154,8 @@ class _Expansion:
         y = op("Cast", [outputs[0]], {"to": int(kind)})
         self._graph.insert_before(node, self._builder.take())
         for old, new in zip(node.outputs, (y, *outputs[1:]), strict=False):
-            new.dtype, new.shape = old.dtype, old.shape
-            ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
-            if new.is_graph_output():
-                name, old.name = old.name, f"{old.name}.operator"
-                new.name = name
+            new.type, new.shape = old.type, old.shape
+            take_place(old, new)
         self._graph.remove(node, safe=True)
 
     def _plan(
