@@ -46,12 +46,14 @@ class TokenLengths:
         positions: int64 [N].
         totals: int64 [N], past and new tokens of each token's sequence.
         count: int64 [1], N.
+        longest: int64 [1], what stands for the length of a model's keys.
         axis: where the tokens are among the model's batch (0) and sequence (1).
     """
 
     positions: ir.Value
     totals: ir.Value
     count: ir.Value
+    longest: ir.Value
     axis: int
 
 
@@ -161,9 +163,7 @@ class _Positions:
                 if axis == 0 and self._batch(meaning) is None:
                     return None
             case "total":
-                new = op(
-                    "Add", [op("ReduceMax", [self.tokens.positions], {"keepdims": 1}), ints(1)]
-                )
+                new = self.tokens.longest
             case "new":
                 new = self.tokens.count if axis == 1 else ints(1)
             case _:

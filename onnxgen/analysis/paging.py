@@ -36,6 +36,8 @@ _COUPLING = frozenset(
 ) | frozenset(
     ["LinearAttention", "CausalConvWithState", "AveragePool", "MaxPool", "GlobalAveragePool"]
 )
+# An operand that is made by one of these has seen other tokens than its own.
+_CONTEXT_BOUND = frozenset(["Attention", "SinkAttention", "Softmax", "TensorScatter"])
 _MOST_STEPS = 8  # from an attention back to its cache
 _FAMILIES = ("causal", "window", "chunked")
 _ATTENTIONS = ("Attention", "SinkAttention")
@@ -50,6 +52,26 @@ class UnpageableError(Exception):
 
 
 @dataclass(frozen=True)
+class CacheUse:
+    """A cache that keys and values are computed from, at every step anew (MLA's latents).
+
+    Attributes:
+        pair: the cache.
+        new: what is put behind it, of its axes.
+        whole: past and new.
+        axes: its letters, such as ("B", "K", "P", "D").
+        heads, size: K and D.
+    """
+
+    pair: CachePair
+    new: ir.Value
+    whole: ir.Value
+    axes: tuple[str, ...]
+    heads: int
+    size: int
+
+
+@dataclass(frozen=True)
 class PagedLayer:
     """One attention over a cache.
 
@@ -57,23 +79,25 @@ class PagedLayer:
         node: the Attention or SinkAttention.
         q: [B, H, S, D].
         key, value: the new ones, [B, K, S, D] and [B, K, S, Dv]; None where another layer's are read.
-        caches: the pairs of the keys and of the values.
+        caches: the pairs of the keys and of the values; of computed ones all they come from.
         heads, kv_heads, size, width: H, K, D and Dv.
         family: what its mask means.
         sinks: [H], or None.
+        computed: what keys and values are computed from; empty where they are a cache's own.
     """
 
     node: ir.Node
     q: ir.Value
     key: ir.Value | None
     value: ir.Value | None
-    caches: tuple[CachePair, CachePair]
+    caches: tuple[CachePair, ...]
     heads: int
     kv_heads: int
     size: int
     width: int
     family: MaskFamily
     sinks: ir.Value | None = None
+    computed: tuple[CacheUse, ...] = ()
 
 
 def paged_layers(facts: Facts, families: Mapping[str, MaskFamily]) -> list[PagedLayer]:
@@ -136,7 +160,12 @@ def _layer(facts: Facts, node: ir.Node, family: MaskFamily | None) -> PagedLayer
     else:
         (key, key_pair), (value, value_pair) = _held(facts, k), _held(facts, v)
         pairs = [key_pair, value_pair]
+    computed: tuple[CacheUse, ...] = ()
     if pairs[0] is None or pairs[1] is None:
+        key, value = None, None
+        computed = _computed(facts, k, v)
+        pairs = [use.pair for use in computed]
+    if not pairs or None in pairs:
         reason = "it attends to keys that are no cache's: an encoder's, or bidirectional ones"
         return Obstacle("PAG006" if facts.roles.pairs else "PAG002", reason, name)
     if family is None or family.kind == "general":
@@ -153,13 +182,14 @@ def _layer(facts: Facts, node: ir.Node, family: MaskFamily | None) -> PagedLayer
         q,
         key,
         value,
-        (pairs[0], pairs[1]),
+        tuple(pair for pair in pairs if pair is not None),
         fixed[0],
         fixed[1],
         fixed[2],
         fixed[3],
         family,
         last if node.op_type == "SinkAttention" else None,
+        computed,
     )
 
 
@@ -194,6 +224,51 @@ def _held(facts: Facts, value: ir.Value | None) -> tuple[ir.Value | None, CacheP
         at = 4 + list(node.outputs).index(view.source) - 1
         return None, _cache(facts, node.inputs[at])
     return None, None
+
+
+def _computed(facts: Facts, *operands: ir.Value | None) -> tuple[CacheUse, ...]:
+    """What keys and values are computed from: caches that grow, and nothing else of the model."""
+    found: dict[str, CacheUse] = {}
+    seen: set[ir.Value] = set()
+    pending = [value for value in operands if value is not None]
+    while pending:
+        value = pending.pop()
+        if value in seen or not facts.is_activation(value):
+            continue
+        seen.add(value)
+        node = value.producer()
+        if node is None:
+            return ()  # an input that is no cache's
+        use = _grown(facts, node)
+        if use is not None:
+            found.setdefault(use.pair.past, use)
+            continue
+        if node.op_type in _CONTEXT_BOUND:
+            return ()
+        pending += [each for each in node.inputs if each is not None]
+    return tuple(sorted(found.values(), key=lambda use: facts.order(use.whole)))
+
+
+def _grown(facts: Facts, node: ir.Node) -> CacheUse | None:
+    """A Concat of a past and what is new behind it."""
+    if node.op_type != "Concat" or len(node.inputs) != 2:
+        return None
+    past, new = node.inputs
+    if past is None or new is None or not past.is_graph_input():
+        return None
+    pair = facts.roles.pair_of(past.name or "")
+    role = facts.roles.inputs.get(past.name or "")
+    shape = facts.shapes.of(past)
+    if pair is None or role is None or shape is None or pair.cap is not None:
+        return None
+    sizes = dict(zip(role.axes, shape, strict=True))
+    heads, size = sizes.get("K", 1), sizes.get("D")
+    axis = attribute(node, "axis") % len(shape)
+    if axis != pair.axis or set(role.axes) - set("BKPD"):
+        return None
+    if not isinstance(heads, int) or not isinstance(size, int):
+        return None
+    return CacheUse(pair, new, node.outputs[0], role.axes, heads, size)
 
 
 def _is_attention(facts: Facts, node: ir.Node) -> bool:

@@ -32,6 +32,7 @@ DEFINITIONS: dict[str, Callable[[str, int], ir.Function]] = {
     paged_plan.TOKENS: paged_plan.build_tokens,
     paged_plan.KEYS: paged_plan.build_keys,
     paged_attention.NAME: paged_attention.build,
+    paged_attention.CACHE: paged_attention.build_cache,
 }
 # Set on calls while they are expanded.
 _CALL = "onnxgen.call"

@@ -6,6 +6,11 @@
     key_cache_out = key_cache with each token's key at its place; value_cache_out alike
     output = Attention(query, key_cache_out[slots], value_cache_out[slots], mask) of each sequence
 
+    PagedCache(rows, cache, places, slots) -> context, cache_out
+
+    cache_out = cache with each token's row at its place; context = cache_out[slots]: rows [N, K*D]
+    to context [B, L, K*D], of a layer that computes its keys and values from what it keeps
+
 The slots, the mask, the places and how tokens are spread over a batch come from
 `functions.paged_plan`, once for all layers. Past and present bound to one buffer are written in
 place: nothing of the pools is copied.
@@ -20,7 +25,8 @@ Attributes
     num_heads, kv_num_heads, scale, and softcap in overloads with a cap.
 
 Overloads name what is given, joined by "_": "shared" for a layer that reads another's pools and
-writes nothing (no key, value, places, no pools out), "mapped" where a place may be -1 (not
+writes nothing (no key, value, places, no pools out), "gathered" where key [B, L, K*D] and value
+[B, L, K*Dv] are what is attended, and there are no pools, places nor slots, "mapped" where a place may be -1 (not
 written), "cast" where the pools' type differs, "bias" for a mask that is added, "cap" for softcap,
 "sinks", "float" for a Softmax in float32.
 """
@@ -35,10 +41,10 @@ from onnxscript import OpBuilder
 from onnxgen.functions.making import ints, made
 from onnxgen.functions.sink_attention import sunk
 
-NAME = "PagedAttention"
+NAME, CACHE = "PagedAttention", "PagedCache"
 # Places of the inputs.
 QUERY, KEY, VALUE, KEY_CACHE, VALUE_CACHE, PLACES, SLOTS, MASK, SPREAD, COLLECT, SINKS = range(11)
-_PARTS = ("shared", "mapped", "cast", "bias", "cap", "sinks", "float")
+_PARTS = ("shared", "gathered", "mapped", "cast", "bias", "cap", "sinks", "float")
 
 
 def overload_of(**given: bool) -> str:
@@ -53,9 +59,13 @@ def build(overload: str, opset: int) -> ir.Function:
         KeyError: there is none of this name.
     """
     parts = overload.split("_") if overload else []
-    if parts != [part for part in _PARTS if part in parts] or {"shared", "mapped"} <= set(parts):
+    if (
+        parts != [part for part in _PARTS if part in parts]
+        or len({"shared", "gathered", "mapped"} & set(parts)) > 1
+    ):
         raise KeyError(overload)
-    own = "shared" not in parts
+    gathered = "gathered" in parts
+    own = "shared" not in parts and not gathered
 
     def body(op: OpBuilder, *given: ir.Value) -> list[ir.Value]:
         query, key, value, keys, values, places, slots, mask, spread, collect, sinks = given
@@ -63,8 +73,8 @@ def build(overload: str, opset: int) -> ir.Function:
             keys = _written(op, keys, key, places, "mapped" in parts)
             values = _written(op, values, value, places, "mapped" in parts)
         q = op.Gather(query, spread, axis=0)  # [B, S, H*D]
-        k = op.Gather(op.Flatten(keys, axis=2), slots, axis=0)  # [B, L, K*D]
-        v = op.Gather(op.Flatten(values, axis=2), slots, axis=0)
+        k = key if gathered else _read(op, keys, slots)  # [B, L, K*D]
+        v = value if gathered else _read(op, values, slots)
         if "cast" in parts:
             k, v = op.CastLike(k, q), op.CastLike(v, q)
         attend: Callable[..., ir.Value] = _sunk if "sinks" in parts else _plain
@@ -76,12 +86,12 @@ def build(overload: str, opset: int) -> ir.Function:
 
     inputs = {
         "query": True,
-        "key": own,
-        "value": own,
-        "key_cache": True,
-        "value_cache": True,
+        "key": own or gathered,
+        "value": own or gathered,
+        "key_cache": not gathered,
+        "value_cache": not gathered,
         "places": own,
-        "slots": True,
+        "slots": not gathered,
         "mask": True,
         "spread": True,
         "collect": True,
@@ -96,6 +106,32 @@ def build(overload: str, opset: int) -> ir.Function:
         attributes.append(ir.Attr("softcap", ir.AttributeType.FLOAT, None))
     outputs = ("output", "key_cache_out", "value_cache_out") if own else ("output",)
     return made(NAME, overload, opset, inputs, outputs, attributes, body)
+
+
+def build_cache(overload: str, opset: int) -> ir.Function:
+    """One overload of PagedCache: "", "mapped", "cast" or both.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    parts = overload.split("_") if overload else []
+    if parts != [part for part in ("mapped", "cast") if part in parts]:
+        raise KeyError(overload)
+
+    def body(
+        op: OpBuilder, rows: ir.Value, cache: ir.Value, places: ir.Value, slots: ir.Value
+    ) -> list[ir.Value]:
+        written = _written(op, cache, rows, places, "mapped" in parts)
+        context = _read(op, written, slots)
+        return [op.CastLike(context, rows) if "cast" in parts else context, written]
+
+    inputs = dict.fromkeys(("rows", "cache", "places", "slots"), True)
+    return made(CACHE, overload, opset, inputs, ("context", "cache_out"), [], body)
+
+
+def _read(op: OpBuilder, pool: ir.Value, slots: ir.Value) -> ir.Value:
+    """The rows [B, L, K*D] of a pool [NB, BS, K, D] at slots [B, L]."""
+    return op.Gather(op.Flatten(pool, axis=2), slots, axis=0)  # type: ignore[no-any-return]
 
 
 def _written(
