@@ -51,12 +51,12 @@ from onnxgen.targets.contract import Contract, Padding, read_contract, write_con
 from onnxgen.targets.genai_files import CONFIG, genai_files
 from onnxgen.targets.ort.config import context_length
 from onnxgen.targets.paged import PagedModel, PagedOptions, check_paged_options
+from onnxgen.targets.paged_ort import CODE as PAGED_ORT
 from onnxgen.targets.paged_ort import lower_paged
 from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.compare import TOLERANCES, verify_models
 from onnxgen.verify.paged import prove_paged
-from onnxgen.verify.paged_kernel import run_kernel
-from onnxgen.verify.paged_twin import staged_twins
+from onnxgen.verify.paged_kernel import prove_operator
 from onnxgen.verify.rewrites import RewriteChecker
 
 FLOAT = ir.DataType.FLOAT
@@ -262,9 +262,12 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
                 clock.start("verify", "verifying")
                 if options.verify:
                     paths = [stage.path for stage in stages]
-                    report.proof = _prove_paged(
-                        report, path, paths, results, roles, runtime, progress
-                    )
+                    sides = (path, paths, results, roles, runtime, progress)
+                    if options.paged.flavor == "ort":
+                        assert report.paging is not None
+                        report.proof, report.paging.kernel = prove_operator(*sides)
+                    else:
+                        report.proof = prove_paged(*sides)
                     add_checks(report.proof, checkers)
                 else:
                     report.proof = Proof("unproven", TOLERANCES[FLOAT], reason="told not to run")
@@ -357,31 +360,6 @@ def _prove(
     return proof
 
 
-def _prove_paged(
-    report: Report,
-    original: Path,
-    written: Sequence[Path],
-    results: Sequence[PagedModel],
-    roles: Roles,
-    runtime: Runtime,
-    progress: Progress,
-) -> Proof:
-    """The comparison of a paged model; of the flavor "ort" first what it means, then its kernel."""
-    paging = report.paging
-    if results[0].options.flavor != "ort" or paging is None:
-        return prove_paged(original, written, results, roles, runtime, progress)
-    with staged_twins(written) as twins:
-        proof = prove_paged(original, twins, results, roles, runtime, progress)
-    proof.note = (
-        "ONNX Runtime's CPU has no kernel of PagedAttention: what each says in the written file "
-        "was run as standard operators"
-    )
-    paging.kernel = "not run: the model was not proven"
-    if proof.status == "proven":
-        paging.kernel = run_kernel(original, written, results, roles, runtime, proof, progress)
-    return proof
-
-
 def _page(
     report: Report,
     model: ir.Model,
@@ -419,8 +397,9 @@ def _page(
         first = error.obstacles[0]
         where = f" [{first.node}]" if first.node else ""
         more = f" (and {len(error.obstacles) - 1} more)" if len(error.obstacles) > 1 else ""
+        hint = "; --flavor portable has no such limit" if first.code == PAGED_ORT else ""
         refused = RefusedError(
-            f"{report.input} cannot be paged: {first.code}: {first.reason}{where}{more}"
+            f"{report.input} cannot be paged: {first.code}: {first.reason}{where}{more}{hint}"
         )
         refused.report = report
         raise refused from error

@@ -108,6 +108,7 @@ class PagedModel:
             families=[str(family) for family in self.families],
             flavor=self.options.flavor,
             max_length=self.max_length,
+            kernel="not run: nothing was" if self.options.flavor == "ort" else "",
         )
 
 

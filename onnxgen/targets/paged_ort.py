@@ -21,7 +21,6 @@ with slopes or chunks, layers that read another's pools, blocks of less than 16 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,9 +37,10 @@ from onnxgen.patterns.building import Builder
 from onnxgen.report.values import Obstacle, Site
 from onnxgen.runtime import Runtime
 from onnxgen.targets.paged import PagedModel
+from onnxgen.targets.paged_schema import DOMAIN, NAME, LiveSchema, live_schema
 from onnxgen.targets.paged_tables import RotaryRows, rotary_rows
 
-CODE, DOMAIN, NAME = "PAG011", "com.microsoft", "PagedAttention"
+CODE = "PAG011"
 SMALLEST_BLOCK = 16
 WIDTH = 8
 """Of a head, and of half of what is rotated of it: a multiple of this."""
@@ -50,41 +50,6 @@ LONGEST = 32768
 
 TYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 INT32 = int(ir.DataType.INT32)
-
-
-@dataclass(frozen=True)
-class LiveSchema:
-    """com.microsoft::PagedAttention as an installed ONNX Runtime has it.
-
-    Attributes:
-        version: of ONNX Runtime.
-        inputs: names, in order.
-        required: those of them that must be given.
-        attributes: names.
-    """
-
-    version: str
-    inputs: tuple[str, ...]
-    required: frozenset[str]
-    attributes: frozenset[str]
-
-
-@functools.cache
-def live_schema() -> LiveSchema | None:
-    """The operator of the installed ONNX Runtime; None where it has none."""
-    import onnxruntime
-    from onnxruntime.capi import onnxruntime_pybind11_state as state
-
-    for each in state.get_all_operator_schema():
-        if each.domain == DOMAIN and each.name == NAME:
-            single = [i for i in each.inputs if str(i.option).endswith("Single")]
-            return LiveSchema(
-                onnxruntime.__version__,
-                tuple(i.name for i in each.inputs),
-                frozenset(i.name for i in single),
-                frozenset(each.attributes),
-            )
-    return None
 
 
 def lower_paged(
@@ -173,6 +138,9 @@ class _Lowering:
     def _against(self, node: ir.Node) -> list[str]:
         """Why an attention cannot be lowered, a sentence each."""
         reasons = []
+        if "gathered" in node.overload.split("_"):
+            what = "its keys are computed from what is kept (MLA)"
+            return [f"{what}, and {DOMAIN}::{NAME} reads keys from its pools"]
         if "shared" in node.overload.split("_"):
             reasons.append(f"it reads another layer's pools, and {DOMAIN}::{NAME} writes its own")
         sizes = [self._pool(node, i)[-1] for i in (0, 1)]
@@ -267,6 +235,7 @@ class _Lowering:
         for before, after in zip(node.outputs, (y, *outputs[1:]), strict=True):
             take_place(before, after)
         self._graph.remove(node, safe=True)
+        made.name = node.name
         details: dict[str, str | int | float | bool] = dict(inside.said)
         for name, word in (("local_window_size", "window"), ("softcap", "softcap")):
             if name in attributes:
@@ -417,7 +386,7 @@ def take_place(old: ir.Value, new: ir.Value) -> None:
 
 def _keys_of(node: ir.Node) -> ir.Node:
     """The PagedKeys node that says what an attention's tokens see."""
-    keys = given(node, paged_attention.SLOTS).producer()
+    keys = given(node, paged_attention.MASK).producer()
     assert keys is not None
     assert keys.op_type == paged_plan.KEYS
     return keys

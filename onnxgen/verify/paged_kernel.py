@@ -1,4 +1,7 @@
-"""The real kernel of com.microsoft::PagedAttention, run where a provider that has one is present.
+"""Whether a model of flavor `ort` is right: by what its nodes mean, and by the operator's own kernel.
+
+    written file -> its twin in standard operators (`paged_twin`) -> as any paged model, on CPU
+    written file -> the kernel, wherever a provider that has one is present
 
 ONNX Runtime's WebGPU plugin provider (the extra `webgpu`) has it, and runs on a software Vulkan
 driver where there is no GPU (Mesa's lavapipe 25 or newer):
@@ -26,8 +29,9 @@ from onnxgen.model_io import read_model
 from onnxgen.report.values import Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.paged import PagedModel
-from onnxgen.targets.paged_ort import DOMAIN, NAME, live_schema
-from onnxgen.verify.paged import compare_steps, program
+from onnxgen.targets.paged_schema import DOMAIN, NAME, live_schema
+from onnxgen.verify.paged import compare_steps, program, prove_paged
+from onnxgen.verify.paged_twin import staged_twins
 
 PACKAGE = "onnxruntime_ep_webgpu"
 SAFE_BLOCK, FEW = 32, 12
@@ -43,6 +47,26 @@ _REFUSED = {
     "q_norm_weight": "norms of queries and keys inside",
     "k_norm_weight": "norms of queries and keys inside",
 }
+
+
+def prove_operator(
+    original: Path,
+    written: Sequence[Path],
+    results: Sequence[PagedModel],
+    roles: Roles,
+    runtime: Runtime,
+    progress: Callable[[str], None] = lambda message: None,
+) -> tuple[Proof, str]:
+    """The proof as `prove_paged` makes it, and what is to be said of the kernel."""
+    with staged_twins(written) as twins:
+        proof = prove_paged(original, twins, results, roles, runtime, progress)
+    proof.note = (
+        f"ONNX Runtime's CPU has no kernel of {NAME}: what each says in the written file was run "
+        "as standard operators"
+    )
+    if proof.status != "proven":
+        return proof, "not run: the model was not proven"
+    return proof, run_kernel(original, written, results, roles, runtime, proof, progress)
 
 
 def run_kernel(

@@ -28,7 +28,8 @@ from onnxgen.errors import RefusedError
 from onnxgen.functions import paged_attention, paged_plan
 from onnxgen.model_io import read_model, staged
 from onnxgen.patterns.building import Builder
-from onnxgen.targets.paged_ort import DOMAIN, NAME, live_schema, take_place
+from onnxgen.targets.paged_ort import take_place
+from onnxgen.targets.paged_schema import DOMAIN, NAME, live_schema
 
 FLOAT = int(ir.DataType.FLOAT)
 # What is put together again; whatever else a node says is not understood.
