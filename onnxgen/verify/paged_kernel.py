@@ -21,6 +21,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import onnx
 import onnx_ir as ir
 
 from onnxgen.analysis.graph import attribute
@@ -85,8 +86,9 @@ def run_kernel(
         runtime: where the original runs.
         proof: what differs makes it one that differs.
     """
-    if importlib.util.find_spec(PACKAGE) is None:
-        return "not run: no provider that has it is installed here (extra webgpu)"
+    why = missing()
+    if why:
+        return f"not run: {why}"
     path, result = max(
         zip(written, results, strict=True), key=lambda pair: pair[1].options.block_size
     )
@@ -126,6 +128,23 @@ def run_kernel(
         f"run on WebGPU: {steps} steps, blocks of {result.options.block_size}, largest difference "
         f"{worst.difference:.1e} standard deviations of {own.tolerance:.0e} allowed"
     )
+
+
+def missing() -> str:
+    """Why no provider here has the kernel; "" where one has, and a device."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        return "no provider that has it is installed here (extra webgpu)"
+    kind = onnx.TensorProto.FLOAT
+    x, y = (onnx.helper.make_tensor_value_info(name, kind, [1]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["x"], ["y"])], "g", [x], [y])
+    imports = [onnx.helper.make_opsetid("", 24)]
+    model = onnx.helper.make_model(graph, opset_imports=imports, ir_version=11)
+    try:
+        with Runtime(webgpu=True) as device:
+            device.load(model.SerializeToString())
+    except RuntimeFailure as error:
+        return f"WebGPU's provider cannot be used here: {error}"
+    return ""
 
 
 def _given(model: ir.Model) -> list[dict[str, ir.Value]]:
