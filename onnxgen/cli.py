@@ -7,13 +7,8 @@ that need them, so that `onnxgen --help` answers at once.
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
-import os
 import sys
 import tempfile
-import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,11 +17,11 @@ from typing import Any
 import click
 
 from onnxgen import __version__
+from onnxgen.cli_words import PathType, prepare_streams, say_error, show_progress, unexpected
 from onnxgen.errors import OnnxgenError, RefusedError, UsageError
+from onnxgen.places import default_folder, default_output, same_place
 from onnxgen.report import as_json, files
 from onnxgen.report.values import Proof, Report
-
-Progress = Callable[[str], None]
 
 INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 
@@ -35,11 +30,11 @@ class _Program(click.Group):
     """Turns every failure into one sentence and its documented exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        _prepare_streams()
+        prepare_streams()
         try:
             return super().invoke(ctx)
         except OnnxgenError as error:
-            _say_error(error)
+            say_error(error)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
@@ -47,7 +42,7 @@ class _Program(click.Group):
         except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
-            _say_error(_unexpected(error))
+            say_error(unexpected(error))
             ctx.exit(RefusedError.exit_code)
 
 
@@ -76,9 +71,9 @@ _role = click.option(
 _report = click.option(
     "--report",
     "report_file",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     metavar="FILE.json",
-    help="Write the report as JSON, whatever the outcome.",
+    help="Write the report as JSON, whatever the outcome; only a report is replaced.",
 )
 _json = click.option(
     "--json", "json_output", is_flag=True, help="Print the report as JSON and nothing else."
@@ -86,11 +81,11 @@ _json = click.option(
 
 
 @main.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PathType())
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=PathType(),
     metavar="OUT",
     help="Where to write; MODEL with .fused.onnx unless given.",
 )
@@ -130,7 +125,11 @@ _json = click.option(
     is_flag=True,
     help="Write what onnxruntime-genai needs beside OUT: genai_config.json, the tokenizer's files.",
 )
-@click.option("--force", is_flag=True, help="Allow OUT to replace MODEL.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Allow OUT to replace MODEL, and with --genai-config the config and tokenizer of another model.",
+)
 @_role
 @_report
 @_json
@@ -160,9 +159,11 @@ def fuse(
       onnxgen fuse model.onnx -o fused.onnx --report report.json
     """
     from onnxgen import pipeline
+    from onnxgen.targets.genai_files import CONFIG, READ
 
     output = output or default_output(model)
-    _check_report_file(report_file, model, output)
+    beside = (file.with_name(name) for file in (model, output) for name in (CONFIG, *READ))
+    _check_report_file(report_file, model, output, *beside)
     options = pipeline.FuseOptions(
         output=output,
         target=target,
@@ -181,17 +182,17 @@ def fuse(
         document = as_json.dumps(as_json.fuse_document(report, code, error))
         _show(document, report, report_file, json_output)
 
-    with _outcome(show) as outcome, _progress() as progress:
+    with _outcome(show) as outcome, show_progress() as progress:
         outcome.value = report = pipeline.fuse(model, options, progress)
         outcome.exit_code = proof_exit_code(report.proof, unproven=0)
 
 
 @main.command("to-paged")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PathType())
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=PathType(file_okay=False),
     metavar="DIR",
     help="Folder to write model.onnx to; MODEL with .paged unless given.",
 )
@@ -275,10 +276,12 @@ def to_paged(
     import onnx_ir as ir
 
     from onnxgen import pipeline
+    from onnxgen.targets.genai_files import CONFIG, READ
     from onnxgen.targets.paged import PagedOptions
 
     output = output or default_folder(model)
-    _check_report_file(report_file, model, output / "model.onnx")
+    written = [output / name for name in ("model.onnx", CONFIG, *READ)]
+    _check_report_file(report_file, model, *map(model.with_name, (CONFIG, *READ)), *written)
     kinds = {None: None, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
     options = pipeline.PageOptions(
         output=output,
@@ -294,14 +297,14 @@ def to_paged(
         document = as_json.dumps(as_json.to_paged_document(report, code, error))
         _show(document, report, report_file, json_output)
 
-    with _outcome(show) as outcome, _progress() as progress:
+    with _outcome(show) as outcome, show_progress() as progress:
         outcome.value = report = pipeline.to_paged(model, options, progress)
         outcome.exit_code = proof_exit_code(report.proof, unproven=0)
 
 
 @main.command()
-@click.argument("original", type=click.Path(path_type=Path))
-@click.argument("rewritten", type=click.Path(path_type=Path))
+@click.argument("original", type=PathType())
+@click.argument("rewritten", type=PathType())
 @_role
 @_report
 @_json
@@ -327,17 +330,19 @@ def verify(
         document = as_json.verify_document(str(original), str(rewritten), proof, code, error)
         _show(as_json.dumps(document), proof, report_file, json_output)
 
-    with _outcome(show) as outcome, _progress() as progress:
+    with _outcome(show) as outcome, show_progress() as progress:
         outcome.value = proof = pipeline.verify(
             original, rewritten, roles=parsed, progress=progress
         )
         outcome.exit_code = proof_exit_code(proof, unproven=RefusedError.exit_code)
+        to_blame = rewritten if proof.status == "differs" else original
+        outcome.failure = proof.reason and f"{to_blame}: {proof.reason}"
 
 
 @main.command()
 @click.option(
     "--keep",
-    type=click.Path(path_type=Path, file_okay=False),
+    type=PathType(file_okay=False),
     metavar="DIR",
     help="Keep the model and the fused model in this folder.",
 )
@@ -363,23 +368,12 @@ def demo(keep: Path | None) -> None:
         else:
             folder = keep
             files.make_folder(folder)
-        with _outcome(show) as outcome, _progress() as progress:
+        with _outcome(show) as outcome, show_progress() as progress:
             progress("growing the demo model")
             model = testing.write_demo_model(folder)
             options = pipeline.FuseOptions(output=default_output(model))
             outcome.value = report = pipeline.fuse(model, options, progress)
             outcome.exit_code = proof_exit_code(report.proof, unproven=RefusedError.exit_code)
-
-
-def default_output(model: Path) -> Path:
-    """MODEL with .fused.onnx: `model.onnx` gives `model.fused.onnx`, beside it."""
-    stem = model.name.removesuffix(".onnx")
-    return model.with_name(f"{stem}.fused.onnx")
-
-
-def default_folder(model: Path) -> Path:
-    """MODEL with .paged: `model.onnx` gives the folder `model.paged`, beside it."""
-    return model.with_name(f"{model.name.removesuffix('.onnx')}.paged")
 
 
 def parse_roles(words: Sequence[str]) -> Mapping[str, str]:
@@ -414,6 +408,7 @@ def proof_exit_code(proof: Proof | None, *, unproven: int) -> int:
 class _Outcome:
     value: Any = None
     exit_code: int = 0
+    failure: str = ""
 
 
 @contextmanager
@@ -426,15 +421,18 @@ def _outcome(show: Callable[[Any, int, str | None], None]) -> Iterator[_Outcome]
     except OnnxgenError as error:
         failure = error
     except Exception as error:
-        failure = _unexpected(error)
+        failure = unexpected(error)
     if failure is not None:
         try:
             show(getattr(failure, "report", None), failure.exit_code, str(failure))
         except OnnxgenError as error:  # the report cannot be written: the first failure counts
-            _say_error(error)
+            say_error(error)
         raise failure
-    show(outcome.value, outcome.exit_code, None)
+    sentence = outcome.failure if outcome.exit_code else ""
+    show(outcome.value, outcome.exit_code, sentence or None)
     if outcome.exit_code:
+        if sentence:
+            say_error(sentence)
         sys.exit(outcome.exit_code)
 
 
@@ -455,49 +453,6 @@ def _check_report_file(report_file: Path | None, *others: Path) -> None:
     if report_file is None:
         return
     for other in others:
-        if report_file.absolute() == other.absolute():
-            raise UsageError(f"--report {report_file} is a model of this command")
+        if same_place(report_file, other):
+            raise UsageError(f"--report {report_file} is another file of this command")
     files.check_writable(report_file)
-
-
-def _prepare_streams() -> None:
-    """Only what onnxgen says is said, and saying it cannot fail."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # "→" where the encoding has none
-    if not _debugging():
-        logging.getLogger().addHandler(logging.NullHandler())
-        warnings.simplefilter("ignore")
-
-
-def _debugging() -> bool:
-    return os.environ.get("ONNXGEN_DEBUG") == "1"
-
-
-def _say_error(error: Exception) -> None:
-    click.echo(f"Error: {error}", err=True)
-
-
-def _unexpected(error: Exception) -> OnnxgenError:
-    """A failure of onnxgen itself, as a sentence."""
-    if _debugging():
-        traceback.print_exception(error)
-    detail = " ".join(str(error).split())[:300]
-    return RefusedError(
-        f"onnxgen failed unexpectedly ({type(error).__name__}: {detail}); this is a bug, please "
-        "report it with what ONNXGEN_DEBUG=1 prints"
-    )
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """What is being done, on one line of stderr while it is a terminal; nothing in a pipe."""
-    if not sys.stderr.isatty():
-        yield lambda message: None
-        return
-    from rich.text import Text
-
-    from onnxgen.report import text
-
-    with text.console(stderr=True).status(Text("starting")) as status:
-        yield lambda message: status.update(Text(message))

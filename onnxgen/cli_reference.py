@@ -6,15 +6,19 @@ python -m onnxgen.cli_reference > cli.md
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterator
 
 import click
 
 from onnxgen.cli import main
+from onnxgen.patterns import RULES
+from onnxgen.patterns.rule import Rule
+from onnxgen.targets import ort
 
 
 def reference() -> str:
-    """cli.md: every command with its usage, arguments, options and example."""
+    """cli.md: every command with its usage, arguments, options and example; every rule."""
     lines = [
         "# Commands",
         "",
@@ -25,6 +29,7 @@ def reference() -> str:
     for name, command in sorted(main.commands.items()):
         if not command.hidden:
             lines += ["", *_command(f"onnxgen {name}", command)]
+    lines += ["", *_rules()]
     return "\n".join(lines) + "\n"
 
 
@@ -41,6 +46,20 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
         yield "|---|---|"
         for option in shown:
             yield f"| `{_spelling(option)}` | {_meaning(option)} |"
+
+
+def _rules() -> Iterator[str]:
+    """Every rule's code, with the first line of the file that it is in."""
+    yield "## Rules"
+    yield ""
+    yield "What `--disable` takes; those of `--target ort` begin with ORT."
+    yield ""
+    yield "| code | what is rewritten |"
+    yield "|---|---|"
+    rules: list[type[Rule]] = [*(type(rule) for rule in RULES), *ort.RULES]
+    for rule in rules:
+        title = (sys.modules[rule.__module__].__doc__ or "").partition("\n")[0]
+        yield f"| `{rule.code}` | {title.removeprefix(f'{rule.code}: ')} |"
 
 
 def _usage(command: click.Command) -> str:

@@ -12,9 +12,10 @@ rewrite asks for their values.
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +28,10 @@ from onnxgen.errors import FileError, RefusedError
 from onnxgen.staging import Staged, staged
 from onnxgen.tensor_slots import EmbeddedTensor, tensor_slots
 
-__all__ = ["Staged", "read_model", "staged", "uses_external_data"]
+__all__ = ["Staged", "data_files", "read_model", "staged"]
+
+# Where a tensor holds its values, if not as raw bytes.
+_TYPED = ("float", "int32", "string", "int64", "double", "uint64")
 
 
 def read_model(path: Path) -> ir.Model:
@@ -58,6 +62,7 @@ def read_model(path: Path) -> ir.Model:
         raise FileError(f"{path} is no ONNX model or is damaged: {detail}") from error
     _check_model(path, proto)
     _check_external_data(path, real.parent, proto)
+    _check_embedded_data(path, proto, {weight.name for weight in weights})
     try:
         with _quiet():
             model = ir.serde.deserialize_model(proto)
@@ -73,9 +78,11 @@ def read_model(path: Path) -> ir.Model:
     return model
 
 
-def uses_external_data(model: ir.Model) -> bool:
-    """Whether any tensor of the model lies in a file beside it."""
-    return any(isinstance(slot.tensor, ir.ExternalTensor) for slot in tensor_slots(model))
+def data_files(model: ir.Model) -> list[Path]:
+    """The files beside a model that hold its tensors, each once."""
+    tensors = (slot.tensor for slot in tensor_slots(model))
+    paths = (each.path for each in tensors if isinstance(each, ir.ExternalTensor))
+    return [Path(path) for path in dict.fromkeys(paths)]
 
 
 def _real_file(path: Path) -> Path:
@@ -201,6 +208,33 @@ def _check_external_data(path: Path, folder: Path, proto: onnx.ModelProto) -> No
             raise FileError(
                 f"{path}: its data file {location} is truncated: tensor '{tensor.name}' "
                 f"ends at byte {offset + expected}, the file at {size}"
+            )
+
+
+def _check_embedded_data(path: Path, proto: onnx.ModelProto, cut: Collection[str]) -> None:
+    """Check that tensors hold what their shape says; those of the names in `cut` are elsewhere."""
+    for tensor in wire.tensors_of(proto):
+        external = tensor.data_location == onnx.TensorProto.EXTERNAL
+        if external or (tensor.name in cut and not tensor.raw_data):
+            continue
+        try:
+            dtype = ir.DataType(tensor.data_type)
+        except ValueError:
+            continue  # refused when it is deserialized
+        if dtype == ir.DataType.UNDEFINED or min(tensor.dims, default=0) < 0:
+            continue
+        count = math.prod(tensor.dims)
+        if tensor.HasField("raw_data") and dtype != ir.DataType.STRING:
+            what, held, needed = "bytes", len(tensor.raw_data), -(-count * dtype.bitwidth // 8)
+        else:
+            what, held = "values", sum(len(getattr(tensor, f"{kind}_data")) for kind in _TYPED)
+            packed = dtype != ir.DataType.STRING and dtype.bitwidth < 8
+            needed = -(-count * dtype.bitwidth // 8) if packed else count
+            needed *= 2 if dtype in (ir.DataType.COMPLEX64, ir.DataType.COMPLEX128) else 1
+        if held != needed:
+            raise FileError(
+                f"{path} is damaged: tensor '{tensor.name}' holds {held} {what}, "
+                f"and its type and shape say {needed}"
             )
 
 

@@ -24,13 +24,14 @@ from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import RefusedError, UsageError
-from onnxgen.model_io import read_model, staged
+from onnxgen.model_io import data_files, read_model, staged
 from onnxgen.passes.lower import lower_model
 from onnxgen.passes.merged import join_branches, split_branches
 from onnxgen.passes.normalize import normalize
 from onnxgen.passes.tidy import tidy
 from onnxgen.passes.to_paged import page_model
 from onnxgen.patterns import RULES
+from onnxgen.places import default_output
 from onnxgen.report import files
 from onnxgen.report.values import Paging, Proof, Report
 from onnxgen.runtime import Runtime
@@ -45,10 +46,11 @@ from onnxgen.stages import (
     raise_part,
     raise_unless_good,
 )
+from onnxgen.staging import check_output
 from onnxgen.targets import onnx as onnx_target
 from onnxgen.targets import ort as ort_target
 from onnxgen.targets.contract import Contract, Padding, read_contract, write_contract
-from onnxgen.targets.genai_files import CONFIG, genai_files
+from onnxgen.targets.genai_files import CONFIG, READ, genai_files
 from onnxgen.targets.ort.config import context_length
 from onnxgen.targets.paged import PagedModel, PagedOptions, check_paged_options
 from onnxgen.targets.paged_ort import CODE as PAGED_ORT
@@ -114,13 +116,15 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             `report` where there is one.
         ModelDiffersError: the result differs from the original; carries `report`.
     """
-    output = options.output or path.with_name(f"{path.name.removesuffix('.onnx')}.fused.onnx")
+    output = options.output or default_output(path)
     _check_options(options)
     report = Report(input=str(path), output="", target=options.target)
     clock = Clock(report.seconds, progress)
 
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
+    reads = [*data_files(model), *map(path.with_name, READ)]
+    check_output(output, path, reads, force=options.force)
     report.ops_before = count_ops(model)
     report.opset_before = model.graph.opset_imports.get("", 0)
     opset = onnx_target.opset_for(report.opset_before, options.opset)
@@ -155,7 +159,9 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
 
         beside = _files_beside(report, model, roles, path, output, options)
         clock.start("write", f"writing {output.name}")
-        with staged(model, output, source=path, force=options.force, beside=beside) as stage:
+        with staged(
+            model, output, source=path, force=options.force, beside=beside, reads=reads
+        ) as stage:
             clock.start("verify", "verifying")
             report.proof = (
                 _prove(path, stage.path, options, runtime, checkers, progress)
@@ -218,6 +224,8 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
     report.ops_before = count_ops(model)
+    if folder.is_dir():
+        check_output(folder / "model.onnx", path, data_files(model), force=False)
     report.opset_before = model.graph.opset_imports.get("", 0)
     opset = onnx_target.opset_for(report.opset_before, None)
 
@@ -298,11 +306,17 @@ def _check_options(options: FuseOptions) -> None:
         raise UsageError(f"--target {options.target}: no such target; targets: onnx, ort")
     if options.target != "ort" and (options.padding != "any" or options.max_length):
         raise UsageError("--padding and --max-length are for --target ort")
+    if (options.max_length or 0) > ort_target.LONGEST:
+        raise UsageError(
+            f"--max-length {options.max_length}: rotary tables of so many positions fit in no "
+            f"memory; the most is {ort_target.LONGEST}"
+        )
 
 
 def _settings(path: Path, options: FuseOptions) -> ort_target.Settings:
     """What was asked for, with the length that config.json beside the model states."""
-    length = options.max_length or context_length(path.with_name("config.json"))
+    told = context_length(path.with_name("config.json"))
+    length = options.max_length or (told if told <= ort_target.LONGEST else 0)
     return ort_target.Settings(options.padding, length)
 
 
@@ -315,9 +329,11 @@ def _files_beside(
     length = read_contract(model).max_length
     files = genai_files(model, roles, path, output, max_length=length, force=options.force)
     if "eos_token_id" not in json.loads(files[CONFIG])["model"]:
-        report.warnings.append(
-            f"{CONFIG} says nothing of special tokens: there is no config.json beside {path.name}"
-        )
+        there = [name for name in READ[:2] if path.with_name(name).exists()]
+        said = f"{' and '.join(there) or 'no config.json'} beside {path.name}"
+        why = f"{said} {'give' if len(there) > 1 else 'gives'} no eos_token_id that is a number"
+        why = why if there else f"there is {said}"
+        report.warnings.append(f"{CONFIG} does not say which token ends a text: {why}")
     return files
 
 
@@ -341,6 +357,7 @@ def _lower(
         disabled=work.disabled,
     )
     tidy(model)
+    ort_target.name_guards(model.graph)
     return lowering.contract
 
 

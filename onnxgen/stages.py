@@ -99,11 +99,13 @@ def describe(report: Report, model: ir.Model) -> None:
     report.ops_after = count_ops(model)
     report.nodes_before = sum(report.ops_before.values())
     report.nodes_after = sum(report.ops_after.values())
-    report.warnings += [
-        f"{site.node}: the rewrite was undone: {site.decline.reason}"
-        for site in report.sites
-        if site.status == "undone" and site.decline is not None
-    ]
+    undone: dict[str, list[str]] = {}
+    for site in (*report.sites, *report.lowered):
+        if site.status == "undone" and site.decline is not None:
+            undone.setdefault(site.decline.reason, []).append(site.node)
+    for reason, nodes in undone.items():
+        more = f" and {len(nodes) - 1} more" if len(nodes) > 1 else ""
+        report.warnings.append(f"{nodes[0]}{more}: the rewrite was undone: {reason}")
 
 
 def count_ops(model: ir.Model) -> dict[str, int]:

@@ -21,7 +21,7 @@ import os
 import secrets
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +32,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxgen.errors import FileError, UsageError
+from onnxgen.places import check_place, same_place
 from onnxgen.tensor_slots import EmbeddedTensor, TensorSlot, tensor_slots
 from onnxgen.wire import Serializer, WireError, tensors_of
 
@@ -86,6 +87,7 @@ def staged(
     source: Path,
     force: bool,
     beside: Mapping[str, bytes] | None = None,
+    reads: Collection[Path] = (),
 ) -> Iterator[Staged]:
     """Write `model` beside `output`; it takes its place when commit() is called.
 
@@ -99,14 +101,20 @@ def staged(
         source: the file that the model was read from; it is replaced only with `force`.
         force: allow `output` to be `source`.
         beside: further files of the output's folder, by name; files there are replaced.
+        reads: files that were read too, such as data files that the model no longer refers to.
 
     Raises:
-        UsageError: `output` is the source, or one of its data files.
-        FileError: it cannot be written: no such folder, no permission, a full disk.
+        UsageError: `output`, or a file beside it, is the source or another file that was read.
+        FileError: it cannot be written: no such folder, no regular file, no permission, a
+            full disk.
     """
     output = Path(output)
     slots = list(tensor_slots(model))
-    folder = _check_output(slots, output, Path(source), force)
+    data = (slot.tensor.path for slot in slots if isinstance(slot.tensor, ir.ExternalTensor))
+    read = [*map(Path, data), *reads]
+    check_output(output, Path(source), read, force=force)
+    _check_beside(beside or {}, output, Path(source), read)
+    folder = output.parent.resolve()
     created: list[Path] = []
     stage: Staged | None = None
     with _termination_raises():
@@ -126,8 +134,7 @@ def staged(
 
 def _scratch(place: Path, content: bytes, created: list[Path]) -> Path:
     """Write a file under a temporary name beside its place."""
-    if place.is_dir():
-        raise OSError(None, "it is a folder")
+    check_place(place)
     path = place.with_name(f".{place.name}.{secrets.token_hex(6)}")
     with _create(path, created) as file:
         file.write(content)
@@ -135,23 +142,25 @@ def _scratch(place: Path, content: bytes, created: list[Path]) -> Path:
     return path
 
 
-def _check_output(slots: Sequence[TensorSlot], output: Path, source: Path, force: bool) -> Path:
-    """The real folder to write in."""
-    folder = output.parent
-    if not folder.is_dir():
-        raise FileError(f"{output} cannot be written: there is no folder {folder}")
-    if output.is_dir():
-        raise FileError(f"{output} cannot be written: it is a folder")
-    folder = folder.resolve()
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise FileError(f"{output} cannot be written: the folder {folder} is not writable")
-    if output.exists():
-        if source.exists() and output.samefile(source) and not force:
-            raise UsageError(f"{output} is the input itself: replacing it needs --force")
-        data = {slot.tensor.path for slot in slots if isinstance(slot.tensor, ir.ExternalTensor)}
-        if any(os.path.exists(path) and output.samefile(path) for path in data):
-            raise UsageError(f"{output} holds the input's weights: choose another output")
-    return folder
+def check_output(output: Path, source: Path, reads: Iterable[Path], *, force: bool) -> None:
+    """Whether a model may be written there; see `staged`."""
+    check_place(output)
+    if same_place(output, source) and source.exists() and not force:
+        raise UsageError(f"{output} is the input itself: replacing it needs --force")
+    if not same_place(output, source) and any(same_place(output, path) for path in reads):
+        raise UsageError(
+            f"{output} holds the input's weights or what else is read with it: "
+            "choose another output"
+        )
+
+
+def _check_beside(names: Iterable[str], output: Path, source: Path, reads: list[Path]) -> None:
+    for place in map(output.with_name, names):
+        if any(same_place(place, path) for path in (output, source, *reads)):
+            raise UsageError(
+                f"{place} would be written beside the output, and is read or written otherwise: "
+                "choose another output"
+            )
 
 
 def _write(

@@ -106,7 +106,9 @@ class Rewriter:
             decline = Decline(rule.code, "check-failed", reason, (node.name or "",))
             self.builder.drop()
             return self._kept(rule, node, "undone", decline)
-        return self._splice(rule, rewrite, self.builder.take())
+        site = self._splice(rule, rewrite, self.builder.take())
+        rule.applied(rewrite)
+        return site
 
     def _kept(self, rule: Rule, node: ir.Node, status: str, decline: Decline) -> Site:
         scope = _scope([node])

@@ -237,22 +237,7 @@ def attention(
             permuted(builder, keys.past, keys.order),
             permuted(builder, values.past, values.order),
         ]
-    count = 1 if caches is None else 3
-    if sinks is None:
-        made = builder.ops("Attention", inputs, count, attributes)
-    else:
-        attributes = dict(attributes)
-        precision = attributes.pop("softmax_precision", None)
-        overload = sink_attention.overload_of(
-            None if mask is None else mask.dtype,
-            cache=caches is not None,
-            cap="softcap" in attributes,
-            wide=precision is not None,
-        )
-        inputs = [*inputs, *[None] * (sink_attention.SINKS - len(inputs)), sinks]
-        made = builder.ops(
-            sink_attention.NAME, inputs, count, attributes, domain=DOMAIN, overload=overload
-        )
+    made = attended(builder, inputs, attributes, sinks)
     node = made[0].producer()
     assert node is not None
     replaced = []
@@ -260,6 +245,37 @@ def attention(
         back = tuple(int(axis) for axis in np.argsort(cache.order))
         replaced.append((cache.total, permuted(builder, present, back)))
     return node, made[0], replaced
+
+
+def attended(
+    builder: Builder,
+    inputs: Sequence[ir.Value | None],
+    attributes: dict[str, int | float],
+    sinks: ir.Value | None = None,
+) -> Sequence[ir.Value]:
+    """The outputs of an Attention: [B, H, S, D], and the presents where there is a past.
+
+    Args:
+        inputs: q, k, v, mask?, past_key?, past_value?.
+        sinks: [H]: then it is a SinkAttention, which knows no is_causal.
+    """
+    cache = len(inputs) > 4 and inputs[4] is not None
+    count = 3 if cache else 1
+    if sinks is None:
+        return builder.ops("Attention", inputs, count, attributes)
+    attributes = dict(attributes)
+    precision = attributes.pop("softmax_precision", None)
+    mask = inputs[3] if len(inputs) > 3 else None
+    overload = sink_attention.overload_of(
+        None if mask is None else mask.dtype,
+        cache=cache,
+        cap="softcap" in attributes,
+        wide=precision is not None,
+    )
+    inputs = [*inputs, *[None] * (sink_attention.SINKS - len(inputs)), sinks]
+    return builder.ops(
+        sink_attention.NAME, inputs, count, attributes, domain=DOMAIN, overload=overload
+    )
 
 
 def attention_mask(

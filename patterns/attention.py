@@ -62,7 +62,7 @@ from onnxgen.patterns.attending import (
 )
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.masking import each_head
-from onnxgen.patterns.rule import Declined, Rewrite, Rule
+from onnxgen.patterns.rule import Declined, Rewrite, Rule, number
 
 Layouts: TypeAlias = Mapping[ir.Value, tuple[Axis, ...]]
 
@@ -207,9 +207,9 @@ class SoftmaxAttention(Rule):
                 raise Declined(self, "layout", "the output's size cannot be computed", down.product)
             y = builder.op("Reshape", [y, target])
         details: dict[str, str | int | float | bool] = {
-            "heads": str(q.count),
-            "kv_heads": str(k.count),
-            "head_size": str(q_shape[3]),
+            "heads": number(q.count),
+            "kv_heads": number(k.count),
+            "head_size": number(q_shape[3]),
             "scale": scale,
             "cache": cache,
             "mask": "explicit" if mask is not None else "none",

@@ -27,7 +27,7 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute
 from onnxgen.patterns.attending import attention, caches_of, heads_of
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.rule import RULE, Declined, Rewrite, Rule
+from onnxgen.patterns.rule import RULE, Declined, Rewrite, Rule, number
 
 
 class ExportedAttention(Rule):
@@ -66,8 +66,8 @@ class ExportedAttention(Rule):
         attributes = {name: found.value for name, found in node.attributes.items()}
         fused, y, replaced = attention(builder, q, plain_k[0], plain_v[0], mask, caches, attributes)
         details = {
-            "heads": str(facts.shapes.of(q)[1]),  # type: ignore[index]
-            "kv_heads": str(keys.count),
+            "heads": number(facts.shapes.of(q)[1]),  # type: ignore[index]
+            "kv_heads": number(keys.count),
             "cache": cache,
             "mask": "none" if mask is None else "explicit",
         }

@@ -13,7 +13,6 @@ Replaces
     Packed queries, keys and values are split.
 
 Declines
-    sinks: head_sink or smooth_softmax adds to the softmax's denominator.
     quantized-cache: the cache is stored in fewer bits.
     window-cache: the cache has about the window's size (sliding_window_cache). How many positions
         it holds is the runtime's choice, in bounds, so that no graph can tell where they stand.
@@ -32,10 +31,12 @@ Seen in
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute, given, optional
+from onnxgen.patterns.attending import attended
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.contrib_parts import merged_heads, split_heads, split_last
 from onnxgen.patterns.contrib_places import Places
@@ -68,18 +69,20 @@ class GroupQueryAttention(Rule):
         if attribute(node, "softcap", 0.0):
             attributes["softcap"] = attribute(node, "softcap")
         causal = bool(attribute(node, "causal", 1))
-        mask = places.mask(causal, attribute(node, "local_window_size", -1), optional(node, 10))
+        sinks = self._sinks(builder, node, heads, q)
+        window = attribute(node, "local_window_size", -1)
+        mask = places.mask(causal, window, optional(node, 10), explicit=sinks is not None)
         if mask is None and causal:
             attributes["is_causal"] = 1
         past = optional(node, 3), optional(node, 4)
         if not places.plain:
             presents = self._written(facts, builder, node, places, k, v)
-            y = builder.op("Attention", [q, *presents, mask], attributes)
+            (y,) = attended(builder, [q, *presents, mask], attributes, sinks)
         elif past[0] is not None:
-            y, *presents = builder.ops("Attention", [q, k, v, mask, *past], 3, attributes)
+            y, *presents = attended(builder, [q, k, v, mask, *past], attributes, sinks)
         else:
             presents = [k, v]
-            y = builder.op("Attention", [q, k, v, mask], attributes)
+            (y,) = attended(builder, [q, k, v, mask], attributes, sinks)
         fused, result = y.producer(), merged_heads(facts, builder, y)
         assert fused is not None
         assert result is not None
@@ -100,9 +103,6 @@ class GroupQueryAttention(Rule):
 
     def _check(self, node: ir.Node) -> None:
         """Raises: Declined, where the operator is asked for what is not raised."""
-        if attribute(node, "smooth_softmax", -1) == 1 or optional(node, 11) is not None:
-            # Attention with sinks would be made here: input 11 holds one a head, or all are 0.
-            raise Declined(self, "sinks", "the softmax has sinks in its denominator", node)
         scales = optional(node, 12) is not None or optional(node, 13) is not None
         if scales or any(attribute(node, name, "NONE") != "NONE" for name in _QUANTIZED):
             raise Declined(self, "quantized-cache", "the cache is stored in fewer bits", node)
@@ -119,6 +119,14 @@ class GroupQueryAttention(Rule):
         for reason, holds in reasons.items():
             if holds:
                 raise Declined(self, "unsupported", reason, node)
+
+    def _sinks(self, builder: Builder, node: ir.Node, heads: int, q: ir.Value) -> ir.Value | None:
+        """What a Softmax may look away at, [H]: input 11, or 0 for each head."""
+        given_sinks = optional(node, 11)
+        if given_sinks is not None or attribute(node, "smooth_softmax", -1) != 1:
+            return given_sinks
+        kind = q.dtype.numpy() if q.dtype is not None else np.float32
+        return builder.constant(np.zeros(heads, kind), "onnxgen/sinks")
 
     def _operands(
         self, facts: Facts, builder: Builder, node: ir.Node, heads: int, kv_heads: int

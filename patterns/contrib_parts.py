@@ -13,6 +13,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.patterns.building import Builder
+from onnxgen.patterns.rule import number
 
 
 def scalar(builder: Builder, number: int) -> ir.Value:
@@ -106,8 +107,8 @@ def attended(
     assert node is not None
     assert merged is not None
     details: dict[str, str | int | float | bool] = {
-        "heads": str(shape[1]),
-        "kv_heads": str(shape[1]),
+        "heads": number(shape[1]),
+        "kv_heads": number(shape[1]),
         "head_size": shape[3],
         "scale": scale,
         "cache": "none" if pasts[0] is None else "concatenated",

@@ -111,13 +111,19 @@ class Places:
         longer = op("Concat", [cache, zeros], {"axis": 2})
         return op("TensorScatter", [longer, new, self.at])
 
-    def mask(self, causal: bool, window: int, bias: ir.Value | None) -> ir.Value | None:
+    def mask(
+        self, causal: bool, window: int, bias: ir.Value | None, *, explicit: bool = False
+    ) -> ir.Value | None:
         """The keys that each query sees: bool [B,1,S,L], or bias [.., S, L] with -inf elsewhere.
 
         None where the operator's own is_causal, or nothing, says the same.
+
+        Args:
+            explicit: whether is_causal cannot be said.
         """
         op, ints = self.builder.op, self.builder.ints
-        if self.plain and window < 0 and (bias is None or not causal):
+        said = not causal or (bias is None and not explicit)
+        if self.plain and window < 0 and said:
             return bias
         keys = steps(self.builder, self.length)
         if causal:

@@ -16,6 +16,7 @@ from typing import ClassVar
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.symbols import Dim
 from onnxgen.patterns.building import Builder
 from onnxgen.report.values import Decline
 
@@ -23,6 +24,11 @@ from onnxgen.report.values import Decline
 RULE = "onnxgen.rule"
 
 Details = Mapping[str, str | int | float | bool]
+
+
+def number(dim: Dim) -> int | str:
+    """A size for the report: a number where it is fixed, else how it is made up."""
+    return dim if isinstance(dim, int) else str(dim)
 
 
 @dataclass(frozen=True)
@@ -77,3 +83,6 @@ class Rule(ABC):
         Raises:
             Declined: the node anchors a site that must be kept.
         """
+
+    def applied(self, rewrite: Rewrite) -> None:  # noqa: B027 - most rules need not know
+        """Told that a rewrite of its own stands in the graph, checked."""

@@ -118,9 +118,9 @@ def test_the_graph_before_and_after() -> None:
     result = assert_raised(block(), None, "ATT001")
     details = result.sites[0].details
     assert details == {
-        "heads": "6",
-        "kv_heads": "3",
-        "head_size": "20",
+        "heads": 6,
+        "kv_heads": 3,
+        "head_size": 20,
         "scale": pytest.approx(SCALE),
         "cache": "concatenated",
         "mask": "explicit",
@@ -183,7 +183,7 @@ GROUPS = {
 @pytest.mark.parametrize("name", [name for name in GROUPS if name != "concat-of-itself"])
 def test_repeated_heads(name: str) -> None:
     result = assert_fused(block(repeated=GROUPS[name]))
-    assert result.sites[0].details["kv_heads"] == "3"
+    assert result.sites[0].details["kv_heads"] == 3
     assert result.count("Tile") == 0
 
 
@@ -198,7 +198,7 @@ def test_one_key_head_for_all() -> None:
             repeated="kr = Identity(kc)  vr = Identity(vc)",
         )
     )
-    assert (result.sites[0].details["heads"], result.sites[0].details["kv_heads"]) == ("6", "1")
+    assert (result.sites[0].details["heads"], result.sites[0].details["kv_heads"]) == (6, 1)
 
 
 def test_a_head_for_each() -> None:
@@ -210,7 +210,7 @@ def test_a_head_for_each() -> None:
             repeated="kr = Identity(kc)  vr = Identity(vc)",
         )
     )
-    assert (result.sites[0].details["heads"], result.sites[0].details["kv_heads"]) == ("6", "6")
+    assert (result.sites[0].details["heads"], result.sites[0].details["kv_heads"]) == (6, 6)
 
 
 def test_queries_that_are_repeated() -> None:
@@ -226,7 +226,7 @@ def test_queries_that_are_repeated() -> None:
     )
     repeated = "kr = Identity(kc)  vr = Identity(vc)"
     result = assert_fused(block(signature=signature, projected=projected, repeated=repeated))
-    assert (result.sites[0].details["heads"], result.sites[0].details["kv_heads"]) == ("6", "6")
+    assert (result.sites[0].details["heads"], result.sites[0].details["kv_heads"]) == (6, 6)
 
 
 def test_packed_projections() -> None:
@@ -513,7 +513,7 @@ def test_groups_with_an_axis_of_their_own() -> None:
     )
     masked = "k6 = Unsqueeze(keep, [1])  s2 = Where(k6, s1, -inf)"
     result = assert_fused(block(repeated="", scaled=scaled, masked=masked, values=values))
-    assert result.sites[0].details["kv_heads"] == "3"
+    assert result.sites[0].details["kv_heads"] == 3
 
 
 def test_cross_attention_keys_of_another_length() -> None:
@@ -612,7 +612,7 @@ def test_heads_that_are_repeated_the_other_way() -> None:
     """Head 0 1 2 0 1 2: no head is shared by neighbours, so they stay repeated."""
     tiled = "kr = Tile(kc, [1, 2, 1, 1])  vr = Tile(vc, [1, 2, 1, 1])"
     result = assert_fused(block(repeated=tiled), cache=False)
-    assert result.sites[0].details["kv_heads"] == "6"
+    assert result.sites[0].details["kv_heads"] == 6
 
 
 def test_values_that_are_scaled() -> None:
@@ -636,7 +636,7 @@ def test_keys_and_values_of_different_heads() -> None:
         ),
         cache=False,
     )
-    assert result.sites[0].details["kv_heads"] == "6"
+    assert result.sites[0].details["kv_heads"] == 6
 
 
 def test_one_key_head_and_a_value_head_for_each() -> None:

@@ -54,7 +54,8 @@ def test_the_cache_and_the_groups_move_inside(attributes: str) -> None:
     written = {a.name: helper.get_attribute_value(a) for a in node.attribute}
     given = dict(each.split(" = ") for each in attributes.split(", "))
     assert written == {name: pytest.approx(float(number)) for name, number in given.items()}
-    assert result.sites[0].details["kv_heads"] == "3"
+    details = result.sites[0].details
+    assert (details["heads"], details["kv_heads"]) == (6, 3)
     assert result.sites[0].details["cache"] == "concatenated"
 
 

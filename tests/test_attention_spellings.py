@@ -95,7 +95,7 @@ def test_grouped_scores_viewed_as_all_heads() -> None:
         "  om = Reshape(ot, [0, 0, 120])  y = MatMul(om, wo)"
     )
     result = assert_fused(block(repeated="", scaled=scaled, values=values))
-    assert result.sites[0].details["kv_heads"] == "3"
+    assert result.sites[0].details["kv_heads"] == 3
 
 
 def test_scores_grouped_above_and_repeated_below() -> None:
@@ -279,7 +279,7 @@ def test_einsums(name: str) -> None:
     scaled, product = EINSUMS[name]
     values = f"{product}  om = Reshape(ot, [0, 0, 120])  y = MatMul(om, wo)"
     result = assert_fused(block(scaled=scaled, values=values))
-    assert result.sites[0].details["kv_heads"] == "3"
+    assert result.sites[0].details["kv_heads"] == 3
 
 
 # --- repeats, caches, projections ---------------------------------------------------------------
@@ -304,7 +304,7 @@ REPEATS = {
 @pytest.mark.parametrize("name", REPEATS)
 def test_repeats(name: str) -> None:
     result = assert_fused(block(repeated=REPEATS[name]))
-    assert result.sites[0].details["kv_heads"] == "3"
+    assert result.sites[0].details["kv_heads"] == 3
 
 
 def test_keys_stored_transposed() -> None:
@@ -382,7 +382,7 @@ def test_packed_projections(name: str) -> None:
         keep="",
         masked="s2 = Identity(s1)",
     )
-    assert assert_fused(text, cache=False).sites[0].details["kv_heads"] == "6"
+    assert assert_fused(text, cache=False).sites[0].details["kv_heads"] == 6
 
 
 def test_gemm_and_conv1d_projections() -> None:

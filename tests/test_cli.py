@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import pty
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 import onnxgen
-from onnxgen.cli import default_output, main
+from onnxgen.cli import main
 from onnxgen.cli_reference import reference
 from onnxgen.errors import (
     ExpectationError,
@@ -27,7 +29,10 @@ from onnxgen.errors import (
     OnnxgenError,
     RefusedError,
 )
+from onnxgen.patterns import RULES
+from onnxgen.places import default_output
 from onnxgen.report.values import Case, Proof, Report, Site
+from onnxgen.targets import ort
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -55,12 +60,14 @@ class FakePipeline(ModuleType):
     def __init__(self) -> None:
         super().__init__("onnxgen.pipeline")
         self.status: Any = "proven"
+        self.reason = ""
         self.error: Exception | None = None
         self.calls: list[tuple[Any, ...]] = []
 
     def proof(self) -> Proof:
         difference = float("inf") if self.status == "differs" else 2e-6
-        return Proof(self.status, 1e-4, [Case("prefill", 2, 4, 0, "none", difference, "logits")])
+        case = Case("prefill", 2, 4, 0, "none", difference, "logits")
+        return Proof(self.status, 1e-4, [case], reason=self.reason)
 
     def fuse(self, path: Path, options: FuseOptions, progress: Callable[[str], None]) -> Report:
         self.calls.append((path, options))
@@ -146,6 +153,8 @@ def test_every_option_reaches_the_pipeline(pipeline: FakePipeline) -> None:
         ("model.onnx", "model.fused.onnx"),
         ("a/b.v2.onnx", "a/b.v2.fused.onnx"),
         ("model", "model.fused.onnx"),
+        ("MODEL.ONNX", "MODEL.fused.onnx"),
+        (".onnx", ".onnx.fused.onnx"),
         ("m.onnx.onnx", "m.onnx.fused.onnx"),
     ],
 )
@@ -190,6 +199,16 @@ def test_failures_are_one_sentence(
     assert document == json.loads(report_file.read_text())
     assert document["error"] == str(error)
     assert document["exit_code"] == error.exit_code
+
+
+def test_verify_says_why_it_fails(pipeline: FakePipeline) -> None:
+    pipeline.status, pipeline.reason = "differs", "output 'logits' differs"
+    result = run("verify", "m.onnx", "n.onnx")
+    assert result.exit_code == 1
+    assert result.stderr == "Error: n.onnx: output 'logits' differs\n"
+    assert "output 'logits' differs" not in result.stdout
+    document = json.loads(run("verify", "m.onnx", "n.onnx", "--json").stdout)
+    assert document["error"] == "n.onnx: output 'logits' differs"
 
 
 def test_a_report_that_an_error_carries_is_shown(pipeline: FakePipeline, tmp_path: Path) -> None:
@@ -254,6 +273,14 @@ def test_a_bug_is_said_to_be_one(pipeline: FakePipeline, monkeypatch: pytest.Mon
     assert "Traceback" in run("fuse", "m.onnx").stderr
 
 
+def test_too_little_memory_is_no_bug(pipeline: FakePipeline) -> None:
+    pipeline.error = MemoryError("Unable to allocate 9 EiB")
+    result = run("fuse", "m.onnx")
+    assert result.exit_code == 3
+    assert "not enough memory" in result.stderr
+    assert "bug" not in result.stderr
+
+
 def test_an_interruption_is_no_difference(pipeline: FakePipeline) -> None:
     pipeline.error = KeyboardInterrupt()  # type: ignore[assignment]
     result = run("fuse", "m.onnx")
@@ -279,6 +306,14 @@ def test_every_command_helps_with_an_example() -> None:
 def test_the_reference_is_fresh() -> None:
     stale = "cli.md is stale: python -m onnxgen.cli_reference > cli.md"
     assert (ROOT / "cli.md").read_text() == reference(), stale
+
+
+def test_the_reference_names_every_rule() -> None:
+    rows = [line.split("|") for line in reference().splitlines() if line.startswith("| `")]
+    titles = {row[1].strip(" `"): row[2].strip() for row in rows}
+    for code in [*(rule.code for rule in RULES), *ort.CODES]:
+        assert titles[code].endswith("."), code
+        assert code not in titles[code]
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported() -> None:
@@ -365,3 +400,77 @@ def test_the_module_runs() -> None:
         [sys.executable, "-m", "onnxgen", "--version"], capture_output=True, text=True, check=True
     )
     assert onnxgen.__version__ in result.stdout
+
+
+def test_a_report_replaces_only_a_report(pipeline: FakePipeline, tmp_path: Path) -> None:
+    """An input's weights, say, whose names are no secret to a completing shell."""
+    weights = tmp_path / "m.onnx.data"
+    weights.write_bytes(bytes(100))
+    for command in (("fuse", "m.onnx"), ("verify", "m.onnx", "n.onnx")):
+        result = run(*command, "--report", weights)
+        assert result.exit_code == 2
+        assert "is no report of onnxgen" in result.stderr
+        assert weights.read_bytes() == bytes(100)
+    assert pipeline.calls == []
+    report = tmp_path / "report.json"
+    report.touch()
+    for _ in range(2):  # an empty file, then a report
+        assert run("fuse", "m.onnx", "--report", report).exit_code == 0
+    assert json.loads(report.read_text())["command"] == "fuse"
+
+
+@pytest.mark.parametrize("name", ["genai_config.json", "config.json", "tokenizer.json", "o.onnx"])
+def test_a_report_is_no_file_of_the_command(
+    pipeline: FakePipeline, name: str, tmp_path: Path
+) -> None:
+    (tmp_path / "sub").mkdir()
+    for place in (tmp_path / name, tmp_path / "sub" / ".." / name):
+        result = run("fuse", "m.onnx", "-o", tmp_path / "o.onnx", "--report", place)
+        assert result.exit_code == 2
+        assert "another file of this command" in result.stderr
+    assert pipeline.calls == []
+
+
+def test_a_report_goes_over_no_special_file(pipeline: FakePipeline, tmp_path: Path) -> None:
+    fifo, link = tmp_path / "fifo", tmp_path / "link"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    for place in (fifo, link):
+        result = run("fuse", "m.onnx", "--report", place)
+        assert result.exit_code == 4
+        assert "not a regular file" in result.stderr
+    assert fifo.is_fifo()
+    assert link.is_symlink()
+    assert pipeline.calls == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("fuse", ""), ("fuse", "m.onnx", "-o", ""), ("verify", "m.onnx", "n.onnx", "--report", "")],
+)
+def test_an_empty_path_is_a_mistake(pipeline: FakePipeline, words: tuple[str, ...]) -> None:
+    result = run(*words)
+    assert result.exit_code == 2
+    assert "a path is empty" in result.stderr
+    assert pipeline.calls == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+def test_what_may_not_be_read_is_a_sentence() -> None:
+    importlib.import_module("onnxgen.pipeline")  # while it may be read
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o777)
+        model, report = folder / "model.onnx", folder / "report.json"
+        for path in (model, report):
+            path.write_bytes(b"x")
+            path.chmod(0)
+        os.seteuid(65534)
+        try:
+            read = run("fuse", model)
+            written = run("fuse", model, "--report", report)
+        finally:
+            os.seteuid(0)
+    assert (read.exit_code, written.exit_code) == (4, 4)
+    assert f"{model} cannot be read: Permission denied" in read.stderr
+    assert "cannot be replaced: Permission denied" in written.stderr

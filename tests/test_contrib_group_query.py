@@ -116,6 +116,21 @@ def test_rows_of_different_lengths(packed: bool, interleaved: int) -> None:
         assert any(word in name for name in names), word
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"attributes": ", smooth_softmax = 1"},
+        {"weights": ", float[6] sink", "more": ", , , , , sink"},
+    ],
+)
+def test_sinks_are_ours(given: dict[str, str]) -> None:
+    after, site, _ = fused(model(**given), least=9)
+    attention = only(after, "SinkAttention")
+    assert attention.input[6]
+    assert attention.input[3], "it knows no is_causal"
+    assert site.details["mask"] == "causal"
+
+
 def test_several_tokens_over_a_past_for_every_row() -> None:
     """The operator takes them for one sequence only; what it becomes gives each row's own."""
     before = model(attributes=", do_rotary = 1", **ROTARY)
@@ -242,8 +257,6 @@ def test_one_mask_for_all_layers() -> None:
 @pytest.mark.parametrize(
     ("code", "given"),
     [
-        ("sinks", {"attributes": ", smooth_softmax = 1"}),
-        ("sinks", {"weights": ", float[6] sink", "more": ", , , , , sink"}),
         ("quantized-cache", {"attributes": ', k_quant_type = "PER_TENSOR"'}),
         ("window-cache", {"attributes": ", local_window_size = 4, sliding_window_cache = 1"}),
         ("unsupported", {"attributes": ", local_window_size = 0"}),

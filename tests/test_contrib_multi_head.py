@@ -56,7 +56,8 @@ def test_plain() -> None:
         "  t = Transpose<perm = [0, 2, 1, 3]>(a)  y = Reshape(t, [0, 0, 96]) }",
         "MSA002",
     )
-    assert result.sites[0].details["head_size"] == 20
+    details = result.sites[0].details
+    assert [details[key] for key in ("heads", "kv_heads", "head_size")] == [6, 6, 20]
 
 
 def test_scale_and_causal() -> None:

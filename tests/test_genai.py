@@ -80,7 +80,9 @@ def test_what_the_graph_says(tmp_path: Path) -> None:
     assert config["model"]["type"] == "decoder"
     assert config["search"]["past_present_share_buffer"] is True
     assert report.beside == ["genai_config.json"]
-    assert any("special tokens" in warning for warning in report.warnings)
+    assert report.warnings == [
+        "genai_config.json does not say which token ends a text: there is no config.json beside model.onnx"
+    ]
 
 
 def test_the_standard_operator_shares_no_buffer(tmp_path: Path) -> None:
@@ -102,6 +104,19 @@ def test_what_config_files_say(tmp_path: Path) -> None:
     assert config["search"]["top_k"] == 50
     assert config["search"]["do_sample"] is True
     assert not report.warnings
+
+
+@pytest.mark.parametrize("eos", [None, "</s>", [], ["2"], True])
+def test_an_end_that_is_no_number_is_not_passed_on(eos: Any, tmp_path: Path) -> None:
+    path = written(tmp_path, "llama/dynamo20", {**CONFIG, "eos_token_id": eos})
+    why = "genai_config.json does not say which token ends a text: "
+    report, config = fused(path, tmp_path / "m.onnx", verify=False)
+    assert "eos_token_id" not in config["model"]
+    beside = f"config.json beside {path.name} gives no eos_token_id that is a number"
+    assert report.warnings == [why + beside]
+    (tmp_path / "generation_config.json").write_text("{}")
+    report, _ = fused(path, tmp_path / "m.onnx", verify=False)
+    assert "config.json and generation_config.json beside" in report.warnings[0]
 
 
 def test_a_text_model_inside_a_config(tmp_path: Path) -> None:

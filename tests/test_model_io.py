@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxgen import staging, wire
 from onnxgen.errors import FileError, OnnxgenError, RefusedError, UsageError
-from onnxgen.model_io import read_model, staged, uses_external_data
+from onnxgen.model_io import data_files, read_model, staged
 from onnxgen.runtime import Runtime
 
 ROWS, COLUMNS = 96, 160  # 61,440 bytes in fp32
@@ -113,7 +113,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_embedded_weights_are_views_of_the_file(tmp_path: Path) -> None:
     model = read_model(write_embedded(tmp_path))
-    assert not uses_external_data(model)
+    assert not data_files(model)
     array = weight_of(model).numpy()
     assert not array.flags.owndata
     np.testing.assert_array_equal(array, WEIGHT)
@@ -121,7 +121,7 @@ def test_embedded_weights_are_views_of_the_file(tmp_path: Path) -> None:
 
 def test_external_weights_stay_external(tmp_path: Path) -> None:
     model = read_model(write_external(tmp_path))
-    assert uses_external_data(model)
+    assert data_files(model)
     tensor = weight_of(model)
     assert isinstance(tensor, ir.ExternalTensor)
     assert tensor.location == "model.onnx.data"
@@ -273,6 +273,17 @@ def test_embedded_data_of_the_wrong_length(tmp_path: Path) -> None:
     refused(path, "'w'", "61440", "60800")
 
 
+def test_a_tensor_without_its_data(tmp_path: Path) -> None:
+    """What `onnx` leaves of a model whose weights were stripped; the input is to blame for it."""
+    empty = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[ROWS, COLUMNS])
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model_of(empty).SerializeToString())
+    refused(path, "is damaged", "'w'", "holds 0 values", "15360")
+    empty.raw_data = b""
+    path.write_bytes(model_of(empty).SerializeToString())
+    refused(path, "is damaged", "'w'", "holds 0 bytes", "61440")
+
+
 def test_sparse_initializers_are_refused(tmp_path: Path) -> None:
     proto = model_of(numpy_helper.from_array(WEIGHT, "w"))
     sparse = proto.graph.sparse_initializer.add()
@@ -390,7 +401,7 @@ def test_unchanged_data_is_referenced_in_the_same_folder(tmp_path: Path) -> None
     output = tmp_path / "model.fused.onnx"
     commit(read_model(source), output, source)
     assert sorted(contents(tmp_path)) == ["model.fused.onnx", "model.onnx", "model.onnx.data"]
-    assert uses_external_data(read_model(output))
+    assert data_files(read_model(output))
     check_runs(output)
 
 
@@ -544,6 +555,58 @@ def test_the_input_is_replaced_only_by_force(tmp_path: Path) -> None:
     assert contents(tmp_path) == before
     commit(model, source, source, force=True)
     check_runs(source)
+
+
+def test_files_that_were_read_are_kept(tmp_path: Path) -> None:
+    """Data that the model no longer refers to as well, and what lies beside it."""
+    source = write_external(tmp_path)
+    model = read_model(source)
+    read = tmp_path / "model.onnx.data"
+    model.graph.initializers["w"].const_value = ir.tensor(WEIGHT, name="w")
+    for output, beside in ((read, {}), (tmp_path / "out.onnx", {read.name: b"{}"})):
+        with (
+            pytest.raises(UsageError, match=read.name),
+            staged(
+                model,
+                output,
+                source=source,
+                force=True,
+                beside=beside,
+                reads=data_files(read_model(source)),
+            ),
+        ):
+            pass
+    with (
+        pytest.raises(UsageError, match=r"out\.json"),
+        staged(model, tmp_path / "out.json", source=source, force=True, beside={"out.json": b""}),
+    ):
+        pass
+
+
+def test_only_regular_files_are_replaced(tmp_path: Path) -> None:
+    source = write_embedded(tmp_path)
+    fifo, link = tmp_path / "fifo.onnx", tmp_path / "link.onnx"
+    os.mkfifo(fifo)
+    link.symlink_to(fifo)
+    for output in (fifo, link):
+        with (
+            pytest.raises(FileError, match="not a regular file"),
+            staged(read_model(source), output, source=source, force=True),
+        ):
+            pass
+    with (
+        pytest.raises(FileError, match="not a regular file"),
+        staged(
+            read_model(source),
+            tmp_path / "o.onnx",
+            source=source,
+            force=True,
+            beside={"fifo.onnx": b""},
+        ),
+    ):
+        pass
+    assert fifo.is_fifo()
+    assert link.is_symlink()
 
 
 def test_folders_that_cannot_be_written(tmp_path: Path) -> None:

@@ -111,6 +111,8 @@ def test_inside_the_contract_up_to_its_last_token(unpadded: Made) -> None:
         (RunShape(2, 4, padding="left"), {}),
         (RunShape(1, 4, 6), {"attention_mask": lambda m: np.where(np.arange(10) == 9, 0, m)}),
         (RunShape(1, 1, 6), {"attention_mask": lambda m: np.where(np.arange(7) == 3, 0, m)}),
+        # A row that has ended: the operator would write over its last token.
+        (RunShape(2, 1, 5), {"attention_mask": lambda m: np.array([[1] * 6, [1] * 5 + [0]])}),
     ],
 )
 def test_right_padding_is_behind_a_prompt_or_fails(
@@ -210,6 +212,38 @@ def test_the_length_is_that_of_config_json(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": 96}))
     _, output, _ = make(tmp_path, "llama/dynamo20", padding="none")
     assert read_contract(read_model(output)).max_length == 96
+
+
+def test_a_length_too_short_to_tell_keeps_rotary_outside(tmp_path: Path) -> None:
+    _, output, report = make(tmp_path, "llama/dynamo20", padding="right", max_length=4)
+    assert ops(output)["GroupQueryAttention"] == 2
+    said = {str(site.details["rotary"]) for site in report.lowered if site.kind == "attention"}
+    assert said == {"outside: 4 positions are too few to read its tables, at least 12 are needed"}
+    assert "tokens," not in report.contract
+    assert report.warnings == []
+
+
+def test_what_was_undone_is_no_contract(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    check = pipeline.RewriteChecker.__call__
+
+    def undo(self: Any, facts: Any, rewrite: Any, nodes: Any) -> str | None:
+        if rewrite.node.op_type == "GroupQueryAttention":
+            return "it differs"
+        return check(self, facts, rewrite, nodes)
+
+    monkeypatch.setattr(pipeline.RewriteChecker, "__call__", undo)
+    _, output, report = make(tmp_path, "llama/dynamo20", padding="right")
+    assert ops(output)["Attention"] == 2
+    assert report.contract == "padding any"
+    assert read_contract(read_model(output)) == Contract()
+    (warning,) = report.warnings
+    assert warning.endswith("Attention and 1 more: the rewrite was undone: it differs")
+
+
+def test_lengths_beyond_all_memory_are_refused(tmp_path: Path) -> None:
+    for length in ((1 << 24) + 1, 99_999_999_999):
+        with pytest.raises(UsageError, match=f"--max-length {length}: .* the most is 16777216"):
+            make(tmp_path, "llama/dynamo20", max_length=length)
 
 
 def test_answering_outside_the_contract_is_a_difference(unpadded: Made) -> None:

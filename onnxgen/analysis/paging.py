@@ -113,6 +113,8 @@ def paged_layers(facts: Facts, families: Mapping[str, MaskFamily]) -> list[Paged
     layers: list[PagedLayer] = []
     for node in facts.graph:
         name = node.name or node.op_type
+        if node.op_type == "PagedAttention":
+            raise UnpageableError([Obstacle("PAG001", "the model is paged already", name)])
         if node.op_type in _ATTENTIONS and node.domain in ("", "ai.onnx", "onnxgen"):
             found = _layer(facts, node, families.get(node.name or ""))
             if isinstance(found, Obstacle):
@@ -166,8 +168,9 @@ def _layer(facts: Facts, node: ir.Node, family: MaskFamily | None) -> PagedLayer
         computed = _computed(facts, k, v)
         pairs = [use.pair for use in computed]
     if not pairs or None in pairs:
-        reason = "it attends to keys that are no cache's: an encoder's, or bidirectional ones"
-        return Obstacle("PAG006" if facts.roles.pairs else "PAG002", reason, name)
+        if not facts.roles.pairs:
+            return Obstacle("PAG002", "it continues no cache: the model has no past", name)
+        return Obstacle("PAG006", "it reads keys that are no cache's, such as an encoder's", name)
     if family is None or family.kind == "general":
         why = family.reason if family is not None else "it was not read"
         return Obstacle("PAG004", f"its mask is of no family that can be paged: {why}", name)

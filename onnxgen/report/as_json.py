@@ -29,6 +29,9 @@ from typing import Any
 from onnxgen import __version__
 from onnxgen.report.values import SCHEMA_VERSION, Proof, Report, Site
 
+START = '{\n  "schema": '
+"""What every document of ours begins with, as `dumps` writes it."""
+
 
 def fuse_document(report: Report | None, exit_code: int, error: str | None) -> dict[str, Any]:
     """The outcome of `onnxgen fuse`."""

@@ -6,21 +6,33 @@ import os
 import secrets
 from pathlib import Path
 
-from onnxgen.errors import FileError
+from onnxgen.errors import FileError, UsageError
+from onnxgen.places import check_place
+from onnxgen.report import as_json
 
 
 def check_writable(path: Path) -> None:
     """Notice before the work, not after it, that a report cannot be written.
 
+    A report replaces only a report: whatever else is there, such as a model's weights, is kept.
+
     Raises:
-        FileError: there is no such folder, it is not writable, or the path is a folder.
+        FileError: nothing can be written there, or what is there cannot be read.
+        UsageError: something else is there.
     """
-    if path.is_dir():
-        raise FileError(f"{path} cannot be written: it is a folder")
-    if not path.parent.is_dir():
-        raise FileError(f"{path} cannot be written: there is no folder {path.parent}")
-    if not os.access(path.parent, os.W_OK | os.X_OK):
-        raise FileError(f"{path} cannot be written: the folder {path.parent} is not writable")
+    check_place(path)
+    if not path.exists():
+        return
+    start = as_json.START.encode()
+    try:
+        with path.open("rb") as file:
+            there = file.read(len(start))
+    except OSError as error:
+        raise FileError(f"{path} cannot be replaced: {error.strerror}") from error
+    if there not in (b"", start):
+        raise UsageError(
+            f"{path} is there already and is no report of onnxgen: choose another file"
+        )
 
 
 def write_text(path: Path, text: str) -> None:

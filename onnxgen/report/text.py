@@ -72,10 +72,9 @@ def render_proof(proof: Proof | None) -> RenderableType:
     lines: list[RenderableType] = []
     ran = [case for case in proof.cases if case.compared]
     status = proof.status.capitalize()
-    said = [proof.reason] if proof.reason else []
-    if ran:
-        said.append(f"{_many(len(ran), 'case')} run, {_largest(proof)}")
-    lines.append(_labelled(status, "; ".join(said), _STYLES[proof.status]))
+    # Why it is not proven is the sentence that the command ends with.
+    said = f"{_many(len(ran), 'case')} run, {_largest(proof)}" if ran else "no case was run"
+    lines.append(_labelled(status, said, _STYLES[proof.status]))
     if proof.twins:
         lines.append(Text("  run as float32 twins: ONNX Runtime's CPU cannot run bfloat16"))
     if proof.rewrites:

@@ -75,10 +75,13 @@ class Said:
         usable = isinstance(found, int) and not isinstance(found, bool) and found > 0
         return found if usable else None
 
-    def token(self, key: str) -> Any:
-        """The id or ids of a special token; None where nothing says it."""
-        found = self.generation.get(key)
-        return self.text(key) if found is None else found
+    def token(self, key: str) -> int | list[int] | None:
+        """The id or ids of a special token; None where nothing says it as numbers."""
+        for found in (self.generation.get(key), self.text(key)):
+            ids = found if isinstance(found, list) else [found]
+            if ids and all(isinstance(each, int) and not isinstance(each, bool) for each in ids):
+                return found
+        return None
 
 
 def genai_config(
@@ -274,12 +277,12 @@ def _context_length(roles: Roles, said: Said, max_length: int | None) -> int:
 def _tokens(said: Said) -> dict[str, Any]:
     """The ids of special tokens that the files say; padding is done with the end's if need be."""
     ids = {key: said.token(f"{key}_token_id") for key in ("bos", "eos", "pad")}
-    ends = ids["eos"] if isinstance(ids["eos"], list) else [ids["eos"]]
     if ids["pad"] is None:
-        ids["pad"] = ends[0] if ends else None
-    if isinstance(ids["bos"], list):
-        ids["bos"] = ids["bos"][0] if ids["bos"] else None
-    return {f"{key}_token_id": value for key, value in ids.items() if value not in (None, [])}
+        ids["pad"] = ids["eos"]
+    for key in ("bos", "pad"):  # the runtime takes one
+        found = ids[key]
+        ids[key] = found[0] if isinstance(found, list) else found
+    return {f"{key}_token_id": value for key, value in ids.items() if value is not None}
 
 
 def _type(said: Said) -> str:

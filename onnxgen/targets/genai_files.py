@@ -27,6 +27,8 @@ TOKENIZER = (
     "chat_template.jinja",
     "chat_template.json",
 )
+READ = ("config.json", "generation_config.json", *TOKENIZER)
+"""What is read beside a model, where it is there."""
 
 
 def genai_files(
@@ -100,6 +102,8 @@ def _object(path: Path) -> dict[str, Any]:
 
 def _read(path: Path) -> bytes | None:
     """A file's content, None where there is none."""
+    if path.exists() and not path.is_file():
+        raise FileError(f"{path} cannot be read: it is not a regular file")
     try:
         return path.read_bytes()
     except FileNotFoundError:

@@ -29,10 +29,10 @@ from onnxgen.targets.contract import Contract, read_contract
 from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.cases import Run, find_edges, plan
 from onnxgen.verify.difference import NotANumberError, output_difference
-from onnxgen.verify.precision import NOTE, in_full_precision, rounds_activations
+from onnxgen.verify.precision import NOTE, rounds_activations
+from onnxgen.verify.side import Side, Source
 
 Array = npt.NDArray[Any]
-Source = Path | bytes
 
 TOLERANCES: Mapping[ir.DataType, float] = {
     ir.DataType.DOUBLE: 1e-4,
@@ -94,8 +94,8 @@ def verify_models(
     # The original is what its nodes say; the rewritten one runs as it will for a user. Both
     # optimised by the runtime could be one and the same graph in the end, right or wrong.
     sides = (
-        _Side(runtime, original, as_written=True, full=rounds_activations(model)),
-        _Side(runtime, rewritten, as_written=False, full=rounds_activations(model)),
+        Side(runtime, original, as_written=True, full=rounds_activations(model)),
+        Side(runtime, rewritten, as_written=False, full=rounds_activations(model)),
     )
     if sides[0].full:
         proof.note = NOTE
@@ -160,41 +160,6 @@ def _conclude(proof: Proof, failures: Mapping[str, str]) -> None:
             )
 
 
-class _Side:
-    """One of the two models; loaded again when a crash took its session along."""
-
-    def __init__(
-        self, runtime: Runtime, source: Source, *, as_written: bool, full: bool = False
-    ) -> None:
-        self.runtime = runtime
-        self.source = source
-        self.full = full
-        self.session = 0
-        self._as_written = as_written
-
-    def load(self) -> None:
-        source, folder = in_full_precision(self.source) if self.full else (self.source, None)
-        if self._as_written:
-            try:
-                self.session = self.runtime.load(source, optimize=False, folder=folder)
-                return
-            except RuntimeFailure:
-                self._as_written = False  # some graphs load only with their constants folded
-        self.session = self.runtime.load(source, optimize=True, folder=folder)
-
-    def unload(self) -> None:
-        self.runtime.unload(self.session)
-
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        try:
-            return self.runtime.run(self.session, feeds)
-        except RuntimeFailure as error:
-            if "session was lost" not in str(error):
-                raise
-        self.load()
-        return self.runtime.run(self.session, feeds)
-
-
 @dataclass
 class _Step:
     """One run of a case: its lengths, and what each side is fed."""
@@ -210,7 +175,7 @@ class _Comparison:
         failures: ONNX Runtime's words where only the rewritten model failed, by case name.
     """
 
-    def __init__(self, roles: Roles, original: _Side, rewritten: _Side, contract: Contract) -> None:
+    def __init__(self, roles: Roles, original: Side, rewritten: Side, contract: Contract) -> None:
         self.contract = contract
         self.roles = roles
         self.original = original

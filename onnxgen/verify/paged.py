@@ -36,6 +36,8 @@ from onnxgen.targets.paged import PagedModel
 from onnxgen.verify.cases import find_edges, too_large
 from onnxgen.verify.compare import TOLERANCES, compute_type
 from onnxgen.verify.difference import scaled_difference
+from onnxgen.verify.precision import NOTE, rounds_activations
+from onnxgen.verify.side import Side
 
 Array = npt.NDArray[Any]
 _VOCABULARY = 256
@@ -117,26 +119,30 @@ def prove_paged(
     near, _ = find_edges(model, roles)
     sizes = [family.size for family in results[0].families if family.size]
     edges = [edge for edge in dict.fromkeys([*sizes, *near]) if not too_large(roles, edge)]
+    full = rounds_activations(model)
+    if full:
+        proof.note = NOTE
+    first = Side(runtime, original, as_written=True, full=full)
     try:
-        first = runtime.load(original)
+        first.load()
     except RuntimeFailure as error:
         proof.reason = f"ONNX Runtime cannot load the original: {error}"
         return proof
     for path, result in zip(written, results, strict=True):
+        second = Side(runtime, path, as_written=False, full=full)
         try:
-            second = runtime.load(path, optimize=True)
+            second.load()
         except RuntimeFailure as error:
             proof.status = "differs"
             proof.reason = f"ONNX Runtime cannot load the paged model: {error}"
             return proof
         size, sharing = result.options.block_size, not result.switches
         events = program(size, edges, sharing=sharing)
-        compare_steps(
-            (runtime, first, roles), (runtime, second, result), events, proof, progress=progress
-        )
-        runtime.unload(second)
+        compare_steps(first, second, roles, result, events, proof, progress=progress)
+        second.unload()
         if proof.reason:
             return proof
+    first.unload()
     if any(case.compared for case in proof.cases):
         proof.status = "proven"
     else:
@@ -145,31 +151,32 @@ def prove_paged(
 
 
 def compare_steps(
-    original: tuple[Runtime, int, Roles],
-    paged: tuple[Runtime, int, PagedModel],
+    original: Side,
+    paged: Side,
+    roles: Roles,
+    result: PagedModel,
     events: Sequence[Event],
     proof: Proof,
     *,
     free: float = math.nan,
     progress: Callable[[str], None] = lambda message: None,
 ) -> None:
-    """Take two loaded models through a program; the proof takes its cases and what differs.
+    """Take both models through a program; the proof takes its cases, and what differs.
 
     Args:
-        original, paged: where each is loaded, as which session, and what it is.
+        original, paged: loaded.
         free: what slots hold that are nobody's.
     """
-    first, second = _Contiguous(*original), _Paged(*paged, free)
-    first.room = min(first.room, paged[2].max_length or first.room)
-    _Run(first, second, proof, progress).program(events)
+    first = _Contiguous(original, roles)
+    first.room = min(first.room, result.max_length or first.room)
+    _Run(first, _Paged(paged, result, free), proof, progress).program(events)
 
 
 class _Contiguous:
     """The original: one sequence at a time, each on caches of its own."""
 
-    def __init__(self, runtime: Runtime, session: int, roles: Roles) -> None:
-        self._runtime = runtime
-        self._session = session
+    def __init__(self, side: Side, roles: Roles) -> None:
+        self._side = side
         self.roles = roles
         tokens = [*roles.named("ids"), *roles.named("embeds")][0]
         self._tokens = tokens
@@ -211,7 +218,7 @@ class _Contiguous:
                 np.broadcast_to(wide, shape).astype(feeds[self._tokens.name].dtype)
             )
             feeds.update(self._caches.get(name, {}))
-            outputs = self._runtime.run(self._session, feeds)
+            outputs = self._side.run(feeds)
             self._caches[name] = {pair.past: outputs[pair.present] for pair in self.roles.pairs}
             rows.append(outputs[self.logits][0])
             past += len(piece)
@@ -273,9 +280,8 @@ class _Contiguous:
 class _Paged:
     """The paged model: all sequences together, on pools whose free slots hold NaN, or what is said."""
 
-    def __init__(self, runtime: Runtime, session: int, result: PagedModel, free: float) -> None:
-        self._runtime = runtime
-        self._session = session
+    def __init__(self, side: Side, result: PagedModel, free: float) -> None:
+        self._side = side
         self.result = result
         self.options = result.options
         self.sequences = Sequences(0, result.options.block_size)
@@ -309,7 +315,7 @@ class _Paged:
             feeds["slot_mapping"] = slots.astype(np.int32)
         if self.options.logits == "indices":
             feeds["logits_indices"] = self.asked(feeds["cumulative_sequence_lengths"])
-        outputs = self._runtime.run(self._session, {**feeds, **self.pools})
+        outputs = self._side.run({**feeds, **self.pools})
         spoiled = []
         for pool in self.result.pools:
             old = self.flat(pool.name)

@@ -33,6 +33,8 @@ from onnxgen.targets.paged import PagedModel
 from onnxgen.targets.paged_schema import DOMAIN, NAME, live_schema
 from onnxgen.verify.paged import compare_steps, program, prove_paged
 from onnxgen.verify.paged_twin import staged_twins
+from onnxgen.verify.precision import rounds_activations
+from onnxgen.verify.side import Side
 
 PACKAGE = "onnxruntime_ep_webgpu"
 SAFE_BLOCK, FEW = 32, 12
@@ -61,10 +63,11 @@ def prove_operator(
     """The proof as `prove_paged` makes it, and what is to be said of the kernel."""
     with staged_twins(written) as twins:
         proof = prove_paged(original, twins, results, roles, runtime, progress)
-    proof.note = (
+    said = (
         f"ONNX Runtime's CPU has no kernel of {NAME}: what each says in the written file was run "
         "as standard operators"
     )
+    proof.note = "; ".join(filter(None, [proof.note, said]))
     if proof.status != "proven":
         return proof, "not run: the model was not proven"
     return proof, run_kernel(original, written, results, roles, runtime, proof, progress)
@@ -102,21 +105,17 @@ def run_kernel(
     with Runtime(webgpu=True) as device:
         device.aliases = {pool.name: pool.output for pool in result.pools}
         own = Proof("unverifiable", ROUNDING * proof.tolerance)
+        full = rounds_activations(model)
+        first = Side(runtime, original, as_written=True, full=full)
+        second = Side(device, path, as_written=False, full=full)
         try:
             progress("loading the kernel")
-            session = device.load(path, optimize=True)
-            first = runtime.load(original)
+            second.load()
+            first.load()
         except RuntimeFailure as error:
             return f"not run: {error}"
-        compare_steps(
-            (runtime, first, roles),
-            (device, session, result),
-            events,
-            own,
-            free=0.0,
-            progress=progress,
-        )
-        runtime.unload(first)
+        compare_steps(first, second, roles, result, events, own, free=0.0, progress=progress)
+        first.unload()
     if own.reason:
         proof.status, proof.reason = "differs", f"on the WebGPU kernel, {own.reason}"
         return f"differs: {own.reason}"

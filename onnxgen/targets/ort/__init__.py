@@ -13,10 +13,16 @@ from onnxgen.analysis.masks import MaskFamily
 from onnxgen.patterns.rule import Rule
 from onnxgen.targets.contract import Contract, Padding
 from onnxgen.targets.ort.attention import GroupQuery
+from onnxgen.targets.ort.lengths import name_guards
 from onnxgen.targets.ort.norms import SkipNorm
 from onnxgen.targets.ort.packing import PackedProjections
+from onnxgen.targets.ort.rotary_caches import FEWEST
+
+__all__ = ["CODES", "KEPT", "LONGEST", "RULES", "Lowering", "Settings", "name_guards"]
 
 DEFAULT_LENGTH = 32768
+LONGEST = 1 << 24
+"""No rotary caches are made for more positions than this: they would take gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,8 @@ class Settings:
 # Raising rules that are left out: their operator is this target's own.
 KEPT = frozenset({"MSA001"})
 
-CODES = tuple(rule.code for rule in (GroupQuery, PackedProjections, SkipNorm))
+RULES: tuple[type[Rule], ...] = (GroupQuery, PackedProjections, SkipNorm)
+CODES = tuple(rule.code for rule in RULES)
 
 
 class Lowering:
@@ -56,7 +63,8 @@ class Lowering:
         length = settings.max_length or DEFAULT_LENGTH
         self._attention = GroupQuery(settings.padding, length, families)
         self.rules: tuple[Rule, ...] = (self._attention, PackedProjections(), SkipNorm())
-        self.assumed = Contract(settings.padding, length, chunked_batches=False)
+        limit = None if length < FEWEST else length  # no caches are made that would end there
+        self.assumed = Contract(settings.padding, limit, chunked_batches=False)
 
     @property
     def contract(self) -> Contract:

@@ -29,7 +29,7 @@ Seen in
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -82,6 +82,7 @@ class GroupQuery(Rule):
         self._length = length
         self._families = families
         self._caches: dict[tuple[ir.Value | None, ...], RotaryCaches | str] = {}
+        self._promised: dict[ir.Node, Contract] = {}
         self.contract = Contract()
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
@@ -97,7 +98,8 @@ class GroupQuery(Rule):
         assert v is not None
         heads, kv_heads = self._check(facts, node, q, k, v)
         masking = self._masking(facts, node, mask, past_key)
-        rotary = self._rotary(facts, q, k, past_key)
+        found = self._rotary(facts, q, k, past_key)
+        rotary, said = (None, found) if isinstance(found, str) else (found, "inside")
         operands = [
             rows_first(facts, builder, value, count, turned=not inside)
             for value, count, inside in (
@@ -106,10 +108,10 @@ class GroupQuery(Rule):
                 (v, kv_heads, False),
             )
         ]
-        for value, found in zip((q, k, v), operands, strict=True):
-            if found is None:
+        for value, operand in zip((q, k, v), operands, strict=True):
+            if operand is None:
                 raise Declined(self, "layout", f"{value.name!r} cannot be rearranged", node)
-        packed, factors = zip(*(found for found in operands if found), strict=True)
+        packed, factors = zip(*(operand for operand in operands if operand), strict=True)
         if factors[2] != 1.0 or factors[1] != 1.0:
             raise Declined(self, "layout", "keys or values are scaled on the way", node)
         queries = packed[0]
@@ -152,12 +154,19 @@ class GroupQuery(Rule):
         assert fused is not None
         y = self._joined(facts, builder, node, outputs[0], heads)
         replaced = (y, *zip(node.outputs[1:], outputs[1:], strict=False))
-        self._promise(rotary[0] if rotary else None, guarded or positions is not None)
+        self._promised[fused] = Contract(
+            self._padding if guarded or positions is not None else "any",
+            None if rotary is None else len(rotary[0].cos),
+            chunked_batches=False,
+        )
         details = {
             "mask": "attention_bias" if bias is not None else "attributes",
-            "rotary": "inside" if rotary else "outside or none",
+            "rotary": said,
         }
         return Rewrite(fused, replaced, details, mask)
+
+    def applied(self, rewrite: Rewrite) -> None:
+        self.contract = self.contract.both(self._promised[rewrite.node])
 
     def _check(
         self, facts: Facts, node: ir.Node, q: ir.Value, k: ir.Value, v: ir.Value
@@ -195,33 +204,34 @@ class GroupQuery(Rule):
 
     def _rotary(
         self, facts: Facts, q: ir.Value, k: ir.Value, past: ir.Value
-    ) -> tuple[RotaryCaches, int] | None:
-        """What queries and keys are both rotated by; None where it stays outside."""
+    ) -> tuple[RotaryCaches, int] | str:
+        """What queries and keys are both rotated by; where it stays outside, that, and why."""
         nodes = [producer(each, "RotaryEmbedding") for each in (q, k)]
         pair = facts.roles.pair_of(past.name or "")
-        if pair is None or pair.cap is not None:
-            return None  # in a cropped cache a token's place is not its position
-        if q.dtype == ir.DataType.BFLOAT16:
-            return None  # caches are rounded where a float32 twin's tables are not: no proof
         if nodes[0] is None or nodes[1] is None:
-            return None
+            return "none"
+        if pair is None or pair.cap is not None:
+            return "outside: in a cropped cache a token's place is not its position"
+        if q.dtype == ir.DataType.BFLOAT16:
+            # They are rounded where a float32 twin's tables are not: no proof.
+            return "outside: caches of bfloat16 cannot be proven"
         first, second = nodes[0], nodes[1]
         key = (*first.inputs[1:], *second.inputs[1:])
         for name in ("interleaved", "rotary_embedding_dim"):
             if attribute(first, name, 0) != attribute(second, name, 0):
-                return None
+                return "outside: queries and keys are rotated differently"
         if key not in self._caches:
             both = [rotary_caches(facts, each, self._length) for each in (first, second)]
             self._caches[key] = _one(both)
         caches = self._caches[key]
         size = facts.shapes.of(q)
-        if isinstance(caches, str) or size is None:
-            return None
+        if isinstance(caches, str):
+            return f"outside: {caches}"
         columns = caches.cos.shape[-1]
-        if columns % 8 or columns * 2 > size[-1]:
-            return None  # the kernel takes multiples of 16 only
+        if size is None or columns % 8 or columns * 2 > size[-1]:
+            return "outside: the kernel rotates multiples of 16 columns only"
         if caches.positions is not None and self._padding == "any":
-            return None
+            return f"outside: {caches.positions.name!r} may say any position"
         return caches, int(attribute(first, "interleaved", 0))
 
     def _joined(
@@ -239,15 +249,6 @@ class GroupQuery(Rule):
             raise Declined(self, "layout", "the output's size cannot be computed", node)
         split = builder.op("Reshape", [rows, target])
         return y, builder.op("Transpose", [split], {"perm": [0, 2, 1, 3]})
-
-    def _promise(self, caches: RotaryCaches | None, guarded: bool) -> None:
-        length = self.contract.max_length
-        if caches is not None:
-            length = min(len(caches.cos), length or len(caches.cos))
-        padding = self._padding if guarded else self.contract.padding
-        self.contract = replace(
-            self.contract, padding=padding, max_length=length, chunked_batches=False
-        )
 
 
 def _one(both: Sequence[RotaryCaches | str]) -> RotaryCaches | str:

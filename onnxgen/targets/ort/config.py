@@ -8,6 +8,8 @@ from pathlib import Path
 
 def context_length(config: Path) -> int:
     """max_position_embeddings of a config.json, that of its text model where it has one; else 0."""
+    if not config.is_file():
+        return 0
     try:
         found = json.loads(config.read_text(encoding="utf-8"))
         text = found.get("text_config") or found

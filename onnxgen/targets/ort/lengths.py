@@ -18,6 +18,8 @@ INT32, INT64 = int(ir.DataType.INT32), int(ir.DataType.INT64)
 NO_PADDING = "contract: this model was written for inputs without padding"
 RIGHT_PADDING = "contract: this model was written for padding behind a prompt only"
 COUNTED = "contract: this model was written for positions that count the tokens"
+EMPTY = "contract: this model was written for at least one row and one new token"
+SENTENCES = (NO_PADDING, RIGHT_PADDING, COUNTED, EMPTY)
 
 
 def input_mask(facts: Facts, past: ir.Value) -> ir.Value | None:
@@ -31,6 +33,14 @@ def input_mask(facts: Facts, past: ir.Value) -> ir.Value | None:
     if len(masks) != 1 or masks[0].additive or pair is None or pair.cap is not None:
         return None
     return inputs[masks[0].name]
+
+
+def name_guards(graph: ir.Graph) -> None:
+    """Give guards their sentence for a name, without the number of a copy that was merged."""
+    for sentence in SENTENCES:
+        guards = [node for node in graph if (node.name or "").startswith(sentence)]
+        for number, node in enumerate(guards):
+            node.name = f"{sentence}_{number + 1}" if number else sentence
 
 
 class Lengths:
@@ -68,9 +78,11 @@ class Lengths:
         """
         op, ints = self._builder.op, self._builder.ints
         batch, new = self._size(q, 0), self._size(q, 1)
-        last = op("Sub", [total, ints(1)], name="last_token")
         real: ir.Value | None = None
-        first = op("Sub", [total, new], name="past_tokens")
+        if batch.const_value is None:  # the operator divides by it: the process would end
+            missing = op("Sub", [ints(1), op("Min", [op("Mul", [batch, new]), ints(1)])])
+            total = op("Add", [total, self._guard(missing, EMPTY)])
+        counts = total
         if padding != "any" and self.mask is not None:
             real = self.mask
             if real.dtype != ir.DataType.INT64:
@@ -80,10 +92,13 @@ class Lengths:
                 wrong, sentence = op("Sub", [total, counts]), NO_PADDING
             else:
                 wrong, sentence = self._not_right(real, counts, total, new), RIGHT_PADDING
-                last = op("Sub", [counts, ints(1)], name="last_token")
-                first = op("Mul", [op("Min", [first, ints(1)]), op("Sub", [counts, new])])
-            last = op("Add", [last, self._guard(wrong, sentence)])
+            guard = self._guard(wrong, sentence)
+            counts = op("Add", [counts, guard])
+            # The positions are looked at after the padding: where both are wrong it is the cause.
+            total = op("Add", [total, guard])
+        last = op("Sub", [counts, ints(1)], name="last_token")
         if positions is not None:
+            first = op("Sub", [total, new], name="past_tokens")
             last = op("Add", [last, self._counted(positions, first, new, total, real)])
         return op("Cast", [op("Expand", [last, batch])], {"to": INT32}, name="seqlens_k")
 
@@ -95,7 +110,7 @@ class Lengths:
         total: ir.Value,
         real: ir.Value | None,
     ) -> ir.Value:
-        """The guard that the positions of real tokens count up from `first`, [1] or [B]."""
+        """The guard that the positions of real tokens count up from `first`, [1]."""
         op, ints = self._builder.op, self._builder.ints
         if positions.dtype != ir.DataType.INT64:
             positions = op("Cast", [positions], {"to": INT64})
@@ -137,16 +152,19 @@ class Lengths:
     def _not_right(
         self, mask: ir.Value, counts: ir.Value, total: ir.Value, new: ir.Value
     ) -> ir.Value:
-        """[B], above 0 for a row with a hole, or padded where several tokens follow a past."""
+        """[B], above 0 for a row with a hole or without a token, or padded beside a past.
+
+        The operator writes a row's new tokens where its real ones end, less what is new: over a
+        past that is where they belong only in rows that are full.
+        """
         op, ints = self._builder.op, self._builder.ints
         scalar = op("Squeeze", [total])
         zero, one = (self._builder.constant(np.array(n, dtype=np.int64)) for n in (0, 1))
         places = op("Add", [op("Range", [zero, scalar, one]), ints(1)])
         last = op("ReduceMax", [op("Mul", [mask, places]), ints(1)], {"keepdims": 0})
-        hole = op("Sub", [last, counts])
-        several = op("Min", [op("Sub", [new, ints(1)]), ints(1)])
+        hole = op("Sub", [op("Max", [last, ints(1)]), counts])
         over = op("Min", [op("Sub", [total, new]), ints(1)])
-        short = op("Mul", [op("Mul", [several, over]), op("Sub", [total, counts])])
+        short = op("Mul", [over, op("Sub", [total, counts])])
         return op("Add", [hole, short])
 
     def _guard(self, violation: ir.Value, sentence: str) -> ir.Value:

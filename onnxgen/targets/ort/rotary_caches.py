@@ -30,6 +30,8 @@ HELD_OUT = (
     RunShape(batch=1, new=1, past=11),
 )
 CLOSE = 1e-6
+FEWEST = 12
+"""Of fewer positions too few runs are held out to tell."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ def rotary_caches(facts: Facts, node: ir.Node, length: int) -> RotaryCaches | st
     cos, sin = node.inputs[1], node.inputs[2]
     if cos is None or sin is None:
         return "it has no tables"
+    if length < FEWEST:
+        return f"{length} positions are too few to read its tables, at least {FEWEST} are needed"
     if len(node.inputs) > 3 and node.inputs[3] is not None:
         tables = [constant(value, limit=1 << 28) for value in (cos, sin)]
         if tables[0] is None or tables[1] is None:

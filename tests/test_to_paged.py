@@ -1,0 +1,337 @@
+"""to-paged, from a file to a folder: what pages is proven, what does not says why, wrong is seen."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from click.testing import CliRunner
+
+from onnxgen import pipeline
+from onnxgen.cli import main
+from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
+from onnxgen.pipeline import FuseOptions, PageOptions, fuse, to_paged
+from onnxgen.report.values import Report
+from onnxgen.targets.paged import PagedModel, PagedOptions
+from onnxgen.testing import CorpusEntry, corpus, load_corpus_model
+from tests import paged_table
+
+KNOWN = paged_table.read(paged_table.TABLE.read_text("utf-8"))
+FP16 = ir.DataType.FLOAT16
+
+
+def written(folder: Path, name: str | onnx.ModelProto) -> Path:
+    path = folder / "model.onnx"
+    model = load_corpus_model(name) if isinstance(name, str) else name
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def page(path: Path, *, inline: bool = False, **options: Any) -> tuple[Report, onnx.ModelProto]:
+    out = path.parent / "out"
+    asked = PageOptions(output=out, paged=PagedOptions(**options), inline=inline)
+    report = to_paged(path, asked, lambda message: None)
+    return report, onnx.load(out / "model.onnx")
+
+
+def shapes(values: Sequence[onnx.ValueInfoProto]) -> dict[str, list[int | str]]:
+    return {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in values
+    }
+
+
+@pytest.mark.parametrize("entry", corpus(), ids=lambda entry: entry.name)
+def test_every_export_pages_as_the_table_says(entry: CorpusEntry) -> None:
+    assert not paged_table.worse(paged_table.measure(entry), KNOWN.get(entry.name))
+
+
+def test_the_table_is_whole() -> None:
+    assert set(KNOWN) == {entry.name for entry in corpus()}
+    text = paged_table.TABLE.read_text("utf-8")
+    assert paged_table.as_text(KNOWN.values()) == text
+
+
+def test_inputs_and_outputs_are_those_that_the_engine_reads(tmp_path: Path) -> None:
+    report, model = page(written(tmp_path, "llama/dynamo20"), block_size=32)
+    pool = ["num_blocks", 32, 3, 48]
+    names = [f"past_key_values.{layer}.{kind}" for layer in (0, 1) for kind in ("key", "value")]
+    assert shapes(model.graph.input) == {
+        "input_ids": ["num_tokens"],
+        "cumulative_sequence_lengths": ["batch_size + 1"],
+        "past_sequence_lengths": ["batch_size"],
+        "block_table": ["batch_size", "max_num_blocks"],
+        **dict.fromkeys(names, pool),
+    }
+    presents = [name.replace("past_key_values", "present") for name in names]
+    assert shapes(model.graph.output) == {
+        "logits": ["num_tokens", 131],
+        **dict.fromkeys(presents, pool),
+    }
+    ops = [node.op_type for node in model.graph.node]
+    assert (ops.count("PagedTokens"), ops.count("PagedKeys"), ops.count("PagedAttention")) == (
+        1,
+        1,
+        2,
+    )
+    assert "Attention" not in ops
+    assert report.paging is not None
+    assert (report.paging.layers, report.paging.token_bytes) == (2, 2304)
+
+
+@pytest.mark.parametrize(
+    ("options", "logits", "extra"),
+    [
+        ({"logits": "last"}, ["batch_size", 131], []),
+        ({"logits": "indices"}, ["num_logits", 131], ["logits_indices"]),
+        ({"slot_mapping": True}, ["num_tokens", 131], ["slot_mapping"]),
+        ({"kv_dtype": FP16, "inline": True}, ["num_tokens", 131], []),
+        ({"block_size": 1}, ["num_tokens", 131], []),
+        (
+            {"logits": "last", "slot_mapping": True, "kv_dtype": FP16, "block_size": 4},
+            ["batch_size", 131],
+            ["slot_mapping"],
+        ),
+    ],
+    ids=lambda each: str(each) if isinstance(each, dict) else "",
+)
+@pytest.mark.parametrize("name", ["llama/dynamo20", "gpt_oss/transformers"])
+def test_what_is_asked_for_is_proven(
+    name: str, options: dict[str, Any], logits: list[Any], extra: list[str], tmp_path: Path
+) -> None:
+    report, model = page(written(tmp_path, name), **options)
+    assert report.proof is not None
+    assert report.proof.status == "proven"
+    assert shapes(model.graph.output)["logits"] == logits
+    given = [value.name for value in model.graph.input if "past_key" not in value.name]
+    assert given[4:] == extra
+    kinds = {v.type.tensor_type.elem_type for v in model.graph.input if "past_key" in v.name}
+    assert kinds == {onnx.TensorProto.FLOAT16 if "kv_dtype" in options else onnx.TensorProto.FLOAT}
+    assert bool(model.functions) == ("inline" not in options)
+
+
+@pytest.mark.parametrize("target", ["onnx", "ort"])
+def test_a_fused_model_pages_like_its_original(target: str, tmp_path: Path) -> None:
+    path = written(tmp_path, "mistral/dynamo20")
+    fused = tmp_path / "fused.onnx"
+    fuse(path, FuseOptions(output=fused, target=target, padding="any"), lambda message: None)
+    report, model = page(fused)
+    assert report.proof is not None
+    assert report.proof.status == "proven"
+    assert [node.op_type for node in model.graph.node].count("PagedAttention") == 2
+
+
+def test_embeddings_come_in_rows_of_tokens(tmp_path: Path) -> None:
+    model = ir.from_proto(load_corpus_model("llama/dynamo20"))
+    ids = next(value for value in model.graph.inputs if value.name == "input_ids")
+    gather = next(node for node in model.graph if node.op_type == "Gather" and ids in node.inputs)
+    width = (gather.outputs[0].shape or ())[-1]
+    dims = [*(ids.shape or ()), width]
+    embeds = ir.Value(name="embeds", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape(dims))
+    ir.convenience.replace_all_uses_with(gather.outputs[0], embeds)
+    ir.convenience.replace_all_uses_with(ids, embeds)
+    model.graph.remove(gather, safe=True)
+    model.graph.inputs[list(model.graph.inputs).index(ids)] = embeds
+    report, paged = page(written(tmp_path, ir.to_proto(model)))
+    assert report.proof is not None
+    assert report.proof.status == "proven"
+    assert shapes(paged.graph.input)["inputs_embeds"] == ["num_tokens", width]
+
+
+# --- what is wrong is seen -------------------------------------------------------------------
+
+
+def nodes(model: ir.Model, op_type: str) -> list[ir.Node]:
+    return [node for node in model.graph if node.op_type == op_type]
+
+
+def set_int(node: ir.Node, name: str, number: int) -> None:
+    node.attributes[name] = ir.AttrInt64(name, number)
+
+
+def window_longer(model: ir.Model) -> None:
+    set_int(nodes(model, "PagedKeys")[0], "window", 7)
+
+
+def window_shorter(model: ir.Model) -> None:
+    set_int(nodes(model, "PagedKeys")[0], "window", 5)
+
+
+def blocks_misread(model: ir.Model) -> None:
+    node = nodes(model, "PagedKeys")[0]
+    set_int(node, "block_size", node.attributes["block_size"].as_int() // 2)
+
+
+def blocks_miswritten(model: ir.Model) -> None:
+    node = nodes(model, "PagedTokens")[0]
+    set_int(node, "block_size", node.attributes["block_size"].as_int() // 2)
+
+
+def scale_off(model: ir.Model) -> None:
+    node = nodes(model, "PagedAttention")[1]
+    scale = node.attributes["scale"].as_float()
+    node.attributes["scale"] = ir.AttrFloat32("scale", scale * 1.01)
+
+
+def pools_swapped(model: ir.Model) -> None:
+    node = nodes(model, "PagedAttention")[0]
+    key, value = node.inputs[3], node.inputs[4]
+    node.replace_input_with(3, value)
+    node.replace_input_with(4, key)
+
+
+def rows_shuffled(model: ir.Model) -> None:
+    node = nodes(model, "PagedAttention")[0]
+    node.replace_input_with(9, nodes(model, "PagedTokens")[0].outputs[0])  # positions for places
+
+
+def past_forgotten(model: ir.Model) -> None:
+    """Positions that count from each run's start."""
+    plan = nodes(model, "PagedTokens")[0]
+    graph = model.graph
+    zero = ir.node("Sub", [plan.inputs[1], plan.inputs[1]])
+    wrong = ir.node(
+        "PagedTokens",
+        [plan.inputs[0], zero.outputs[0], *plan.inputs[2:]],
+        plan.attributes,
+        domain="onnxgen",
+        num_outputs=5,
+    )
+    graph.insert_before(plan, [zero, wrong])
+    wrong.outputs[0].name, zero.outputs[0].name = "wrong", "zero"
+    for index, output in enumerate(wrong.outputs):
+        output.name = f"wrong{index}"
+    ir.convenience.replace_all_uses_with(plan.outputs[0], wrong.outputs[0])
+
+
+BREAKS = (
+    window_longer,
+    window_shorter,
+    blocks_misread,
+    blocks_miswritten,
+    scale_off,
+    pools_swapped,
+    rows_shuffled,
+    past_forgotten,
+)
+
+
+@pytest.mark.parametrize("spoil", BREAKS, ids=lambda spoil: spoil.__name__)
+def test_a_wrong_model_is_not_written(
+    spoil: Callable[[ir.Model], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = pipeline.page_model
+
+    def wrong(model: ir.Model, *given: Any) -> PagedModel:
+        made = right(model, *given)
+        spoil(made.model)
+        return made
+
+    monkeypatch.setattr(pipeline, "page_model", wrong)
+    with pytest.raises(ModelDiffersError, match=r"differs by|fails in|is written where"):
+        page(written(tmp_path, "mistral/dynamo20"))
+    assert not (tmp_path / "out").exists()
+
+
+# --- what cannot be paged says why -----------------------------------------------------------
+
+
+def command(*words: str) -> tuple[int, Any, str]:
+    result = CliRunner().invoke(main, ["to-paged", *words, "--json"])
+    return result.exit_code, json.loads(result.stdout), result.stderr
+
+
+def test_check_converts_nothing(tmp_path: Path) -> None:
+    path = written(tmp_path, "gpt2/torchscript")
+    code, document, _ = command(str(path), "--check")
+    assert code == 0
+    assert document["report"]["paging"]["layers"] == 2
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("bert/dynamo20", "PAG002", "continues no cache"),
+        ("llama/dynamo20-prefill", "PAG002", "continues no cache"),
+        ("t5_decoder/dynamo20-eager", "PAG004", "no family that can be paged"),
+        ("whisper_decoder/dynamo20", "PAG006", "an encoder's"),
+        ("vit/dynamo20", "PAG005", "Conv mixes tokens"),
+    ],
+)
+def test_a_refusal_has_a_code(name: str, code: str, words: str, tmp_path: Path) -> None:
+    path = written(tmp_path, name)
+    for check in ([], ["--check"]):
+        status, document, error = command(str(path), *check)
+        assert status == 3
+        assert f"cannot be paged: {document['report']['paging']['obstacles'][0]['code']}" in error
+        found = document["report"]["paging"]["obstacles"]
+        assert any(each["code"] == code and words in each["reason"] for each in found)
+        assert all(each["node"] for each in found)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_paged_model_is_not_paged_again(tmp_path: Path) -> None:
+    page(written(tmp_path, "llama/dynamo20"))
+    with pytest.raises(RefusedError, match="PAG001: the model is paged already"):
+        page(tmp_path / "out" / "model.onnx")
+
+
+def test_a_cache_without_a_partner_is_refused(tmp_path: Path) -> None:
+    model = load_corpus_model("llama/dynamo20")
+    kept = [value for value in model.graph.output if value.name != "present.1.value"]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    with pytest.raises(RefusedError, match=r"cannot be paged: PAG00\d: .*\["):
+        page(written(tmp_path, model))
+
+
+@pytest.mark.parametrize("size", [0, -16, 3, 1 << 31])
+def test_blocks_have_a_power_of_two_of_slots(size: int, tmp_path: Path) -> None:
+    path = written(tmp_path, "llama/dynamo20")
+    with pytest.raises(UsageError, match=f"--block-size {size}: a block has a power of two"):
+        page(path, block_size=size)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mask_that_is_not_understood_is_not_dropped(tmp_path: Path) -> None:
+    """Every third key is hidden: no family says so."""
+    model = ir.from_proto(load_corpus_model("llama/dynamo20"))
+    graph = model.graph
+    mask = next(node.outputs[0] for node in graph if node.op_type == "And")
+    third = ir.Value(
+        name="third",
+        type=ir.TensorType(ir.DataType.BOOL),
+        shape=ir.Shape([1 << 14]),
+        const_value=ir.tensor(np.arange(1 << 14) % 3 != 1),
+    )
+    graph.register_initializer(third)
+    zero, last = (
+        ir.Value(
+            name=f"number{n}",
+            const_value=ir.tensor(np.array([n], np.int64)),
+            type=ir.TensorType(ir.DataType.INT64),
+            shape=ir.Shape([1]),
+        )
+        for n in (0, 3)
+    )
+    graph.register_initializer(zero)
+    graph.register_initializer(last)
+    size = ir.node("Shape", [mask], {"start": 3, "end": 4})
+    part = ir.node("Slice", [third, zero, size.outputs[0]])
+    both = ir.node("And", [mask, part.outputs[0]])
+    for index, node in enumerate((size, part, both)):
+        node.outputs[0].name = f"sparse{index}"
+    both.outputs[0].type, both.outputs[0].shape = mask.type, mask.shape
+    ir.convenience.replace_all_uses_with(mask, both.outputs[0])
+    both.replace_input_with(0, mask)
+    size.replace_input_with(0, mask)
+    graph.insert_after(mask.producer(), [size, part, both])  # type: ignore[arg-type]
+    with pytest.raises(RefusedError, match="PAG004: its mask is of no family that can be paged"):
+        page(written(tmp_path, ir.to_proto(model)))
