@@ -16,12 +16,14 @@ from onnxgen import pipeline
 from onnxgen.analysis.paging import UnpageableError
 from onnxgen.cli import main
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
+from onnxgen.report import as_json, text
 from onnxgen.report.values import Report
 from onnxgen.runtime import RuntimeFailure
 from onnxgen.targets import paged_ort
 from onnxgen.targets.paged import PagedOptions
 from onnxgen.targets.paged_schema import LiveSchema, live_schema
 from onnxgen.testing import corpus
+from onnxgen.verify import paged_kernel
 from onnxgen.verify.paged_twin import expand_attention
 from tests.graphs import assert_same_graph, parse, runtime, weight
 
@@ -136,9 +138,38 @@ def test_a_layer_becomes_the_operator_with_its_rotary_embedding_inside(tmp_path:
     (y,) = [node.output[0] for node in found.graph.node if node.domain == "com.microsoft"]
     dims = [dim.dim_param or dim.dim_value for dim in types[y].shape.dim]
     assert (types[y].elem_type, dims) == (10, ["num_tokens", 64])
+    assert {each.domain for each in found.opset_import} == {"", "com.microsoft"}
     assert report.contract == "at most 40 tokens a sequence"
-    assert report.paging is not None
-    assert report.paging.kernel
+
+
+def test_the_report_says_whether_the_kernel_was_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paged_kernel, "PACKAGE", "no_such_provider")
+    report, _ = page(parse(decoder(), opset=24, weights=TABLES), tmp_path)
+    why = "not run: no provider that has it is installed here (extra webgpu)"
+    document = as_json.to_paged_document(report, 0, None)
+    assert document["report"]["paging"]["kernel"] == why
+    console = text.console()
+    with console.capture() as shown:
+        console.print(text.render(report))
+    assert f"The operator's kernel: {why}" in shown.get()
+    unproven, _ = page(parse(decoder(), opset=24, weights=TABLES), tmp_path, verify=False)
+    assert unproven.paging is not None
+    assert unproven.paging.kernel == "not run: nothing was"
+
+
+def test_how_long_tables_are_is_said_by_a_configuration_or_an_option(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(parse(decoder(), opset=24, weights=TABLES), path)
+    (tmp_path / "config.json").write_text('{"max_position_embeddings": 24}')
+    words = ["to-paged", str(path), "--flavor", "ort", "--no-verify"]
+    assert "at most 24 tokens" in CliRunner().invoke(main, words).output
+    run = CliRunner().invoke(main, [*words, "--max-length", "30"])
+    assert "at most 30 tokens" in run.output
+    alone = CliRunner().invoke(main, ["to-paged", str(path), "--max-length", "30"])
+    assert alone.exit_code == 2
+    assert "--max-length is for --flavor ort" in alone.output
 
 
 def rename(model: onnx.ModelProto, names: dict[str, str]) -> None:

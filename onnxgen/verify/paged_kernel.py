@@ -41,9 +41,10 @@ SAFE_BLOCK, FEW = 32, 12
 """Slots of a block from which prompts of any length are right; elsewhere the program is one for
 blocks of so many slots, whose longest prompt has twice as many tokens."""
 
-ROUNDING = 3.0
-"""So many times the proof's tolerance is allowed: the kernel's sums and rotations are made in half
-precision (up to 8e-3 was seen on two layers), and what its faults do is above 0.1."""
+ROUNDING = 5.0
+"""So many times the proof's tolerance is allowed: there the whole model is computed in half precision,
+its sums too (8e-3 was seen of float32 exports of two layers, 2.5e-2 of a float16 one), and what the
+provider's faults do is above 0.1."""
 
 _REFUSED = {
     "slot_mapping": "a slot mapping",
