@@ -425,6 +425,11 @@ def _page(
     if limit is not None:
         write_contract(found[0].model, Contract(max_length=limit))
         report.contract = f"at most {limit} tokens a sequence"
+    if any(family.faint for family in found[0].families):
+        report.warnings.append(
+            "the original hides keys by adding a number that a score above it would outweigh; "
+            "in the paged model they are hidden whatever their scores"
+        )
     return found
 
 

@@ -18,21 +18,26 @@ _ROWWISE = frozenset(["Cast", "Mul", "Div", "Add", "Sub", "Tanh", "Identity", "C
 _PROJECTIONS = frozenset(["MatMul", "MatMulNBits", "MatMulInteger", "QLinearMatMul"])
 
 
-def row_outputs(facts: Facts, roles: Roles) -> list[ir.Value]:
-    """The outputs that have a row for each token, the scores first.
+def row_outputs(facts: Facts, roles: Roles) -> tuple[list[ir.Value], list[str]]:
+    """The outputs that have a row for each token, the scores first, and those that are dropped.
+
+    Caches aside; what an exporter passes through, or counts, a paged model has not.
 
     Raises:
         UnpageableError: an output is neither that nor a cache.
     """
     rows: list[ir.Value] = []
+    dropped: list[str] = []
     obstacles = []
     tokens = next(v for v in facts.graph.inputs if facts.role(v) in ("ids", "embeds"))
     given = facts.shapes.of(tokens)
     for value in facts.graph.outputs:
-        if roles.outputs[value.name or ""].role in ("present", "copy"):
+        role = roles.outputs[value.name or ""].role
+        if role == "present":
             continue
-        if not facts.is_activation(value) and value.producer() is not None:
-            continue  # how many tokens a cache holds: a paged model is told
+        if role == "copy" or not facts.is_activation(value):
+            dropped.append(value.name or "")
+            continue
         shape = facts.shapes.of(value)
         if (
             shape is None
@@ -47,7 +52,7 @@ def row_outputs(facts: Facts, roles: Roles) -> list[ir.Value]:
         obstacles.append(Obstacle("PAG009", "no output has a row for each token"))
     if obstacles:
         raise UnpageableError(obstacles)
-    return rows
+    return rows, dropped
 
 
 def last_projection(facts: Facts, y: ir.Value) -> ir.Node | None:

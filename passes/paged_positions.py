@@ -158,6 +158,8 @@ class _Positions:
             return None
         op, ints, axis = self.builder.op, self.builder.ints, self.tokens.axis
         match meaning.kind:
+            case "always":
+                return self.builder.constant(np.ones([dim or 1 for dim in meaning.dims], bool))
             case "position":
                 new = self.tokens.positions
                 if axis == 0 and self._batch(meaning) is None:

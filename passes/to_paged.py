@@ -48,7 +48,7 @@ def page_model(
     """
     facts = Facts(model.graph, roles, sampler)
     layers = paged_layers(facts, families)
-    rows = row_outputs(facts, roles)
+    rows, dropped = row_outputs(facts, roles)
     writer = _Writer(facts, options)
     projection = last_projection(facts, rows[0]) if options.logits != "all" else None
     writer.attend(layers)
@@ -67,6 +67,7 @@ def page_model(
         tuple(dict.fromkeys(layer.family for layer in layers)),
         writer.tokens_name,
         writer.switches,
+        tuple(dropped),
     )
 
 

@@ -147,8 +147,8 @@ def caches_of(
 
     "concatenated": inside; "static": its keys and values are buffers that TensorScatter writes;
     "shared": the queries need the concatenation, which an earlier layer takes inside; "outside":
-    keys and values are made of a cache in another way, or the mask is made of keys and could not
-    wait for the node's own present; "none".
+    keys and values are made of a cache in another way, nobody reads what they are joined to, or the
+    mask is made of keys and could not wait for the node's own present; "none".
     """
     keys, values = cache_of(facts, k), cache_of(facts, v)
     if keys is not None and values is not None:
@@ -156,6 +156,9 @@ def caches_of(
         if any(_reaches(facts, total, q) for total in totals):
             return None, "shared"
         if mask is not None and any(_reaches(facts, total, mask) for total in totals):
+            return None, "outside"
+        # Runtimes take a past from the node only where they give a present, which is read.
+        if any(len(list(t.uses())) < 2 and not t.is_graph_output() for t in totals):
             return None, "outside"
         return (keys, values), "concatenated"
     views = [facts.views.of(each) for each in (k, v)]
@@ -298,6 +301,7 @@ def attention_mask(
         None where there is no mask; the reason as text where one cannot be arranged.
     """
     bools: list[ir.Value] = []
+    replaced: list[ir.Value] = []  # what keeps a score from being overwritten by a finite number
     floats: list[ir.Value] = []
     for mask in masks:
         condition, fill_number, inverted = mask.value, mask.fill, mask.inverted
@@ -322,30 +326,36 @@ def attention_mask(
         if isinstance(on_axes, str):
             return on_axes
         keep = builder.op("Not", [on_axes]) if inverted else on_axes
-        if fill_number == -np.inf:
-            bools.append(keep)
-        else:  # a finite fill leaves rows that are masked everywhere uniform: keep it so
-            kind = dtype.numpy()
-            lowest = (
-                float(np.finfo(np.float16).min) if dtype == ir.DataType.FLOAT16 else fill_number
-            )
-            fill = builder.constant(np.array(max(fill_number, lowest), dtype=kind))
-            zero = builder.constant(np.array(0, dtype=kind))
-            floats.append(builder.op("Where", [keep, zero, fill]))
+        (bools if fill_number == -np.inf else replaced).append(keep)
+    if replaced:
+        # A number that replaces scores leaves rows that are masked everywhere uniform. One that is
+        # added does so where it swallows them: this does. Of the very lowest ONNX Runtime makes
+        # zeros.
+        low = float(dtype.min) / 2
+        floats.append(_lowered(builder, _all(builder, replaced), low, dtype))
     if not bools and not floats:
         return None
-    joined: ir.Value | None = None
-    for value in bools:
-        joined = value if joined is None else builder.op("And", [joined, value])
-    if floats and joined is not None:
-        kind = dtype.numpy()
-        zero, low = (builder.constant(np.array(n, dtype=kind)) for n in (0, -np.inf))
-        floats.append(builder.op("Where", [joined, zero, low]))
-        joined = None
-    for value in floats:
-        joined = value if joined is None else builder.op("Add", [joined, value])
-    assert joined is not None
+    if not floats:
+        return _fitted(facts, builder, _all(builder, bools), rows, columns)
+    if bools:
+        floats.append(_lowered(builder, _all(builder, bools), -np.inf, dtype))
+    joined = floats[0]
+    for value in floats[1:]:
+        joined = builder.op("Add", [joined, value])
     return _fitted(facts, builder, joined, rows, columns)
+
+
+def _all(builder: Builder, keeps: Sequence[ir.Value]) -> ir.Value:
+    joined = keeps[0]
+    for keep in keeps[1:]:
+        joined = builder.op("And", [joined, keep])
+    return joined
+
+
+def _lowered(builder: Builder, keep: ir.Value, low: float, dtype: ir.DataType) -> ir.Value:
+    """0 where a score is kept, else what is added to it."""
+    numbers = [builder.constant(np.array(n, dtype=dtype.numpy())) for n in (0, low)]
+    return builder.op("Where", [keep, *numbers])
 
 
 def _fitted(

@@ -24,7 +24,10 @@ Declines
 Numerics
     The same sums in another order: about 1e-6 of the output's standard deviation in fp32. Rows
     that are masked everywhere are zeros where the mask is -inf (the decomposition gives NaN, or
-    zeros behind its guard); a finite mask keeps them as they were.
+    zeros behind its guard). What is added stays what is added. A finite number that replaces
+    scores becomes half the lowest, which is added: rows that are masked everywhere are uniform
+    with both. It assumes that a row sees a score that is above the number by 104 or more, so that
+    what is masked weighs nothing beside it.
 
 Seen in
     torch.onnx.export, TorchScript and dynamo, torch 2.13; transformers' OnnxExporter 5.23.

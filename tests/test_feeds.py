@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from onnxgen.analysis.feeds import RunShape, make_feeds, misfit
-from onnxgen.analysis.roles import Roles, find_roles
+from onnxgen.analysis.roles import InputRole, Roles, find_roles
 from onnxgen.testing import corpus
 
 
@@ -32,6 +32,12 @@ def test_right_padding_lies_after_them() -> None:
     assert shape.real.astype(int).tolist() == [[1, 1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1, 1]]
     assert shape.real_new.tolist() == [[True, False, False], [True, True, True]]
     assert shape.positions.tolist() == [[4, 4, 4], [4, 5, 6]]
+
+
+def test_holes_lie_behind_the_first_token() -> None:
+    shape = RunShape(batch=2, new=3, past=3, padding="holes", pads=(3, 0))
+    assert shape.real.tolist() == [[True, False, False, False, True, True], [True] * 6]
+    assert shape.positions.tolist() == [[0, 1, 2], [3, 4, 5]]
 
 
 def test_right_padding_of_a_prompt_stays_in_the_past() -> None:
@@ -131,3 +137,12 @@ def test_a_cropped_cache_is_fed_its_last_places() -> None:
     feeds = make_feeds(roles, RunShape(1, 2, cap + 4), random())
     assert feeds[roles.pairs[0].past].shape[2] == cap
     assert feeds["attention_mask"].shape == (1, cap + 6)
+
+
+def test_a_mask_for_all_sequences_shows_what_one_of_them_needs() -> None:
+    """Else a real token of the second, which is not padded, would see nothing."""
+    role = InputRole("m", "mask", ir.DataType.BOOL, (1, 1, "s", "t"), ("B", "", "S", "T"))
+    shape = RunShape(2, 4, padding="left", pads=(3, 0))
+    feeds = make_feeds(Roles({"m": role}, {}), shape, np.random.default_rng(0))
+    assert feeds["m"].shape == (1, 1, 4, 4)
+    assert feeds["m"].all()

@@ -29,11 +29,17 @@ from tests.graphs import assert_same_graph, parse, runtime, weight
 
 # Four query heads, two key heads, head size 16; rotary tables of 40 positions.
 TABLES = {name: weight(name, (40, 8)).astype(np.float32) for name in ("cosines", "sines")}
-WEIGHTS = "float[31,24] embed, float[24,64] wq, float[24,32] wk, float[24,32] wv, float[64,31] wo"
 
 
-def decoder(turned: bool = True, normed: bool = False, attributes: str = "", size: int = 16) -> str:
-    """One layer; `size` columns a head."""
+def decoder(
+    turned: bool = True,
+    normed: bool = False,
+    attributes: str = "",
+    size: int = 16,
+    width: int = 0,
+) -> str:
+    """One layer; `size` columns a head, values of `width`."""
+    width = width or size
     rotary = (
         "c = Gather(cosines, position_ids)  n = Gather(sines, position_ids)"
         "  q4 = RotaryEmbedding(q3, c, n)  k4 = RotaryEmbedding(k3, c, n)"
@@ -48,22 +54,25 @@ def decoder(turned: bool = True, normed: bool = False, attributes: str = "", siz
     tables = ", float[40,8] cosines, float[40,8] sines" if turned else ""
     gains = f", float[{size}] gq, float[{size}] gk" if normed else ""
     positions = "int64[b,s] position_ids, " if turned else ""
-    weights = WEIGHTS.replace("64", str(4 * size)).replace("32", str(2 * size))
+    weights = (
+        f"float[31,24] embed, float[24,{4 * size}] wq, float[24,{2 * size}] wk, "
+        f"float[24,{2 * width}] wv, float[{4 * width},31] wo"
+    )
     return f"""
-        (int64[b,s] input_ids, {positions}float[b,2,p,{size}] past_k, float[b,2,p,{size}] past_v)
-        => (float[b,s,31] logits, float[b,2,t,{size}] present_k, float[b,2,t,{size}] present_v)
+        (int64[b,s] input_ids, {positions}float[b,2,p,{size}] past_k, float[b,2,p,{width}] past_v)
+        => (float[b,s,31] logits, float[b,2,t,{size}] present_k, float[b,2,t,{width}] present_v)
         <{weights}{tables}{gains}>
         {{ x = Gather(embed, input_ids)
         q = MatMul(x, wq)  q1 = Reshape(q, [0, 0, 4, {size}])
         k = MatMul(x, wk)  k1 = Reshape(k, [0, 0, 2, {size}])
-        v = MatMul(x, wv)  v1 = Reshape(v, [0, 0, 2, {size}])
+        v = MatMul(x, wv)  v1 = Reshape(v, [0, 0, 2, {width}])
         {norms}
         q3 = Transpose<perm = [0, 2, 1, 3]>(q2)  k3 = Transpose<perm = [0, 2, 1, 3]>(k2)
         v3 = Transpose<perm = [0, 2, 1, 3]>(v1)
         {rotary}
         y, present_k, present_v =
             Attention<is_causal = 1, scale = 0.3 {attributes}>(q4, k4, v3, , past_k, past_v)
-        y1 = Transpose<perm = [0, 2, 1, 3]>(y)  y2 = Reshape(y1, [0, 0, {4 * size}])
+        y1 = Transpose<perm = [0, 2, 1, 3]>(y)  y2 = Reshape(y1, [0, 0, {4 * width}])
         logits = MatMul(y2, wo) }}"""
 
 
@@ -328,18 +337,42 @@ def test_a_head_of_another_size_is_refused_by_check_too(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["to-paged", str(path), "--check"]).exit_code == 0
 
 
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [("bloom/dynamo20", "ALiBi"), ("deepseek_v3/dynamo20-batched", "MLA")],
-)
-def test_what_the_operator_cannot_say_is_refused(name: str, words: str, tmp_path: Path) -> None:
-    (entry,) = corpus(name)
-    with pytest.raises(RefusedError, match=rf"PAG011: .*{words}.*flavor portable") as caught:
+def test_latent_caches_are_refused_by_layer(tmp_path: Path) -> None:
+    (entry,) = corpus("deepseek_v3/dynamo20-batched")
+    with pytest.raises(RefusedError, match=r"PAG011: .*MLA.*--flavor portable") as caught:
         page(entry.load(), tmp_path, verify=False)
     report = caught.value.report
     assert report is not None
     assert report.paging is not None
-    assert len(report.paging.obstacles) == report.paging.layers or len(report.paging.obstacles) == 2
+    assert [each.code for each in report.paging.obstacles] == ["PAG011", "PAG011"]
+
+
+def test_values_of_another_width_are_refused(tmp_path: Path) -> None:
+    model = parse(decoder(turned=False, width=24), opset=24)
+    with pytest.raises(RefusedError, match="PAG011: keys have 16 and values 24 columns a head"):
+        page(model, tmp_path, verify=False)
+
+
+@pytest.mark.parametrize(
+    ("op_type", "overload", "words"),
+    [
+        ("PagedKeys", "chunk", "its mask is of chunks"),
+        ("PagedKeys", "slopes", r"its mask is added by distance \(ALiBi\)"),
+        ("PagedAttention", "shared", "it reads another layer's pools"),
+    ],
+)
+def test_other_overloads_are_refused(
+    op_type: str, overload: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lower(result: Any, *given: Any) -> Any:
+        for node in result.model.graph:
+            if node.op_type == op_type:
+                node.overload = overload
+        return paged_ort.lower_paged(result, *given)
+
+    monkeypatch.setattr(pipeline, "lower_paged", lower)
+    with pytest.raises(RefusedError, match=f"PAG011: {words}"):
+        page(parse(decoder(turned=False), opset=24), tmp_path, verify=False)
 
 
 def _lowered(model: onnx.ModelProto, folder: Path, schema: LiveSchema, monkey: Any) -> Report:

@@ -8,6 +8,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
+from onnxgen.analysis.feeds import RunShape, make_feeds
 from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.errors import UsageError
 from onnxgen.testing import CorpusEntry, corpus
@@ -278,9 +279,53 @@ def test_a_static_cache_is_known_by_its_write(at: str) -> None:
     roles = roles_of(text)
     assert [(p.past, p.present, p.axis, p.static) for p in roles.pairs] == [("c", "n", 2, True)]
     assert roles.inputs["c"].axes == ("B", "K", "L", "D")
-    assert roles.inputs["at"].role == ("cache_position" if "[1]" in at else "cache_length")
-    assert roles.inputs["at"].axes == {"[1]": ("S",), "[b]": ("B",)}.get(at[5:8], ())
+    assert roles.inputs["at"].role == "cache_length"
+    assert roles.inputs["at"].axes == {"[1]": ("B",), "[b]": ("B",)}.get(at[5:8], ())
     assert roles.static_room == 24
+    assert "S" not in roles.fixed
+
+
+STARTS = """<ir_version: 10, opset_import: ["" : 24]>
+    g (int64[b,{new}] tokens, int64[{sizes}] at) => (float[b,{new},8] y)
+    <float[50,8] table, float[8,8] w, float[1] f, int64 zero = {{0}}, int64 one = {{1}},
+    int64[1] u = {{-1}}>
+    {{ sh = Shape(tokens)  s = Gather(sh, one)  row = Range(zero, s, one)  e = Gather(table, tokens)
+      x = MatMul(e, w)  p = Add(row, at)  r = Cast<to = 1>(p)  a = Mul(r, f)  c = Cos(a)  t = Unsqueeze(c, u)
+      y = Mul(x, t) }}"""
+
+
+@pytest.mark.parametrize(
+    ("sizes", "new", "role", "fixed"),
+    [
+        ("1", "s", "cache_length", None),
+        ("1", "1", "positions", 1),
+        ("1,1", "s", "positions", None),
+        ("s", "s", "positions", None),
+    ],
+)
+def test_one_number_beside_free_tokens_is_where_the_first_stands(
+    sizes: str, new: str, role: str, fixed: int | None
+) -> None:
+    roles = roles_of(STARTS.format(sizes=sizes, new=new))
+    assert roles.inputs["at"].role == role
+    assert roles.fixed.get("S") == fixed
+    new_tokens = fixed or 3
+    feeds = make_feeds(roles, RunShape(1, new_tokens), np.random.default_rng(0))
+    assert feeds["tokens"].shape == (1, new_tokens)
+    assert feeds["at"].flat[0] == 0
+
+
+def test_a_number_for_each_sequence_is_no_mask() -> None:
+    roles = roles_of("""<ir_version: 10, opset_import: ["" : 24]>
+        g (int64[b,s] tokens, int64[b] lens) => (float[b,s,s] y)
+        <float[50,8] table, int64 zero = {0}, int64 one = {1}, int64[2] two = {1, 2}, float low>
+        { x = Gather(table, tokens)  xt = Transpose<perm = [0, 2, 1]>(x)  q = MatMul(x, xt)
+          sh = Shape(tokens)  s = Gather(sh, one)  row = Range(zero, s, one)
+          n = Unsqueeze(lens, two)  keep = Less(row, n)  m = Where(keep, q, low)
+          y = Softmax<axis = -1>(m) }""")
+    assert roles.inputs["lens"].role == "unknown"
+    feeds = make_feeds(roles, RunShape(2, 3), np.random.default_rng(0))
+    assert feeds["lens"].shape == (2,)
 
 
 def test_tensor_scatter_is_a_write() -> None:

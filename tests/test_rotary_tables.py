@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
-from tests.graphs import assert_kept, assert_untouched
+from tests.graphs import assert_kept, assert_untouched, parse, raised
 from tests.test_rotary_layouts import ANGLES, COS_SIN, HEADS, SIGNATURE, TURN, fused
 
 
@@ -57,6 +58,34 @@ def test_a_switch_on_length() -> None:
         "  y = Add(xc, ts) }"
     )
     assert result.count("Where") == 1
+
+
+FAR = "far = Greater(position_ids, 20000)  dp = Mul(position_ids, 2)  pw = Where(far, dp, position_ids)"
+TURNED = (
+    "c = Unsqueeze(c2, [2])  n = Unsqueeze(s2, [2])  lo, hi = Split<axis = -1, num_outputs = 2>(x)"
+    "  g = Neg(hi)  t = Concat<axis = -1>(g, lo)  xc = Mul(x, c)  ts = Mul(t, n)  y = Add(xc, ts)"
+)
+
+
+def test_halves_that_differ_far_on_only() -> None:
+    """Computed ones are run where they may switch; rows of a constant are compared in whole."""
+    again = ANGLES.replace("pf", "pg").replace("pu", "pv").replace("  a =", "  aw =")
+    computed = f"{ANGLES}  {FAR}  {again.replace('position_ids', 'pw').replace('Mul(pu', 'Mul(pv')}"
+    computed_twice = (
+        f"{SIGNATURE} {{ {HEADS}  {computed}  aa = Concat<axis = -1>(a, aw)  c2 = Cos(aa)"
+        f"  s2 = Sin(aa)  {TURNED} }}"
+    )
+    rng = np.random.default_rng(0)
+    half = rng.standard_normal((9000, 10)).astype(np.float32)
+    whole = np.concatenate([half, half], axis=-1)
+    whole[8000, 3] += 1
+    looked_up = parse(
+        f"{SIGNATURE} <float[9000,20] cosines, float[9000,20] sines> {{ {HEADS}"
+        f"  c2 = Gather(cosines, position_ids)  s2 = Gather(sines, position_ids)  {TURNED} }}",
+        weights={"cosines": whole, "sines": whole},
+    )
+    for before in (computed_twice, looked_up):
+        assert [site.status for site in raised(before).sites] == ["kept"]
 
 
 def test_signs_in_the_table() -> None:

@@ -85,6 +85,7 @@ def test_the_contract_stands_in_the_metadata_and_in_the_report(unpadded: Made) -
         (RunShape(2, 4, padding="left"), {}, "contract: "),
         (RunShape(2, 4, padding="right"), {}, "contract: "),
         (RunShape(1, 1, 5), {"attention_mask": np.zeros_like}, "without padding"),
+        (RunShape(1, 4), {"attention_mask": lambda m: m * [2, 0, 1, 1]}, "zeros and ones"),
         (RunShape(1, 4), {"position_ids": lambda p: p + 1}, "count the tokens"),
         (RunShape(1, 1, 5), {"position_ids": lambda p: p - 1}, "count the tokens"),
         (RunShape(2, 3, 4), {}, "batch_size must be 1"),

@@ -21,6 +21,7 @@ from onnxgen.report.values import Report
 from onnxgen.targets.paged import PagedModel, PagedOptions
 from onnxgen.testing import CorpusEntry, corpus, load_corpus_model
 from tests import paged_table
+from tests.merging import merged
 
 KNOWN = paged_table.read(paged_table.TABLE.read_text("utf-8"))
 FP16 = ir.DataType.FLOAT16
@@ -125,6 +126,14 @@ def test_a_fused_model_pages_like_its_original(target: str, tmp_path: Path) -> N
     assert report.proof is not None
     assert report.proof.status == "proven"
     assert [node.op_type for node in model.graph.node].count("PagedAttention") == 2
+
+
+def test_of_a_merged_decoder_the_branch_that_continues_is_paged(tmp_path: Path) -> None:
+    llama = load_corpus_model("llama/dynamo20")
+    report, model = page(written(tmp_path, merged(llama, llama)))
+    assert report.proof is not None
+    assert report.proof.status == "proven"
+    assert "use_cache_branch" not in shapes(model.graph.input)
 
 
 def test_embeddings_come_in_rows_of_tokens(tmp_path: Path) -> None:

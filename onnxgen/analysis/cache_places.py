@@ -17,6 +17,7 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.feeds import RunShape
 from onnxgen.analysis.graph import attribute, given, producer, scalar
 from onnxgen.analysis.ramps import Ramp, aligned
+from onnxgen.analysis.reads import reads_of
 
 
 @dataclass(frozen=True)
@@ -111,17 +112,9 @@ def _probes(room: int) -> tuple[RunShape, ...]:
 
 def free_inputs(facts: Facts, value: ir.Value | None) -> list[str]:
     """Inputs that a value is computed from, sizes and how long the cache is left out."""
-    found: list[str] = []
-    pending, seen = [value], set()
-    while pending:
-        each = pending.pop()
-        if each is None or each in seen:
-            continue
-        seen.add(each)
-        node = each.producer()
-        if each.is_graph_input():
-            if facts.role(each) != "cache_length" or facts.shapes.of(each) not in ((), (1,)):
-                found.append(each.name or "")
-        elif node is not None and node.op_type not in ("Shape", "Size"):
-            pending.extend(node.inputs)
-    return found
+    found = [] if value is None else list(reads_of(value).inputs)
+    return [
+        each.name or ""
+        for each in found
+        if facts.role(each) != "cache_length" or facts.shapes.of(each) not in ((), (1,))
+    ]

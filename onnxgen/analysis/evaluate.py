@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir import serde
 
 from onnxgen import functions
-from onnxgen.analysis.graph import ancestors
+from onnxgen.analysis.graph import ancestors, read_by
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
 
@@ -54,7 +54,7 @@ def cut(
         proto = serde.serialize_node(node)
         proto.ClearField("metadata_props")
         graph.node.append(proto)
-        used.update((value, None) for value in _read_by(node))
+        used.update((value, None) for value in read_by(node))
     used.update((value, None) for value in outputs)
     inside = {output for node in nodes for output in node.outputs}
     size = 0
@@ -101,29 +101,11 @@ def sorted_nodes(nodes: Iterable[ir.Node]) -> list[ir.Node]:
                     ordered.append(node)
                 continue
             state[node] = False
-            for value in _read_by(node):
+            for value in read_by(node):
                 source = value.producer()
                 if source is not None and source in members and source not in state:
                     stack.append(source)
     return ordered
-
-
-def _read_by(node: ir.Node) -> list[ir.Value]:
-    """The values a node reads, those its subgraphs capture included."""
-    read = [value for value in node.inputs if value is not None]
-    for found in node.attributes.values():
-        for graph in (
-            [found.value]
-            if found.type == ir.AttributeType.GRAPH
-            else found.value
-            if found.type == ir.AttributeType.GRAPHS
-            else []
-        ):
-            inner = {output for each in graph.all_nodes() for output in each.outputs}
-            inner.update(graph.inputs, graph.initializers.values())
-            for each in graph.all_nodes():
-                read.extend(v for v in each.inputs if v is not None and v not in inner)
-    return read
 
 
 def _info(value: ir.Value) -> onnx.ValueInfoProto:

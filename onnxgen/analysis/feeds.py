@@ -21,7 +21,7 @@ import numpy.typing as npt
 from onnxgen.analysis.roles import InputRole, Roles
 
 Array = npt.NDArray[Any]
-Padding = Literal["none", "left", "right"]
+Padding = Literal["none", "left", "right", "holes"]
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class RunShape:
         if self.padding == "none":
             object.__setattr__(self, "pads", (0,) * self.batch)
             return
-        if self.padding == "left":
-            room = self.total - 1
+        if self.padding != "right":
+            room = self.total - (1 if self.padding == "left" else 2)
         else:
             room = self.new - 1 if self.new > 1 else self.past
         if not self.pads:
@@ -79,6 +79,9 @@ class RunShape:
         at, pads = np.arange(self.total), np.array(self.pads)[:, None]
         if self.padding == "left":
             return at >= pads
+        if self.padding == "holes":
+            found: npt.NDArray[np.bool_] = np.logical_or(np.equal(at, 0), np.greater(at, pads))
+            return found
         end = self.total if self.new > 1 else self.past
         return (at < end - pads) | (at >= end)
 
@@ -139,6 +142,15 @@ def make_feeds(
     }
 
 
+def input_sizes(roles: Roles, shape: RunShape) -> dict[str, int]:
+    """The size of every axis of every input for a run, as `shapes` names them: "ids[1]"."""
+    return {
+        f"{each.name}[{axis}]": size
+        for each in roles.inputs.values()
+        for axis, size in enumerate(_dims(each, roles, shape))
+    }
+
+
 def misfit(roles: Roles, shape: RunShape) -> str:
     """Why the graph cannot take this shape, as one sentence; "" where it can."""
     wanted = {"B": shape.batch, "S": shape.new, "P": shape.past, "T": shape.total}
@@ -157,7 +169,7 @@ def misfit(roles: Roles, shape: RunShape) -> str:
         return "the graph takes no past"
     if shape.padding != "none" and not roles.named("mask"):
         return "the graph takes no mask"
-    if roles.counted and shape.padding == "left":
+    if roles.counted and shape.padding in ("left", "holes"):
         return "the graph counts tokens from the left: padding can only stand behind them"
     if shape.spare and not (roles.counted and _grows_by_mask(roles)):
         return "the graph's caches are as long as their tokens"
@@ -201,7 +213,7 @@ def nearest_shape(roles: Roles, shape: RunShape, spare: int = 0) -> RunShape | N
         spare: places of a static cache that are to stay free.
     """
     past = shape.past if roles.pairs else 0
-    new = shape.new if roles.pairs else min(shape.total, 300)
+    new = shape.new if roles.pairs or not shape.past else min(shape.total, 300)
     if roles.static_room is not None and past + new > roles.static_room - spare:
         room = max(roles.static_room - spare, 1)
         new = min(roles.fixed.get("S", new), max(room - bool(past), 1))
@@ -227,6 +239,7 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
             values = rng.integers(0, each.bound or 2, dims)
         case "positions":
             rows = shape.positions if "B" in each.axes else shape.past + np.arange(shape.new)
+            rows = rows[..., : dims[-1]] if dims else rows[..., 0]  # one is where the first stands
             values = np.broadcast_to(rows[: dims[-2]] if len(dims) > 1 else rows, dims)
         case "cache_position":
             values = np.broadcast_to(shape.past + np.arange(shape.new), dims)
@@ -264,7 +277,11 @@ def _mask(each: InputRole, dims: tuple[int, ...], causal: bool, shape: RunShape)
         seen = seen[:, None, :] & rows
         if len(dims) == 4:
             seen = seen[:, None]
-    seen = np.broadcast_to(seen[: dims[0]], dims) if len(dims) > 1 else seen[0]
+    elif len(dims) > 2:  # one row for all new tokens
+        seen = seen.reshape(seen.shape[0], *[1] * (len(dims) - 2), dims[-1])
+    if len(dims) > 1 and dims[0] == 1:  # for all sequences: what one of them needs
+        seen = np.logical_or.reduce(seen, axis=0, keepdims=True)
+    seen = np.broadcast_to(seen, dims) if len(dims) > 1 else seen[0]
     if each.additive:
         return np.where(seen, 0, float(each.dtype.min))
     return seen

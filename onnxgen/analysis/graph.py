@@ -117,3 +117,21 @@ def ancestors(values: Iterable[ir.Value], stop: frozenset[ir.Value]) -> Iterator
         seen.add(node)
         yield node
         pending.extend(v for v in node.inputs if v is not None and v not in stop)
+
+
+def read_by(node: ir.Node) -> list[ir.Value]:
+    """The values a node reads, those its subgraphs capture included."""
+    read = [value for value in node.inputs if value is not None]
+    for found in node.attributes.values():
+        for graph in (
+            [found.value]
+            if found.type == ir.AttributeType.GRAPH
+            else found.value
+            if found.type == ir.AttributeType.GRAPHS
+            else []
+        ):
+            inner = {output for each in graph.all_nodes() for output in each.outputs}
+            inner.update(graph.inputs, graph.initializers.values())
+            for each in graph.all_nodes():
+                read.extend(v for v in each.inputs if v is not None and v not in inner)
+    return read

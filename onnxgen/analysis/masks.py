@@ -12,8 +12,10 @@ grid of batches, lengths, pasts and paddings, and fitted to a family:
     ALiBi       any of them, and every head h adds slope[h] * j to what it sees
 
 each with or without key padding (keys of padded tokens are not seen). A family is named only if
-it agrees on every probe, in every row of a real token; anything else is "general": the mask is
-right as it is written, and nothing is concluded from it.
+it agrees on every probe, in every row of a real token, and if the probes show all that the mask
+follows from: it reads nothing by what it holds but the attention mask and counts of tokens, and
+the numbers that it compares lengths with lie within what is run. Anything else is "general": the
+mask is right as it is written, and nothing is concluded from it.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import CutError
 from onnxgen.analysis.feeds import RunShape
+from onnxgen.analysis.reads import reads_of
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.analysis.scores import MASKED
 
@@ -40,7 +43,10 @@ PROBES = (
     RunShape(batch=2, new=7, past=0, padding="left"),
     RunShape(batch=3, new=5, past=8, padding="left"),
     RunShape(batch=2, new=6, past=0, padding="right"),
+    RunShape(batch=2, new=6, past=4, padding="holes"),
 )
+
+_COUNTS = frozenset({"positions", "cache_position", "cache_length"})
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,9 @@ class MaskFamily:
         padding: whether keys of padded tokens are hidden.
         reason: for "general": why no family fits.
         slopes: for ALiBi: what each head adds to a score for every key further on; else none.
+        counted: inputs that the mask follows from by what they hold, the attention mask aside:
+            it means this only where they count the tokens.
+        faint: what hides a key is a number that a large score outweighs, such as -1e4.
     """
 
     kind: str
@@ -60,6 +69,8 @@ class MaskFamily:
     padding: bool = False
     reason: str = ""
     slopes: tuple[float, ...] = ()
+    counted: tuple[str, ...] = ()
+    faint: bool = False
 
     def __str__(self) -> str:
         name = f"{self.kind} {self.size}" if self.size else self.kind
@@ -112,14 +123,38 @@ def mask_families(graph: ir.Graph, sampler: Sampler) -> dict[str, MaskFamily]:
 
 def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
     """Run a mask's subgraph on the probes and fit it to a family."""
+    counted: list[str] = []
+    for value in reads_of(mask).inputs:
+        name = value.name or ""
+        given = sampler.roles.inputs.get(name)
+        if given is not None and given.role in _COUNTS:
+            counted.append(name)
+        elif given is None or given.role != "mask" or given.axes != ("B", "T"):
+            return MaskFamily(
+                "general", reason=f"it follows from {name!r}, which may hold anything"
+            )
+    further = sampler.further(mask)
+    if isinstance(further, str):
+        return MaskFamily("general", reason=further)
     try:
-        samples = sampler.samples(mask, PROBES)
+        samples = [*sampler.samples(mask, PROBES), *sampler.samples(mask, further)]
     except CutError as error:
         return MaskFamily("general", reason=f"it cannot be run alone: {error}")
+    if all(shape.new == 1 for shape, _ in samples) and sampler.roles.fixed.get("S") != 1:
+        return MaskFamily("general", reason="it was run for one new token only")
+    family = _read(samples)
+    return family if family.kind == "general" else replace(family, counted=tuple(counted))
+
+
+def _read(samples: Iterable[tuple[RunShape, Any]]) -> MaskFamily:
+    """The family of what the probes gave."""
     probes: list[_Probe] = []
     slopes: tuple[float, ...] = ()
+    faint = False
     for shape, found in samples:
         seen = found if found.dtype == bool else found > MASKED
+        if found.dtype != bool:
+            faint = faint or bool((found[~seen] > np.finfo(found.dtype).min / 2).any())
         if found.dtype != bool and (slopes or np.unique(found[seen]).size > 1):
             tilted = _slopes(found, seen)
             if tilted is None or (slopes and not _alike(slopes, tilted)):
@@ -129,19 +164,23 @@ def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
             if (seen != seen[:, :1]).any():
                 return MaskFamily("general", reason="it differs from head to head")
             seen = seen[:, 0]
-        if not seen.all() and seen.shape[-2] not in (1, shape.new):
+        rows = (1, shape.new)
+        if seen.ndim < 2 or (not seen.all() and seen.shape[-2] not in rows):
             return MaskFamily("general", reason="its rows are not the new tokens")
+        if seen.ndim == 3 and seen.shape[0] not in (1, shape.batch):
+            return MaskFamily("general", reason="its first axis is not the batch")
         probes.append(_Probe(shape, np.broadcast_to(seen, (shape.batch, *seen.shape[-2:]))))
     if not probes:
         return MaskFamily("general", reason="no probe could be run")
-    return replace(_fit(probes), slopes=slopes)
+    return replace(_fit(probes), slopes=slopes, faint=faint)
 
 
 def _fit(probes: list[_Probe]) -> MaskFamily:
     """The first family that agrees with every probe."""
     if all(probe.seen.all() for probe in probes):
         return MaskFamily("full")
-    for family in _candidates(probes[0]):
+    longest = max(probes, key=lambda probe: (probe.shape.total, probe.shape.new))
+    for family in _candidates(longest):
         for padding in (False, True):
             fitted = replace(family, padding=padding)
             if all(_agrees(fitted, probe) for probe in probes):
@@ -201,7 +240,7 @@ def _candidates(longest: _Probe) -> Iterable[MaskFamily]:
     yield MaskFamily("causal")
     queries, keys = _positions(longest)
     counts = [int(row.sum()) for row in longest.seen[0]]
-    if counts and min(counts) < len(keys):
+    if counts and 0 < min(counts) < len(keys):
         yield MaskFamily("band", int(longest.seen[0, 0].nonzero()[0].max() - queries[0] + keys[0]))
         yield MaskFamily("window", counts[-1])  # without a past the first rows see less
         # A chunk starts where a row's first seen key is: sizes that divide that place.

@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import CutError
 from onnxgen.analysis.feeds import RunShape
+from onnxgen.analysis.reads import reads_of
 from onnxgen.analysis.sampling import Sampler
 
 # No two lengths are alike in all of them.
@@ -26,6 +27,7 @@ PROBES = (
     RunShape(batch=3, new=2, past=9),
     RunShape(batch=2, new=1, past=7),
 )
+_FAR = (RunShape(batch=1, new=3, past=8190), RunShape(batch=1, new=2, past=4100))
 _MOST_ELEMENTS = 4096
 
 
@@ -34,7 +36,8 @@ class Meaning:
     """What a value says, in runs without padding.
 
     Attributes:
-        kind: "position": of each new token, along `axis`; "total", "new" or "batch": T, S or B.
+        kind: "position": of each new token, along `axis`; "total", "new" or "batch": T, S or B;
+            "always": yes for every token, in every run that is tried.
         axis: where the tokens are; None for a length.
         offset: what is added to it.
         dims: the sizes of the other axes, None where it is the batch's.
@@ -57,8 +60,31 @@ class Lengths:
         """What a value says; None where it is no position and no length, or cannot be run."""
         if value not in self._known:
             samples = self.samples(value)
-            self._known[value] = _position(samples) or _length(samples) if samples else None
+            found = _position(samples) or _length(samples) if samples else None
+            self._known[value] = found or self._always(value)
         return self._known[value]
+
+    def _always(self, value: ir.Value) -> Meaning | None:
+        """Whether a condition on each token holds for all: it sees something, where none is hidden.
+
+        The runs that are tried lie on both sides of every length that it may switch at.
+        """
+        reads = reads_of(value) if value.dtype == ir.DataType.BOOL else None
+        if reads is None or self.token_axis(value) is None:
+            return None
+        roles = self._sampler.roles.inputs
+        known = {"mask", "positions", "cache_position", "cache_length"}
+        if any(roles[v.name or ""].role not in known for v in reads.inputs if v.name in roles):
+            return None
+        further = self._sampler.further(value)
+        shapes = () if isinstance(further, str) else (*PROBES, *_FAR, *further)
+        try:
+            samples = self._sampler.samples(value, shapes)
+        except CutError:
+            return None
+        if not samples or not all(array.all() for _, array in samples):
+            return None
+        return Meaning("always", None, 0, (1,) * samples[0][1].ndim)
 
     def token_axis(self, value: ir.Value) -> int | None:
         """The axis along which the new tokens are, None where there is none."""

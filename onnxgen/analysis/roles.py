@@ -67,6 +67,7 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
     roles = _structural(inputs, found, joins)
     _separate_tables(roles, found)
     _separate_masks(roles, found, uses)
+    _separate_vectors(roles, inputs)
     _ask_names(roles, found)
     roles.update(overrides)
 
@@ -83,6 +84,7 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
         named[name] = InputRole(name, roles[name], dtype, shape, axes, bound, added)
 
     capped = {name for name, join in grown.items() if join.cap is not None}
+    named = _repeated(named)
     fixed, symbols = _lengths(named.values(), capped)
     pairs = tuple(_pair(grown[name], named[name]) for name in named if name in grown)
     copies = {join.present for join in joins if not join.grows}
@@ -218,6 +220,22 @@ def _ask_names(roles: dict[str, str], found: Mapping[str, Evidence]) -> None:
                 roles[name] = "constant_like"
 
 
+def _separate_vectors(roles: dict[str, str], inputs: Sequence[ir.Value]) -> None:
+    """Tell apart what has one number, or one for each sequence, from what has one for each token."""
+    main = [_shape(v) or () for v in inputs if roles[str(v.name)] in ("ids", "embeds")]
+    if not main or len(main[0]) < 2:
+        return
+    batch, new = main[0][:2]
+    # One number for each sequence, or for each new token over a past: of what, no use tells.
+    untold = [(batch,), (batch, new)] if "past" in roles.values() else [(batch,)]
+    for value in inputs:
+        name, shape = str(value.name), _shape(value) or ()
+        if shape == (1,) and new != 1 and roles[name] in ("positions", "cache_position"):
+            roles[name] = "cache_length"  # where the first of the new tokens stands
+        elif roles[name] == "mask" and isinstance(batch, str) and shape in untold:
+            roles[name] = "unknown"
+
+
 def _hint(name: str) -> str | None:
     return next((role for role, words in _NAMES if re.search(words, name.lower())), None)
 
@@ -270,6 +288,20 @@ def _sizes_of_caches(graph: ir.Graph, grown: Collection[str]) -> dict[str, tuple
         )
         for value in free
     }
+
+
+def _repeated(inputs: Mapping[str, InputRole]) -> dict[str, InputRole]:
+    """The inputs, with axes of size 1 that others leave free as no axes: those are broadcast."""
+    each_axis = [pair for v in inputs.values() for pair in zip(v.shape, v.axes, strict=True)]
+    free = {letter for dim, letter in each_axis if not isinstance(dim, int)}
+    free |= {"T"} if free & {"S", "P"} else set()  # as many keys as tokens, past and new
+    spread = free & {"S", "T"}
+    named: dict[str, InputRole] = {}
+    for name, role in inputs.items():
+        pairs = zip(role.shape, role.axes, strict=True)
+        axes = ("" if dim == 1 and letter in spread else letter for dim, letter in pairs)
+        named[name] = replace(role, axes=tuple(axes))
+    return named
 
 
 def _lengths(

@@ -10,6 +10,8 @@ from onnxgen.analysis.evaluate import Array, CutError
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute, constant, given, names, producer, scalar
 from onnxgen.analysis.lane_forms import Lane
+from onnxgen.analysis.reads import reads_of
+from onnxgen.analysis.sampling import TABLE_SHAPES
 from onnxgen.analysis.shape_rules import slice_bounds
 from onnxgen.analysis.views import VIEW_OPS
 
@@ -58,12 +60,16 @@ class Tables:
         elements, sampler = constant(lane.value), self._facts.sampler
         if elements is not None:
             return [_lane(elements, lane)]
-        if sampler is None or self._facts.is_activation(lane.value):
+        if sampler is None or self._facts.is_activation(lane.value) or _picks(lane.value):
+            return []
+        further = sampler.further(lane.value)
+        if isinstance(further, str):
             return []
         try:
-            return [_lane(array, lane) for _, array in sampler.samples(lane.value)]
+            samples = sampler.samples(lane.value, (*TABLE_SHAPES, *further))
         except CutError:
             return []
+        return [_lane(array, lane) for _, array in samples]
 
     def _follow(self, lane: Lane) -> Hashable:
         value, index, axes = lane
@@ -206,6 +212,19 @@ _ELEMENTWISE = names(
     Min Mod Mul Not Pow Reciprocal Round Sin Sqrt Sub Where
     """
 )
+
+
+def _picks(value: ir.Value) -> bool:
+    """Whether rows of a constant are picked by what is computed: no runs show all of them."""
+    return any(
+        node.op_type in _PICKING
+        and constant(node.inputs[0], limit=1 << 28) is not None
+        and constant(node.inputs[1], limit=1 << 28) is None
+        for node in reads_of(value).nodes
+    )
+
+
+_PICKING = names("Gather GatherElements GatherND")
 
 
 def _attributes(node: ir.Node) -> Hashable:

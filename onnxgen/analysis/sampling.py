@@ -8,14 +8,19 @@ Only for values that follow from the graph's inputs without the model's layers i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
+from onnxgen.analysis.edges import edges_among
 from onnxgen.analysis.evaluate import Array, CutError, cut
-from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
+from onnxgen.analysis.feeds import RunShape, input_sizes, make_feeds, nearest_shape
+from onnxgen.analysis.reads import reads_of
 from onnxgen.analysis.roles import Roles
+from onnxgen.analysis.shapes import Shapes
+from onnxgen.analysis.symbols import evaluate
 from onnxgen.runtime import Runtime, RuntimeFailure
 
 # Enough to tell two lanes of a table apart: several positions, past ones, a padded row.
@@ -24,6 +29,12 @@ TABLE_SHAPES = (
     RunShape(batch=1, new=2, past=300),
     RunShape(batch=2, new=4),
 )
+
+LONGEST = 1 << 17
+"""A switch at more tokens (T) is not run."""
+
+MOST_ELEMENTS = 1 << 27
+MOST_EDGES = 12
 
 
 class Sampler:
@@ -47,6 +58,47 @@ class Sampler:
         if key not in self._known:
             self._known[key] = self._run(value, shapes)
         return self._known[key]
+
+    def further(self, value: ir.Value) -> tuple[RunShape, ...] | str:
+        """Runs on both sides of every length that the value may switch at, as far as the model
+        goes; the reason as text where it goes further than what can be run.
+        """
+        edges = edges_among(reads_of(value).nodes)
+        if len(edges) > MOST_EDGES:
+            return f"it may switch at {len(edges)} lengths"
+        shapes: list[RunShape] = []
+        for edge in edges:
+            wanted = [RunShape(1, edge + 3)]
+            if self.roles.pairs:
+                pasts = ((6, max(edge - 3, 0)), (3, edge + 7), (2, 2 * edge - 1))
+                wanted = [RunShape(1, new, past) for new, past in pasts]
+            found = (nearest_shape(self.roles, each) for each in wanted)
+            shapes += [shape for shape in found if shape is not None]
+        if shapes and self._too_large(value, shapes):
+            return (
+                f"it may switch at {', '.join(map(str, edges))} tokens, which is more than is run"
+            )
+        return tuple(dict.fromkeys(shapes))
+
+    def _too_large(self, value: ir.Value, shapes: Sequence[RunShape]) -> bool:
+        """Whether something that the value is computed from is too large to be run for one of the
+        shapes, or not known to be small.
+        """
+        if max(shape.total for shape in shapes) > 2 * LONGEST:
+            return True
+        known, nodes = Shapes(self._graph), reads_of(value).nodes
+        read = dict.fromkeys(v for node in nodes for v in (*node.inputs, *node.outputs))
+        for sizes in (input_sizes(self.roles, shape) for shape in shapes):
+            for each in read:
+                if each is None or each.const_value is not None:
+                    continue
+                dims = known.of(each)
+                numbers = None if dims is None else [evaluate(dim, sizes) for dim in dims]
+                if numbers is None or None in numbers:
+                    return True
+                if math.prod(number or 0 for number in numbers) > MOST_ELEMENTS:
+                    return True
+        return False
 
     def along(self, value: ir.Value, positions: str, length: int) -> list[Array]:
         """The value for positions 0 to length-1 of one row; none where that cannot be run.

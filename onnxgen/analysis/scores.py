@@ -143,9 +143,12 @@ def _step(facts: Facts, node: ir.Node, found: Scores) -> ir.Value | _Sum | Stopp
         found.floor = floored[1]
         return floored[0]
     if node.op_type == "Mul":
-        for scores, mask in (node.inputs, node.inputs[::-1]):
-            if scores and mask and any(_hides(each, mask) for each in found.masks):
-                return scores  # what it makes 0 is masked anyway
+        for scores, kept in (node.inputs, node.inputs[::-1]):
+            for index, each in enumerate(found.masks):
+                replacing = None if kept is None else _replacing(each, kept)
+                if scores is not None and replacing is not None:
+                    found.masks[index] = replacing
+                    return scores
     if node.op_type in ("Add", "Sub"):
         a, b = given(node), given(node, 1)
         if facts.is_activation(a) and facts.is_activation(b):
@@ -295,19 +298,21 @@ def _floored(node: ir.Node) -> tuple[ir.Value, float] | None:
     return None
 
 
-def _hides(mask: Mask, kept: ir.Value) -> bool:
-    """Whether an additive mask is (1 - kept) * c for a bool `kept` and a number as low as a mask's."""
+def _replacing(mask: Mask, kept: ir.Value) -> Mask | None:
+    """An additive mask that is (1 - kept) * c for a bool `kept`, c as low as a mask's: where the
+    scores are multiplied by `kept` too, it replaces them by c.
+    """
     value, factor = mask.value, mask.factor
     while (node := producer(value)) is not None and (scaled := scalar_factor(node)) is not None:
         value, factor = scaled[0], factor * scaled[1]
     node, flag = producer(value, "Sub"), producer(kept, "Cast")
     if node is None or flag is None or given(flag).dtype != ir.DataType.BOOL:
-        return False
-    return (
-        mask.fill is None
-        and factor <= MASKED
-        and (uniform(node.inputs[0]) == 1.0 and node.inputs[1] is kept)
-    )
+        return None
+    if mask.fill is not None or factor > MASKED:
+        return None
+    if uniform(node.inputs[0]) != 1.0 or node.inputs[1] is not kept:
+        return None
+    return Mask(given(flag), mask.at, factor)
 
 
 def _is_float(value: ir.Value | None) -> bool:

@@ -173,20 +173,28 @@ def _lowered(sites: Sequence[Site]) -> Iterator[Text]:
 
 def _paging(paging: Paging) -> Iterator[Text]:
     """What reads pools, or what stands in the way."""
-    for obstacle in paging.obstacles:
-        where = f" [{obstacle.node}]" if obstacle.node else ""
-        yield _labelled(f"Cannot be paged: {obstacle.code}", f"{obstacle.reason}{where}", "red")
+    groups: dict[tuple[str, str], list[str]] = {}
+    for each in paging.obstacles:
+        groups.setdefault((each.code, each.reason), []).append(each.node)
+    for (code, reason), places in groups.items():
+        where = _some(filter(None, places))
+        said = f"{reason} [{where}]" if where else reason
+        yield _labelled(f"Cannot be paged ({len(places)}): {code}", said, "red")
     if paging.obstacles or not paging.layers:
         return
     families = "; ".join(paging.families)
     yield Text(
-        f"Paged {_many(paging.layers, 'layer')}: {len(paging.pools)} pools of {paging.kv_dtype}, "
-        f"blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
+        f"{_many(len(paging.pools), 'pool')} of {paging.kv_dtype} for "
+        f"{_many(paging.layers, 'layer')}: blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
         f"masks: {families}; logits: {paging.logits}"
     )
     if paging.kernel:
         run = not paging.kernel.startswith("not run")
         yield _labelled("The operator's kernel", paging.kernel, "green" if run else "yellow")
+    if paging.dropped:
+        yield Text(
+            f"Dropped outputs: {_some(paging.dropped)}, which say what a paged model is told"
+        )
 
 
 def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:

@@ -148,6 +148,7 @@ class Paging:
         kv_dtype: of the pools.
         token_bytes: bytes that one token takes in all pools.
         families: what the masks mean, each once.
+        dropped: outputs of the original that the paged model has not, caches aside.
         obstacles: what stands in the way; nothing was written then.
         flavor: "portable" or "ort".
         max_length: most tokens of a sequence; None where nothing limits them.
@@ -163,6 +164,7 @@ class Paging:
     kv_dtype: str = ""
     token_bytes: int = 0
     families: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
     flavor: str = "portable"
     max_length: int | None = None

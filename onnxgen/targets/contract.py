@@ -38,7 +38,9 @@ class Contract:
         padded = shape.padding if any(shape.pads) else "none"
         if padded != "none" and self.padding == "none":
             return "the model was written for inputs without padding"
-        if self.padding == "right" and (padded == "left" or (padded == "right" and shape.past)):
+        if self.padding == "right" and (
+            padded in ("left", "holes") or (padded == "right" and shape.past)
+        ):
             return "the model was written for padding behind a prompt's tokens only"
         if self.max_length is not None and shape.total > self.max_length:
             return f"the model was written for at most {self.max_length} tokens"

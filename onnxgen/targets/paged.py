@@ -82,6 +82,7 @@ class PagedModel:
         tokens: the input of the tokens, "input_ids" or "inputs_embeds".
         switches: whether tables switch on a sequence's length (longrope): then keys of one
             beginning differ with what follows, and cannot be shared beyond that length.
+        dropped: outputs of the original that it has not, caches aside.
         max_length: most tokens of a sequence, past and new; None where nothing limits them.
     """
 
@@ -92,6 +93,7 @@ class PagedModel:
     families: tuple[MaskFamily, ...]
     tokens: str
     switches: bool = False
+    dropped: tuple[str, ...] = ()
     max_length: int | None = None
 
     def described(self) -> Paging:
@@ -109,6 +111,7 @@ class PagedModel:
             flavor=self.options.flavor,
             max_length=self.max_length,
             kernel="not run: nothing was" if self.options.flavor == "ort" else "",
+            dropped=list(self.dropped),
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from onnxgen.analysis.edges import COMPARISONS, FARTHEST, LIMITS, OFFSETS, integer
 from onnxgen.analysis.feeds import RunShape, forced_shape, misfit, nearest_shape
 from onnxgen.analysis.roles import Roles
 
@@ -26,9 +27,6 @@ MOST_BYTES = 1 << 29
 _LONGEST_PREFILL = 1024
 _MOST_FOUND = 6
 
-_COMPARISONS = frozenset(["Less", "LessOrEqual", "Greater", "GreaterOrEqual"])
-_LIMITS = frozenset(["Max", "Min", "Clip"])
-_OFFSETS = frozenset(["Add", "Sub", "Div", "Mod"])
 # Through these a length or a position is followed back to the constants that it meets.
 _PASSED = frozenset(
     ["Cast", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Identity", "Transpose", "Concat"]
@@ -239,10 +237,10 @@ def find_edges(model: ir.Model, roles: Roles) -> tuple[list[int], list[int]]:
             attribute = node.attributes.get(name)
             if attribute is not None and attribute.type == ir.AttributeType.INT:
                 found.add(attribute.as_int())
-        if node.op_type in _COMPARISONS | _LIMITS:
-            floats = node.op_type in _COMPARISONS
-            found.update(number for v in node.inputs if (number := _integer(v, floats)) is not None)
-        if node.op_type in _COMPARISONS:
+        if node.op_type in COMPARISONS | LIMITS:
+            floats = node.op_type in COMPARISONS
+            found.update(number for v in node.inputs if (number := integer(v, floats)) is not None)
+        if node.op_type in COMPARISONS:
             stack.extend(value for value in node.inputs if value is not None)
     while stack:
         value = stack.pop()
@@ -250,22 +248,11 @@ def find_edges(model: ir.Model, roles: Roles) -> tuple[list[int], list[int]]:
         if value in seen or source is None or len(seen) > 10_000:
             continue
         seen.add(value)
-        if source.op_type in _OFFSETS:
-            found.update(n for v in source.inputs if (n := _integer(v, False)) is not None)
-        if source.op_type in _OFFSETS | _PASSED | _LIMITS:
+        if source.op_type in OFFSETS:
+            found.update(n for v in source.inputs if (n := integer(v, False)) is not None)
+        if source.op_type in OFFSETS | _PASSED | LIMITS:
             stack.extend(each for each in source.inputs if each is not None)
     lengths = sorted(abs(number) for number in found if abs(number) >= 2)
     near = [length for length in dict.fromkeys(lengths) if length <= LONGEST]
-    far = [length for length in dict.fromkeys(lengths) if LONGEST < length <= 1 << 20]
+    far = [length for length in dict.fromkeys(lengths) if LONGEST < length <= FARTHEST]
     return near[:_MOST_FOUND], near[_MOST_FOUND:] + far
-
-
-def _integer(value: ir.Value | None, floats: bool) -> int | None:
-    """A constant of one integer; with `floats` a float that is one counts too."""
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    if tensor is None or tensor.size != 1:
-        return None
-    if not (tensor.dtype.is_integer() or (floats and tensor.dtype.is_floating_point())):
-        return None
-    number = float(tensor.numpy().ravel()[0])
-    return int(number) if number.is_integer() and abs(number) < 1 << 31 else None

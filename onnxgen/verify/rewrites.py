@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import CutError, cut
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
+from onnxgen.analysis.feeds import RunShape, input_sizes, make_feeds, nearest_shape
 from onnxgen.analysis.graph import ancestors
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.scores import MASKED
@@ -34,13 +34,13 @@ SHAPES = (
     RunShape(batch=2, new=5, past=7),
     RunShape(batch=2, new=5, past=3, padding="left"),
     RunShape(batch=3, new=1, past=11),
+    RunShape(batch=2, new=5),  # no past: some operators take no empty cache
+    RunShape(batch=2, new=5, padding="left"),
 )
 # For targets that do not take several new tokens over a past for several sequences.
 ONE_SEQUENCE = (
     RunShape(batch=1, new=5, past=7),
     RunShape(batch=1, new=5, past=3, padding="left"),
-    RunShape(batch=2, new=5),
-    RunShape(batch=2, new=5, padding="left"),
 )
 # For caches that GroupQueryAttention counts: rows of different lengths, places to spare.
 COUNTED = (
@@ -126,7 +126,7 @@ class RewriteChecker:
                 new = self._runtime.run(sessions[1], _given(part.after, feeds))
             except RuntimeFailure as error:
                 return f"the old nodes run where the new ones fail: {error}"
-            reason = self._compare(rewrite, old, new)
+            reason = self._compare(rewrite, shape, old, new)
             if reason is not None:
                 return reason
         if len(failures) == len(shapes):
@@ -137,12 +137,7 @@ class RewriteChecker:
         """The model's inputs for a shape, and the sizes of their axes; made once."""
         if shape not in self._fed:
             inputs = make_feeds(self._roles, shape, np.random.default_rng(0))
-            sizes = {
-                f"{name}[{axis}]": int(size)
-                for name, array in inputs.items()
-                for axis, size in enumerate(array.shape)
-            }
-            self._fed[shape] = (inputs, sizes)
+            self._fed[shape] = (inputs, input_sizes(self._roles, shape))
         return self._fed[shape]
 
     def _feeds(
@@ -186,11 +181,11 @@ class RewriteChecker:
         return feeds
 
     def _compare(
-        self, rewrite: Rewrite, old: Mapping[str, Any], new: Mapping[str, Any]
+        self, rewrite: Rewrite, shape: RunShape, old: Mapping[str, Any], new: Mapping[str, Any]
     ) -> str | None:
         attended = None
         if rewrite.mask is not None:
-            attended = _attended(new[rewrite.mask.name or ""])
+            attended = _compared_rows(new[rewrite.mask.name or ""], shape)
         counts = None if rewrite.counts is None else new[rewrite.counts.name or ""]
         for index, (old_value, new_value) in enumerate(rewrite.outputs):
             a, b = old[old_value.name or ""], new[new_value.name or ""]
@@ -294,11 +289,21 @@ def _elements(value: ir.Value) -> int:
     return int(value.const_value.size)
 
 
-def _attended(mask: Any) -> Any:
-    """bool [.., S, 1]: the rows of a mask that see anything."""
+def _compared_rows(mask: Any, shape: RunShape) -> Any:
+    """bool [.., S, 1]: the rows of a mask that see anything, and those of real tokens, which count
+    for the whole model whatever they see.
+    """
     # Half of it: a bias beside the fill lifts what is hidden a little.
     seen = mask if mask.dtype == bool else mask > MASKED / 2
-    return seen.any(axis=-1, keepdims=True)
+    attended = seen.any(axis=-1, keepdims=True)
+    real = shape.real_new.reshape(shape.batch, *[1] * max(attended.ndim - 3, 0), shape.new, 1)
+    if attended.shape[-2] not in (1, shape.new) or attended.shape[:-3] not in (
+        (),
+        (1,),
+        (shape.batch,),
+    ):
+        return attended
+    return attended | real
 
 
 def _rows_like(attended: Any, output: Any) -> Any:

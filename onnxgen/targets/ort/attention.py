@@ -6,7 +6,8 @@ Replaces
        total_sequence_length, cos_cache, sin_cache, , attention_bias)
 
     A mask whose family is known is said by attributes (causal, local_window_size) and, for
-    padding, by the input mask alone; any other goes in as attention_bias. Sinks are head_sink.
+    padding, by the input mask alone, of zeros and ones; any other goes in as attention_bias, so
+    does one that follows from positions that no guard compares. Sinks are head_sink.
 
     Tables that are a function of a token's place become caches (`rotary_caches`). Where that is
     an input, position_ids, the operator counts for itself and the guard compares: given the
@@ -97,9 +98,10 @@ class GroupQuery(Rule):
         assert k is not None
         assert v is not None
         heads, kv_heads = self._check(facts, node, q, k, v)
-        masking = self._masking(facts, node, mask, past_key)
         found = self._rotary(facts, q, k, past_key)
         rotary, said = (None, found) if isinstance(found, str) else (found, "inside")
+        positions = rotary[0].positions if rotary is not None else None
+        masking = self._masking(facts, node, mask, past_key, positions)
         operands = [
             rows_first(facts, builder, value, count, turned=not inside)
             for value, count, inside in (
@@ -118,8 +120,9 @@ class GroupQuery(Rule):
         lengths = Lengths(facts, builder, input_mask(facts, past_key))
         total = lengths.total(queries, past_key)
         guarded = masking.padding and lengths.mask is not None
+        if guarded:
+            total = lengths.of_zeros_and_ones(total)
         padding: Padding = self._padding if guarded else "any"
-        positions = rotary[0].positions if rotary is not None else None
         rows = lengths.rows(total, queries, padding, positions)
         bias = masking.bias
         if bias is not None:
@@ -187,17 +190,24 @@ class GroupQuery(Rule):
         return heads, kv_heads
 
     def _masking(
-        self, facts: Facts, node: ir.Node, mask: ir.Value | None, past: ir.Value
+        self,
+        facts: Facts,
+        node: ir.Node,
+        mask: ir.Value | None,
+        past: ir.Value,
+        positions: ir.Value | None,
     ) -> _Masking:
+        """How the node's mask is said; `positions` are those that a guard finds to count."""
         if mask is None:
             return _Masking(causal=bool(attribute(node, "is_causal", 0)))
         if attribute(node, "is_causal", 0):
             raise Declined(self, "causal", "is_causal beside a mask", node)
         family = self._families.get(node.name or "")
-        known = (
-            family is not None and family.kind in ("full", "causal", "window") and not family.slopes
-        )
-        if family is None or not known or (family.padding and input_mask(facts, past) is None):
+        known = family is not None and family.kind in ("full", "causal", "window")
+        if family is None or not known or family.slopes or family.faint:
+            return _Masking(causal=False, bias=mask)
+        uncounted = set(family.counted) - ({positions.name} if positions is not None else set())
+        if uncounted or (family.padding and input_mask(facts, past) is None):
             return _Masking(causal=False, bias=mask)
         window = family.size if family.kind == "window" else -1
         return _Masking(family.kind != "full", window, family.padding)

@@ -14,9 +14,10 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.patterns.building import Builder
 from onnxgen.targets.contract import Padding
 
-INT32, INT64 = int(ir.DataType.INT32), int(ir.DataType.INT64)
+BOOL, INT32, INT64 = (int(getattr(ir.DataType, name)) for name in ("BOOL", "INT32", "INT64"))
 NO_PADDING = "contract: this model was written for inputs without padding"
 RIGHT_PADDING = "contract: this model was written for padding behind a prompt only"
+BINARY = "contract: this model was written for masks of zeros and ones"
 COUNTED = "contract: this model was written for positions that count the tokens"
 EMPTY = "contract: this model was written for at least one row and one new token"
 SENTENCES = (NO_PADDING, RIGHT_PADDING, COUNTED, EMPTY)
@@ -65,6 +66,20 @@ class Lengths:
         if self.mask is not None:
             return op("Shape", [self.mask], {"start": 1, "end": 2}, name="total_length")
         return op("Add", [self._size(q, 1), self._size(past, 2)], name="total_length")
+
+    def of_zeros_and_ones(self, total: ir.Value) -> ir.Value:
+        """T, which can be read only where the mask holds nothing but 0 and 1.
+
+        Other numbers may mean anything: sequences packed in one row, or a bias.
+        """
+        op = self._builder.op
+        assert self.mask is not None
+        if self.mask.dtype == ir.DataType.BOOL:
+            return total
+        real = op("Cast", [op("Cast", [self.mask], {"to": BOOL})], {"to": int(ir.DataType.FLOAT)})
+        found = op("Cast", [self.mask], {"to": int(ir.DataType.FLOAT)})
+        wrong = op("Cast", [op("Not", [op("Equal", [found, real])])], {"to": INT64})
+        return op("Add", [total, self._guard(wrong, BINARY)])
 
     def rows(
         self, total: ir.Value, q: ir.Value, padding: Padding, positions: ir.Value | None

@@ -17,6 +17,7 @@ from onnxgen.analysis.evaluate import CutError
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.feeds import RunShape, make_feeds
 from onnxgen.analysis.graph import constant, producer
+from onnxgen.analysis.reads import reads_of
 from onnxgen.analysis.sampling import Sampler
 
 Array = np.ndarray[Any, Any]
@@ -80,7 +81,9 @@ def _read(
 ) -> RotaryCaches | str:
     inputs = {value.name: value for value in facts.graph.inputs}
     named = [each for each in sampler.roles.named("positions") if "S" in each.axes]
-    for role in (*named, None):
+    # Nothing but lengths: a count may begin elsewhere, and an offset may be any.
+    unread = not reads_of(cos).inputs and not reads_of(sin).inputs
+    for role in (*named, *((None,) if unread else ())):
         if role is not None and len(role.axes) > 2:
             continue  # several kinds of position
         if role is not None and role.bound:
@@ -110,7 +113,10 @@ def _rows(sampler: Sampler, table: ir.Value, positions: str | None, length: int)
 def _holds(sampler: Sampler, table: ir.Value, rows: Array, positions: str | None) -> bool:
     """Whether every run that is held out shows the rows of its positions."""
     compared = 0
-    for shape, found in sampler.samples(table, HELD_OUT):
+    further = sampler.further(table)
+    if isinstance(further, str):
+        return False
+    for shape, found in sampler.samples(table, (*HELD_OUT, *further)):
         at = shape.past + np.arange(shape.new)[None]
         if positions is not None:
             feeds = make_feeds(sampler.roles, shape, np.random.default_rng(0), names=[positions])
