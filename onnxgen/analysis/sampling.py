@@ -82,21 +82,22 @@ class Sampler:
 
     def _too_large(self, value: ir.Value, shapes: Sequence[RunShape]) -> bool:
         """Whether something that the value is computed from is too large to be run for one of the
-        shapes, or not known to be small.
+        shapes; what is of no known size is taken for a square of all tokens.
         """
         if max(shape.total for shape in shapes) > 2 * LONGEST:
             return True
         known, nodes = Shapes(self._graph), reads_of(value).nodes
         read = dict.fromkeys(v for node in nodes for v in (*node.inputs, *node.outputs))
-        for sizes in (input_sizes(self.roles, shape) for shape in shapes):
+        for shape in shapes:
+            sizes, square = input_sizes(self.roles, shape), shape.total**2
             for each in read:
                 if each is None or each.const_value is not None:
                     continue
                 dims = known.of(each)
                 numbers = None if dims is None else [evaluate(dim, sizes) for dim in dims]
-                if numbers is None or None in numbers:
-                    return True
-                if math.prod(number or 0 for number in numbers) > MOST_ELEMENTS:
+                unknown = numbers is None or None in numbers
+                size = square if unknown else math.prod(number or 0 for number in numbers or ())
+                if size > MOST_ELEMENTS:
                     return True
         return False
 
