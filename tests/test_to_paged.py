@@ -21,6 +21,7 @@ from onnxgen.report.values import Report
 from onnxgen.targets.paged import PagedModel, PagedOptions
 from onnxgen.testing import CorpusEntry, corpus, load_corpus_model
 from tests import paged_table
+from tests.graphs import parse
 from tests.merging import merged
 
 KNOWN = paged_table.read(paged_table.TABLE.read_text("utf-8"))
@@ -284,6 +285,82 @@ def test_a_refusal_has_a_code(name: str, code: str, words: str, tmp_path: Path) 
         assert any(each["code"] == code and words in each["reason"] for each in found)
         assert all(each["node"] for each in found)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def small(
+    state: str = "", more: str = "", outputs: str = "", causal: bool = True
+) -> onnx.ModelProto:
+    """A decoder of one layer, with whatever else it keeps."""
+    seen = (
+        "  n = Shape<start = 1, end = 2>(ids)  p = Shape<start = 2, end = 3>(past_key)"
+        "  t = Add(n, p)  ps = Squeeze(p)  ts = Squeeze(t)  at = Range(ps, ts, 1)"
+        "  ks = Range(0, ts, 1)  row = Unsqueeze(at, [1])  mask = LessOrEqual(ks, row)"
+        "  m = Where(mask, c, -30000.0)"
+    )
+    everything = "  m = Identity(c)"
+    return parse(
+        f"(int64[b,s] ids, float[b,6,p,20] past_key, float[b,6,p,20] past_value{state})"
+        " => (float[b,s,120] y, float[b,6,t,20] present_key, float[b,6,t,20] present_value"
+        f"{outputs}) <float[37,120] table, float[120,120] wq, float[120,120] wk, float[120,120] wv,"
+        " float[120,1,4] wc> { x = Gather(table, ids)"
+        "  qp = MatMul(x, wq)  kp = MatMul(x, wk)  vp = MatMul(x, wv)"
+        "  q4 = Reshape(qp, [0, 0, 6, 20])  q = Transpose<perm = [0, 2, 1, 3]>(q4)"
+        "  k4 = Reshape(kp, [0, 0, 6, 20])  k = Transpose<perm = [0, 2, 1, 3]>(k4)"
+        "  v4 = Reshape(vp, [0, 0, 6, 20])  v = Transpose<perm = [0, 2, 1, 3]>(v4)"
+        "  present_key = Concat<axis = 2>(past_key, k)  present_value = Concat<axis = 2>(past_value, v)"
+        "  kt = Transpose<perm = [0, 1, 3, 2]>(present_key)  sc = MatMul(q, kt)  c = Mul(sc, 0.25)"
+        f"{seen if causal else everything}  pr = Softmax<axis = -1>(m)  o = MatMul(pr, present_value)"
+        f"  tr = Transpose<perm = [0, 2, 1, 3]>(o)  merged = Reshape(tr, [0, 0, 120]) {more} }}"
+    )
+
+
+def test_a_small_decoder_before_and_after(tmp_path: Path) -> None:
+    _, model = page(written(tmp_path, small(more="y = Add(merged, x)")))
+    ops = [node.op_type for node in model.graph.node]
+    assert sorted(ops) == [
+        "Add",
+        "Gather",
+        *["MatMul"] * 3,
+        "PagedAttention",
+        "PagedKeys",
+        "PagedTokens",
+        *["Reshape"] * 4,
+        "Squeeze",
+        "Unsqueeze",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (small(more="y = Add(merged, x)", causal=False), "PAG004: its mask is full: tokens see"),
+        (
+            small(
+                ", float[b,120,3] conv_state",
+                "xt = Transpose<perm = [0, 2, 1]>(x)  cat = Concat<axis = 2>(conv_state, xt)"
+                "  new_state = Slice(cat, [-3], [9223372036854775807], [2])"
+                "  cv = Conv<group = 120>(cat, wc)  back = Transpose<perm = [0, 2, 1]>(cv)"
+                "  y = Add(merged, back)",
+                ", float[b,120,3] new_state",
+            ),
+            "PAG005: Conv mixes tokens outside attention",
+        ),
+        (
+            small(
+                ", float[b,120] state",
+                "mean = ReduceMean<keepdims = 0>(x, [1])  new_state = Add(state, mean)"
+                "  wide = Unsqueeze(new_state, [1])  y = Add(merged, wide)",
+                ", float[b,120] new_state",
+            ),
+            r"PAG00[589]: .*state",
+        ),
+    ],
+    ids=["bidirectional", "convolution", "state"],
+)
+def test_what_no_block_holds_is_refused(model: onnx.ModelProto, words: str, tmp_path: Path) -> None:
+    with pytest.raises(RefusedError, match=words):
+        page(written(tmp_path, model))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_paged_model_is_not_paged_again(tmp_path: Path) -> None:
