@@ -213,9 +213,24 @@ def fuse(
     "has no new token), or those that an input logits_indices asks for.",
 )
 @click.option(
+    "--flavor",
+    type=click.Choice(["portable", "ort"]),
+    default="portable",
+    show_default=True,
+    help="What attends: a function of standard ops, which runs wherever these do, or "
+    "com.microsoft's PagedAttention, which ONNX Runtime has for CUDA and WebGPU.",
+)
+@click.option(
     "--kv-dtype",
     type=click.Choice(["fp16", "fp32"]),
-    help="Type of the pools; the caches' own unless given.",
+    help="Type of the pools; the caches' own unless given, with --flavor ort fp16 (or bf16).",
+)
+@click.option(
+    "--max-length",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="With --flavor ort: most tokens of a sequence, past and new, that rotary tables are "
+    "written for; by default what config.json beside MODEL, or the model's own tables say.",
 )
 @click.option(
     "--slot-mapping",
@@ -246,7 +261,9 @@ def to_paged(
     output: Path | None,
     block_size: int,
     logits: Any,
+    flavor: Any,
     kv_dtype: str | None,
+    max_length: int | None,
     slot_mapping: bool,
     check: bool,
     no_verify: bool,
@@ -279,7 +296,8 @@ def to_paged(
     kinds = {None: None, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
     options = pipeline.PageOptions(
         output=output,
-        paged=PagedOptions(block_size, logits, kinds[kv_dtype], slot_mapping),
+        paged=PagedOptions(block_size, logits, kinds[kv_dtype], slot_mapping, flavor),
+        max_length=max_length,
         check=check,
         verify=not no_verify,
         inline=inline,

@@ -48,7 +48,23 @@ def _load(request: dict[str, Any]) -> Any:
     if request["folder"]:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, request["folder"])
+    if request["webgpu"]:
+        _add_webgpu(ort, options)
+        return ort.InferenceSession(request["model"], options)
     return ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
+
+
+def _add_webgpu(ort: Any, options: Any) -> None:
+    """Let the WebGPU plugin provider run what it can; the CPU takes the rest."""
+    import onnxruntime_ep_webgpu as plugin
+
+    name = plugin.get_ep_name()
+    if not any(device.ep_name == name for device in ort.get_ep_devices()):
+        ort.register_execution_provider_library("webgpu", plugin.get_library_path())
+    devices = [device for device in ort.get_ep_devices() if device.ep_name == name]
+    if not devices:
+        raise RuntimeError("the WebGPU provider lists no device")
+    options.add_provider_for_devices([devices[0]], {})
 
 
 def _run(session: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -57,7 +73,36 @@ def _run(session: Any, request: dict[str, Any]) -> dict[str, Any]:
     options = ort.RunOptions()
     options.log_severity_level = 4
     names = request["outputs"] or [output.name for output in session.get_outputs()]
+    if request["aliases"]:
+        return _run_aliased(session, request["feeds"], names, request["aliases"], options)
     return dict(zip(names, session.run(names, request["feeds"], options), strict=True))
+
+
+def _run_aliased(
+    session: Any, feeds: dict[str, Any], names: list[str], aliases: dict[str, str], options: Any
+) -> dict[str, Any]:
+    """A run whose named inputs and outputs are one buffer on the device each."""
+    import onnxruntime as ort
+
+    binding = session.io_binding()
+    buffers = {}
+    for name, array in feeds.items():
+        if name in aliases:
+            value = ort.OrtValue.ortvalue_from_numpy(array, "gpu", 0, 0)
+            buffers[aliases[name]] = value
+            binding.bind_ortvalue_input(name, value)
+        else:
+            binding.bind_cpu_input(name, array)
+    for name in names:
+        if name in buffers:
+            binding.bind_ortvalue_output(name, buffers[name])
+        else:
+            binding.bind_output(name, "cpu")
+    session.run_with_iobinding(binding, options)
+    return {
+        name: buffers.get(name, value).numpy()
+        for name, value in zip(names, binding.get_outputs(), strict=True)
+    }
 
 
 def main() -> None:

@@ -56,9 +56,12 @@ from onnxgen.targets.genai_engine import engine_config
 from onnxgen.targets.genai_files import READ
 from onnxgen.targets.ort.config import context_length
 from onnxgen.targets.paged import PagedModel, PagedOptions, check_paged_options
+from onnxgen.targets.paged_ort import CODE as PAGED_ORT
+from onnxgen.targets.paged_ort import lower_paged
 from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.compare import TOLERANCES, verify_models
 from onnxgen.verify.paged import prove_paged
+from onnxgen.verify.paged_kernel import prove_operator
 from onnxgen.verify.rewrites import RewriteChecker
 
 FLOAT = ir.DataType.FLOAT
@@ -186,6 +189,8 @@ class PageOptions:
     Attributes:
         output: the folder to write model.onnx to.
         paged: how the model is paged.
+        max_length: for the flavor "ort": the most tokens of a sequence, past and new, where the
+            rotary embedding goes inside; None as for `FuseOptions`.
         check: convert nothing; say whether it could be.
         verify: run the checks; without them nothing is run and the report says unproven.
         inline: expand the functions of the `onnxgen` domain.
@@ -196,6 +201,7 @@ class PageOptions:
 
     output: Path
     paged: PagedOptions = field(default_factory=PagedOptions)
+    max_length: int | None = None
     check: bool = False
     verify: bool = True
     inline: bool = False
@@ -216,6 +222,8 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
     """
     folder = options.output
     check_paged_options(options.paged)
+    if options.max_length and options.paged.flavor != "ort":
+        raise UsageError("--max-length is for --flavor ort")
     size = options.paged.block_size
     report = Report(input=str(path), output="", target="paged", paging=Paging(block_size=size))
     clock = Clock(report.seconds, progress)
@@ -280,7 +288,12 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
                 clock.start("verify", "verifying")
                 if options.verify:
                     paths = [stage.path for stage in stages]
-                    report.proof = prove_paged(path, paths, results, roles, runtime, progress)
+                    sides = (path, paths, results, roles, runtime, progress)
+                    if options.paged.flavor == "ort":
+                        assert report.paging is not None
+                        report.proof, report.paging.kernel = prove_operator(*sides)
+                    else:
+                        report.proof = prove_paged(*sides)
                     add_checks(report.proof, checkers)
                 else:
                     report.proof = Proof("unproven", TOLERANCES[FLOAT], reason="told not to run")
@@ -378,13 +391,23 @@ def _page(
     Raises:
         RefusedError: something stands in the way; carries `report`.
     """
-    asked = options.paged.block_size
-    other = replace(options.paged, block_size=4 if asked != 4 else 8)
+    asked, settings = options.paged.block_size, options.paged
+    lowered = settings.flavor == "ort"
+    if lowered:
+        settings = replace(settings, kv_dtype=settings.kv_dtype or _narrowest(roles))
+    sizes = (32, 16) if lowered else (4, 8)  # the operator takes 16 and more
+    other = replace(settings, block_size=sizes[asked == sizes[0]])
+    length = options.max_length or context_length(Path(report.input).with_name("config.json"))
     found: list[PagedModel] = []
     try:
-        for each, paged in ((model.clone(), other), (model, options.paged)):
+        for each, paged in ((model.clone(), other), (model, settings)):
             sampler = Sampler(each.graph, roles, runtime)
-            found.insert(0, page_model(each, roles, sampler, families, paged))
+            result = page_model(each, roles, sampler, families, paged)
+            if lowered:
+                result, report.lowered = lower_paged(result, runtime, length)
+                tidy(each)
+                functions.declare(each)
+            found.insert(0, result)
     except UnpageableError as error:
         paging = report.paging
         assert paging is not None
@@ -392,15 +415,26 @@ def _page(
         first = error.obstacles[0]
         where = f" [{first.node}]" if first.node else ""
         more = f" (and {len(error.obstacles) - 1} more)" if len(error.obstacles) > 1 else ""
+        hint = "; --flavor portable has no such limit" if first.code == PAGED_ORT else ""
         refused = RefusedError(
-            f"{report.input} cannot be paged: {first.code}: {first.reason}{where}{more}"
+            f"{report.input} cannot be paged: {first.code}: {first.reason}{where}{more}{hint}"
         )
         refused.report = report
         raise refused from error
     report.paging = found[0].described()
+    limit = found[0].max_length
+    if limit is not None:
+        write_contract(found[0].model, Contract(max_length=limit))
+        report.contract = f"at most {limit} tokens a sequence"
     if any(family.faint for family in found[0].families):
         report.warnings.append(
             "the original hides keys by adding a number that a score above it would outweigh; "
             "in the paged model they are hidden whatever their scores"
         )
     return found
+
+
+def _narrowest(roles: Roles) -> ir.DataType:
+    """The type of pools that com.microsoft::PagedAttention takes: the caches' own, or float16."""
+    kinds = {roles.inputs[pair.past].dtype for pair in roles.pairs}
+    return ir.DataType.BFLOAT16 if kinds == {ir.DataType.BFLOAT16} else ir.DataType.FLOAT16

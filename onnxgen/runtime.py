@@ -37,17 +37,31 @@ class RuntimeFailure(Exception):
 class Runtime:
     """A child process with ONNX Runtime on CPU; started on first use, restarted when it dies.
 
+    Attributes:
+        aliases: inputs, by name, that are one buffer of the device with an output; none unless set.
+
     Args:
         timeout: seconds one load or one run may take.
         threads: threads of one run; 0 lets the runtime choose.
         twins: run models that hold bfloat16 as their float32 twins; what is fed as bfloat16 is
             widened, what comes out is float32.
+        webgpu: run on ONNX Runtime's WebGPU plugin provider, where that is installed and has a
+            device, and on CPU what it does not take.
     """
 
-    def __init__(self, *, timeout: float = 600.0, threads: int = 0, twins: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        timeout: float = 600.0,
+        threads: int = 0,
+        twins: bool = False,
+        webgpu: bool = False,
+    ) -> None:
         self.timeout = timeout
         self.threads = threads
         self.twins = twins
+        self.webgpu = webgpu
+        self.aliases: dict[str, str] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._sessions = 0
         self._alive: set[int] = set()
@@ -77,6 +91,7 @@ class Runtime:
                 "model": source if isinstance(source, bytes) else str(source),
                 "optimize": optimize,
                 "threads": self.threads,
+                "webgpu": self.webgpu,
                 "folder": "" if folder is None else str(folder),
             }
             self._ask("load", self._sessions, request)  # it maps the weights: they may go now
@@ -98,7 +113,11 @@ class Runtime:
             raise RuntimeFailure("the session was lost when ONNX Runtime crashed")
         if self.twins:
             feeds = {name: widened(array) for name, array in feeds.items()}
-        request = {"feeds": dict(feeds), "outputs": list(outputs) if outputs else None}
+        request = {
+            "feeds": dict(feeds),
+            "outputs": list(outputs) if outputs else None,
+            "aliases": self.aliases,
+        }
         answer: dict[str, np.ndarray[Any, Any]] = self._ask("run", session, request)
         return answer
 

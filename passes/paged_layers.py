@@ -163,6 +163,7 @@ class Layers:
             3 if layer.key is not None else 1,
             attributes,
             domain=functions.DOMAIN,
+            name=f"{layer.node.name or 'onnxgen'}/{paged_attention.NAME}",
             overload=overload,
         )
         typed(outputs[0], layer.q.dtype)

@@ -53,6 +53,7 @@ def declare(model: ir.Model) -> None:
     opset = model.graph.opset_imports.get("", 24)
     for key in [key for key in model.functions if key[0] == DOMAIN]:
         del model.functions[key]
+    model.graph.opset_imports.pop(DOMAIN, None)
     for proto in called(model.graph.all_nodes(), opset):
         function = serde.deserialize_function(proto)
         model.functions[function.identifier()] = function

@@ -188,6 +188,9 @@ def _paging(paging: Paging) -> Iterator[Text]:
         f"{_many(paging.layers, 'layer')}: blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
         f"masks: {families}; logits: {paging.logits}"
     )
+    if paging.kernel:
+        run = not paging.kernel.startswith("not run")
+        yield _labelled("The operator's kernel", paging.kernel, "green" if run else "yellow")
     if paging.dropped:
         yield Text(
             f"Dropped outputs: {_some(paging.dropped)}, which say what a paged model is told"

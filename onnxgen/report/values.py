@@ -150,6 +150,10 @@ class Paging:
         families: what the masks mean, each once.
         dropped: outputs of the original that the paged model has not, caches aside.
         obstacles: what stands in the way; nothing was written then.
+        flavor: "portable" or "ort".
+        max_length: most tokens of a sequence; None where nothing limits them.
+        kernel: of flavor "ort": what the operator's own kernel was run on and how far it differed,
+            or "not run: " and why.
     """
 
     block_size: int
@@ -162,6 +166,9 @@ class Paging:
     families: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     obstacles: list[Obstacle] = field(default_factory=list)
+    flavor: str = "portable"
+    max_length: int | None = None
+    kernel: str = ""
 
 
 @dataclass

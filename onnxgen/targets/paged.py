@@ -25,6 +25,7 @@ from onnxgen.errors import UsageError
 from onnxgen.report.values import Paging
 
 Logits = Literal["all", "last", "indices"]
+Flavor = Literal["portable", "ort"]
 LARGEST_BLOCK = 1 << 16
 
 
@@ -37,12 +38,15 @@ class PagedOptions:
         logits: "all", "last" or "indices": which rows of logits are made.
         kv_dtype: of the pools; None for the caches' own.
         slot_mapping: whether an input of that name says where tokens are written.
+        flavor: what attends: "portable", onnxgen::PagedAttention, whose body is standard
+            operators; "ort", com.microsoft::PagedAttention.
     """
 
     block_size: int = 16
     logits: Logits = "all"
     kv_dtype: ir.DataType | None = None
     slot_mapping: bool = False
+    flavor: Flavor = "portable"
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,7 @@ class PagedModel:
         switches: whether tables switch on a sequence's length (longrope): then keys of one
             beginning differ with what follows, and cannot be shared beyond that length.
         dropped: outputs of the original that it has not, caches aside.
+        max_length: most tokens of a sequence, past and new; None where nothing limits them.
     """
 
     model: ir.Model
@@ -89,6 +94,7 @@ class PagedModel:
     tokens: str
     switches: bool = False
     dropped: tuple[str, ...] = ()
+    max_length: int | None = None
 
     def described(self) -> Paging:
         """The same for the report."""
@@ -102,6 +108,9 @@ class PagedModel:
             kv_dtype=", ".join(sorted(kind.name for kind in kinds)),
             token_bytes=sum(int(p.heads * p.size * p.dtype.itemsize) for p in self.pools),
             families=[str(family) for family in self.families],
+            flavor=self.options.flavor,
+            max_length=self.max_length,
+            kernel="not run: nothing was" if self.options.flavor == "ort" else "",
             dropped=list(self.dropped),
         )
 
@@ -110,10 +119,13 @@ def check_paged_options(options: PagedOptions) -> None:
     """Refuse sizes that no runtime takes.
 
     Raises:
-        UsageError: the size of a block is no power of two, or too large.
+        UsageError: the size of a block is no power of two, or too large; a type of pools that the
+            flavor has not.
     """
     size = options.block_size
     if not 1 <= size <= LARGEST_BLOCK or size & (size - 1):
         raise UsageError(
             f"--block-size {size}: a block has a power of two of slots, at most {LARGEST_BLOCK}"
         )
+    if options.flavor == "ort" and options.kv_dtype == ir.DataType.FLOAT:
+        raise UsageError("--kv-dtype fp32: pools of --flavor ort are fp16")

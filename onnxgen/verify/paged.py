@@ -136,9 +136,9 @@ def prove_paged(
             proof.status = "differs"
             proof.reason = f"ONNX Runtime cannot load the paged model: {error}"
             return proof
-        sides = _Contiguous(first, roles), _Paged(second, result, twins=runtime.twins)
         size, sharing = result.options.block_size, not result.switches
-        _Run(*sides, proof, progress).program(program(size, edges, sharing=sharing))
+        events = program(size, edges, sharing=sharing)
+        compare_steps(first, second, roles, result, events, proof, progress=progress)
         second.unload()
         if proof.reason:
             return proof
@@ -148,6 +148,28 @@ def prove_paged(
     else:
         proof.reason = f"no step could be run: {proof.cases[0].skipped}"
     return proof
+
+
+def compare_steps(
+    original: Side,
+    paged: Side,
+    roles: Roles,
+    result: PagedModel,
+    events: Sequence[Event],
+    proof: Proof,
+    *,
+    free: float = math.nan,
+    progress: Callable[[str], None] = lambda message: None,
+) -> None:
+    """Take both models through a program; the proof takes its cases, and what differs.
+
+    Args:
+        original, paged: loaded.
+        free: what slots hold that are nobody's.
+    """
+    first = _Contiguous(original, roles)
+    first.room = min(first.room, result.max_length or first.room)
+    _Run(first, _Paged(paged, result, free), proof, progress).program(events)
 
 
 class _Contiguous:
@@ -256,15 +278,15 @@ class _Contiguous:
 
 
 class _Paged:
-    """The paged model: all sequences together, on pools whose free slots hold NaN."""
+    """The paged model: all sequences together, on pools whose free slots hold NaN, or what is said."""
 
-    def __init__(self, side: Side, result: PagedModel, *, twins: bool) -> None:
+    def __init__(self, side: Side, result: PagedModel, free: float) -> None:
         self._side = side
-        self._twins = twins
         self.result = result
         self.options = result.options
         self.sequences = Sequences(0, result.options.block_size)
         self.pools: dict[str, Array] = {}
+        self._free = free
 
     def prepare(self, blocks: int) -> None:
         """Empty pools, and blocks in no order."""
@@ -274,7 +296,7 @@ class _Paged:
             shape = (blocks, self.options.block_size, pool.heads, pool.size)
             half = pool.dtype == ir.DataType.FLOAT16
             kind = np.float16 if half else np.float32  # bfloat16 runs as a float32 twin
-            self.pools[pool.name] = np.full(shape, np.nan, kind)
+            self.pools[pool.name] = np.full(shape, self._free, kind)
 
     def flat(self, name: str) -> Array:
         """A pool as slots [NB * BS, K, D]."""
@@ -313,7 +335,7 @@ class _Paged:
     def empty(self, blocks: Sequence[int]) -> None:
         """Blocks that are nobody's again."""
         for pool in self.pools.values():
-            pool[list(blocks)] = np.nan
+            pool[list(blocks)] = self._free
 
 
 class _Run:
