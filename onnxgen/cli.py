@@ -7,19 +7,31 @@ that need them, so that `onnxgen --help` answers at once.
 from __future__ import annotations
 
 import contextlib
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from onnxgen import __version__
-from onnxgen.cli_words import PathType, prepare_streams, say_error, show_progress, unexpected
-from onnxgen.errors import OnnxgenError, RefusedError, UsageError
-from onnxgen.places import default_folder, default_output, same_place
+from onnxgen.cli_paged import to_paged
+from onnxgen.cli_words import (
+    PathType,
+    check_report_file,
+    json_option,
+    outcome_of,
+    parse_roles,
+    prepare_streams,
+    proof_exit_code,
+    report_option,
+    role_option,
+    say_error,
+    show_outcome,
+    show_progress,
+    unexpected,
+)
+from onnxgen.errors import OnnxgenError, RefusedError
+from onnxgen.places import default_output
 from onnxgen.report import as_json, files
 from onnxgen.report.values import Proof, Report
 
@@ -59,25 +71,6 @@ def main() -> None:
     Example:
       onnxgen fuse model.onnx
     """
-
-
-_role = click.option(
-    "--role",
-    "roles",
-    multiple=True,
-    metavar="NAME=ROLE",
-    help="Say what an input is for, such as tokens=ids, where its use leaves that open. Repeatable.",
-)
-_report = click.option(
-    "--report",
-    "report_file",
-    type=PathType(),
-    metavar="FILE.json",
-    help="Write the report as JSON, whatever the outcome; only a report is replaced.",
-)
-_json = click.option(
-    "--json", "json_output", is_flag=True, help="Print the report as JSON and nothing else."
-)
 
 
 @main.command()
@@ -130,9 +123,9 @@ _json = click.option(
     is_flag=True,
     help="Allow OUT to replace MODEL, and with --genai-config the config and tokenizer of another model.",
 )
-@_role
-@_report
-@_json
+@role_option
+@report_option
+@json_option
 def fuse(
     model: Path,
     output: Path | None,
@@ -163,7 +156,7 @@ def fuse(
 
     output = output or default_output(model)
     beside = (file.with_name(name) for file in (model, output) for name in (CONFIG, *READ))
-    _check_report_file(report_file, model, output, *beside)
+    check_report_file(report_file, model, output, *beside)
     options = pipeline.FuseOptions(
         output=output,
         target=target,
@@ -180,147 +173,19 @@ def fuse(
 
     def show(report: Report | None, code: int, error: str | None) -> None:
         document = as_json.dumps(as_json.fuse_document(report, code, error))
-        _show(document, report, report_file, json_output)
+        show_outcome(document, report, report_file, json_output)
 
-    with _outcome(show) as outcome, show_progress() as progress:
+    with outcome_of(show) as outcome, show_progress() as progress:
         outcome.value = report = pipeline.fuse(model, options, progress)
-        outcome.exit_code = proof_exit_code(report.proof, unproven=0)
-
-
-@main.command("to-paged")
-@click.argument("model", type=PathType())
-@click.option(
-    "-o",
-    "--output",
-    type=PathType(file_okay=False),
-    metavar="DIR",
-    help="Folder to write model.onnx to; MODEL with .paged unless given.",
-)
-@click.option(
-    "--block-size",
-    type=click.INT,
-    default=16,
-    show_default=True,
-    metavar="N",
-    help="Slots of a block, a power of two.",
-)
-@click.option(
-    "--logits",
-    type=click.Choice(["all", "last", "indices"]),
-    default="all",
-    show_default=True,
-    help="Which rows of logits are answered: each token's, each sequence's last (zeros where it "
-    "has no new token), or those that an input logits_indices asks for.",
-)
-@click.option(
-    "--flavor",
-    type=click.Choice(["portable", "ort"]),
-    default="portable",
-    show_default=True,
-    help="What attends: a function of standard ops, which runs wherever these do, or "
-    "com.microsoft's PagedAttention, which ONNX Runtime has for CUDA and WebGPU.",
-)
-@click.option(
-    "--kv-dtype",
-    type=click.Choice(["fp16", "fp32"]),
-    help="Type of the pools; the caches' own unless given, with --flavor ort fp16 (or bf16).",
-)
-@click.option(
-    "--max-length",
-    type=click.IntRange(min=2),
-    metavar="N",
-    help="With --flavor ort: most tokens of a sequence, past and new, that rotary tables are "
-    "written for; by default what config.json beside MODEL, or the model's own tables say.",
-)
-@click.option(
-    "--slot-mapping",
-    is_flag=True,
-    help="Add an input that says which slot each token is written to, -1 for none.",
-)
-@click.option(
-    "--check", is_flag=True, help="Convert nothing; say whether it could be, and why not."
-)
-@click.option(
-    "--no-verify", is_flag=True, help="Run nothing, per-rewrite checks included: unproven."
-)
-@click.option("--inline", is_flag=True, help="Expand functions of our own to standard ops.")
-@click.option(
-    "--genai-config",
-    is_flag=True,
-    help="Write what onnxruntime-genai's Engine needs into DIR: genai_config.json, the "
-    "tokenizer's files.",
-)
-@click.option(
-    "--force", is_flag=True, help="Allow files of another model in DIR, or MODEL, to be replaced."
-)
-@_role
-@_report
-@_json
-def to_paged(
-    model: Path,
-    output: Path | None,
-    block_size: int,
-    logits: Any,
-    flavor: Any,
-    kv_dtype: str | None,
-    max_length: int | None,
-    slot_mapping: bool,
-    check: bool,
-    no_verify: bool,
-    inline: bool,
-    genai_config: bool,
-    force: bool,
-    roles: tuple[str, ...],
-    report_file: Path | None,
-    json_output: bool,
-) -> None:
-    """Turn MODEL, a decoder with caches, into one whose keys and values lie in pools of blocks.
-
-    Tokens of all sequences come in one row without padding; a block table says where each one's
-    past is. The result is compared with the original on runs that mix prompts and single tokens,
-    on shuffled, shared and reused blocks. Where it differs nothing is written.
-
-    \b
-    Example:
-      onnxgen to-paged model.onnx -o paged --block-size 16
-    """
-    import onnx_ir as ir
-
-    from onnxgen import pipeline
-    from onnxgen.targets.genai_files import CONFIG, READ
-    from onnxgen.targets.paged import PagedOptions
-
-    output = output or default_folder(model)
-    written = [output / name for name in ("model.onnx", CONFIG, *READ)]
-    _check_report_file(report_file, model, *map(model.with_name, (CONFIG, *READ)), *written)
-    kinds = {None: None, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
-    options = pipeline.PageOptions(
-        output=output,
-        paged=PagedOptions(block_size, logits, kinds[kv_dtype], slot_mapping, flavor),
-        max_length=max_length,
-        check=check,
-        verify=not no_verify,
-        inline=inline,
-        roles=parse_roles(roles),
-        genai_config=genai_config,
-        force=force,
-    )
-
-    def show(report: Report | None, code: int, error: str | None) -> None:
-        document = as_json.dumps(as_json.to_paged_document(report, code, error))
-        _show(document, report, report_file, json_output)
-
-    with _outcome(show) as outcome, show_progress() as progress:
-        outcome.value = report = pipeline.to_paged(model, options, progress)
         outcome.exit_code = proof_exit_code(report.proof, unproven=0)
 
 
 @main.command()
 @click.argument("original", type=PathType())
 @click.argument("rewritten", type=PathType())
-@_role
-@_report
-@_json
+@role_option
+@report_option
+@json_option
 def verify(
     original: Path,
     rewritten: Path,
@@ -336,14 +201,14 @@ def verify(
     """
     from onnxgen import pipeline
 
-    _check_report_file(report_file, original, rewritten)
+    check_report_file(report_file, original, rewritten)
     parsed = parse_roles(roles)
 
     def show(proof: Proof | None, code: int, error: str | None) -> None:
         document = as_json.verify_document(str(original), str(rewritten), proof, code, error)
-        _show(as_json.dumps(document), proof, report_file, json_output)
+        show_outcome(as_json.dumps(document), proof, report_file, json_output)
 
-    with _outcome(show) as outcome, show_progress() as progress:
+    with outcome_of(show) as outcome, show_progress() as progress:
         outcome.value = proof = pipeline.verify(
             original, rewritten, roles=parsed, progress=progress
         )
@@ -369,7 +234,7 @@ def demo(keep: Path | None) -> None:
     from onnxgen import pipeline, testing
 
     def show(report: Report | None, code: int, error: str | None) -> None:
-        _show("", report, None, False)
+        show_outcome("", report, None, False)
         if keep is None:
             click.echo(
                 "Both models are in a temporary folder and removed now: --keep DIR keeps them"
@@ -381,7 +246,7 @@ def demo(keep: Path | None) -> None:
         else:
             folder = keep
             files.make_folder(folder)
-        with _outcome(show) as outcome, show_progress() as progress:
+        with outcome_of(show) as outcome, show_progress() as progress:
             progress("growing the demo model")
             model = testing.write_demo_model(folder)
             options = pipeline.FuseOptions(output=default_output(model))
@@ -389,83 +254,4 @@ def demo(keep: Path | None) -> None:
             outcome.exit_code = proof_exit_code(report.proof, unproven=RefusedError.exit_code)
 
 
-def parse_roles(words: Sequence[str]) -> Mapping[str, str]:
-    """`NAME=ROLE` words as a mapping; a name may hold "=", a role does not.
-
-    Raises:
-        UsageError: a word is not of that form, or a name has two roles.
-    """
-    roles: dict[str, str] = {}
-    for word in words:
-        name, equals, role = word.rpartition("=")
-        if not (name and equals and role):
-            raise UsageError(f"--role {word} is not of the form NAME=ROLE")
-        if roles.setdefault(name, role) != role:
-            raise UsageError(f"--role gives {name} two roles, {roles[name]} and {role}")
-    return roles
-
-
-def proof_exit_code(proof: Proof | None, *, unproven: int) -> int:
-    """The exit code of a command that ended with this proof.
-
-    Args:
-        proof: None counts as unproven.
-        unproven: the code where nothing was run; 0 where the user asked for that.
-    """
-    if proof is None:
-        return unproven
-    codes = {"proven": 0, "differs": 1, "unproven": unproven, "unverifiable": 3}
-    return codes[proof.status]
-
-
-class _Outcome:
-    value: Any = None
-    exit_code: int = 0
-    failure: str = ""
-
-
-@contextmanager
-def _outcome(show: Callable[[Any, int, str | None], None]) -> Iterator[_Outcome]:
-    """Run a command's work; whatever the end, show what there is, then exit with its code."""
-    outcome = _Outcome()
-    failure: OnnxgenError | None = None
-    try:
-        yield outcome
-    except OnnxgenError as error:
-        failure = error
-    except Exception as error:
-        failure = unexpected(error)
-    if failure is not None:
-        try:
-            show(getattr(failure, "report", None), failure.exit_code, str(failure))
-        except OnnxgenError as error:  # the report cannot be written: the first failure counts
-            say_error(error)
-        raise failure
-    sentence = outcome.failure if outcome.exit_code else ""
-    show(outcome.value, outcome.exit_code, sentence or None)
-    if outcome.exit_code:
-        if sentence:
-            say_error(sentence)
-        sys.exit(outcome.exit_code)
-
-
-def _show(
-    document: str, value: Report | Proof | None, report_file: Path | None, json_output: bool
-) -> None:
-    if report_file is not None:
-        files.write_text(report_file, document)
-    if json_output:
-        click.echo(document, nl=False)
-    elif value is not None:
-        from onnxgen.report import text
-
-        text.console().print(text.render(value))
-
-
-def _check_report_file(report_file: Path | None, *others: Path) -> None:
-    if report_file is None:
-        return
-    for other in others:
-        if same_place(report_file, other):
-            raise UsageError(f"--report {report_file} is another file of this command")
-    files.check_writable(report_file)
+main.add_command(to_paged)

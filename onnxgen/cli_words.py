@@ -8,14 +8,17 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from onnxgen.errors import OnnxgenError, RefusedError
+from onnxgen.errors import OnnxgenError, RefusedError, UsageError
+from onnxgen.places import same_place
+from onnxgen.report import files
+from onnxgen.report.values import Proof, Report
 
 Progress = Callable[[str], None]
 
@@ -75,3 +78,104 @@ def show_progress() -> Iterator[Progress]:
 
     with text.console(stderr=True).status(Text("starting")) as status:
         yield lambda message: status.update(Text(message))
+
+
+role_option = click.option(
+    "--role",
+    "roles",
+    multiple=True,
+    metavar="NAME=ROLE",
+    help="Say what an input is for, such as tokens=ids, where its use leaves that open. Repeatable.",
+)
+report_option = click.option(
+    "--report",
+    "report_file",
+    type=PathType(),
+    metavar="FILE.json",
+    help="Write the report as JSON, whatever the outcome; only a report is replaced.",
+)
+json_option = click.option(
+    "--json", "json_output", is_flag=True, help="Print the report as JSON and nothing else."
+)
+
+
+def parse_roles(words: Sequence[str]) -> Mapping[str, str]:
+    """`NAME=ROLE` words as a mapping; a name may hold "=", a role does not.
+
+    Raises:
+        UsageError: a word is not of that form, or a name has two roles.
+    """
+    roles: dict[str, str] = {}
+    for word in words:
+        name, equals, role = word.rpartition("=")
+        if not (name and equals and role):
+            raise UsageError(f"--role {word} is not of the form NAME=ROLE")
+        if roles.setdefault(name, role) != role:
+            raise UsageError(f"--role gives {name} two roles, {roles[name]} and {role}")
+    return roles
+
+
+def proof_exit_code(proof: Proof | None, *, unproven: int) -> int:
+    """The exit code of a command that ended with this proof.
+
+    Args:
+        proof: None counts as unproven.
+        unproven: the code where nothing was run; 0 where the user asked for that.
+    """
+    if proof is None:
+        return unproven
+    codes = {"proven": 0, "differs": 1, "unproven": unproven, "unverifiable": 3}
+    return codes[proof.status]
+
+
+class _Outcome:
+    value: Any = None
+    exit_code: int = 0
+    failure: str = ""
+
+
+@contextmanager
+def outcome_of(show: Callable[[Any, int, str | None], None]) -> Iterator[_Outcome]:
+    """Run a command's work; whatever the end, show what there is, then exit with its code."""
+    outcome = _Outcome()
+    failure: OnnxgenError | None = None
+    try:
+        yield outcome
+    except OnnxgenError as error:
+        failure = error
+    except Exception as error:
+        failure = unexpected(error)
+    if failure is not None:
+        try:
+            show(getattr(failure, "report", None), failure.exit_code, str(failure))
+        except OnnxgenError as error:  # the report cannot be written: the first failure counts
+            say_error(error)
+        raise failure
+    sentence = outcome.failure if outcome.exit_code else ""
+    show(outcome.value, outcome.exit_code, sentence or None)
+    if outcome.exit_code:
+        if sentence:
+            say_error(sentence)
+        sys.exit(outcome.exit_code)
+
+
+def show_outcome(
+    document: str, value: Report | Proof | None, report_file: Path | None, json_output: bool
+) -> None:
+    if report_file is not None:
+        files.write_text(report_file, document)
+    if json_output:
+        click.echo(document, nl=False)
+    elif value is not None:
+        from onnxgen.report import text
+
+        text.console().print(text.render(value))
+
+
+def check_report_file(report_file: Path | None, *others: Path) -> None:
+    if report_file is None:
+        return
+    for other in others:
+        if same_place(report_file, other):
+            raise UsageError(f"--report {report_file} is another file of this command")
+    files.check_writable(report_file)

@@ -3,16 +3,14 @@
 fuse:    read -> for each branch of a merged model, if it is one:
              roles -> normalize -> raise -> lower for the target (each rewrite checked) -> tidy
          -> stage beside the output -> verify -> move into place
-to_paged: read -> the branch that continues a cache -> normalize -> raise -> page, for two sizes
-         of blocks -> stage -> compare as only paging can go wrong -> move into place
+to_paged: in `onnxgen.pipeline_paged`, which is as long again
 verify:  the comparison alone, of any two models with the same inputs and outputs
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -20,27 +18,23 @@ import onnx_ir as ir
 
 from onnxgen import __version__, functions
 from onnxgen.analysis.masks import MaskFamily
-from onnxgen.analysis.paging import UnpageableError
-from onnxgen.analysis.roles import Roles, find_roles, write_roles
+from onnxgen.analysis.roles import find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
-from onnxgen.errors import RefusedError, UsageError
+from onnxgen.errors import UsageError
 from onnxgen.model_io import data_files, read_model, staged
 from onnxgen.passes.lower import lower_model
 from onnxgen.passes.merged import join_branches, split_branches
 from onnxgen.passes.normalize import normalize
 from onnxgen.passes.tidy import tidy
-from onnxgen.passes.to_paged import page_model
 from onnxgen.patterns import RULES
 from onnxgen.places import default_output
-from onnxgen.report import files
-from onnxgen.report.values import Paging, Proof, Report
+from onnxgen.report.values import Proof, Report
 from onnxgen.runtime import Runtime
 from onnxgen.stages import (
     Clock,
     Progress,
     Work,
     add_checks,
-    continuing,
     count_ops,
     describe,
     files_beside,
@@ -52,16 +46,10 @@ from onnxgen.targets import onnx as onnx_target
 from onnxgen.targets import ort as ort_target
 from onnxgen.targets.contract import Contract, Padding, read_contract, write_contract
 from onnxgen.targets.genai import genai_config
-from onnxgen.targets.genai_engine import engine_config
 from onnxgen.targets.genai_files import READ
 from onnxgen.targets.ort.config import context_length
-from onnxgen.targets.paged import PagedModel, PagedOptions, check_paged_options
-from onnxgen.targets.paged_ort import CODE as PAGED_ORT
-from onnxgen.targets.paged_ort import lower_paged
 from onnxgen.twin import holds_bfloat16
 from onnxgen.verify.compare import TOLERANCES, verify_models
-from onnxgen.verify.paged import prove_paged
-from onnxgen.verify.paged_kernel import prove_operator
 from onnxgen.verify.rewrites import RewriteChecker
 
 FLOAT = ir.DataType.FLOAT
@@ -182,132 +170,6 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     return report
 
 
-@dataclass(frozen=True)
-class PageOptions:
-    """What `onnxgen to-paged` was asked for.
-
-    Attributes:
-        output: the folder to write model.onnx to.
-        paged: how the model is paged.
-        max_length: for the flavor "ort": the most tokens of a sequence, past and new, where the
-            rotary embedding goes inside; None as for `FuseOptions`.
-        check: convert nothing; say whether it could be.
-        verify: run the checks; without them nothing is run and the report says unproven.
-        inline: expand the functions of the `onnxgen` domain.
-        roles: what inputs are for, by name, where structure does not tell.
-        genai_config: write genai_config.json and the tokenizer's files beside the output too.
-        force: let files of another model in the output's folder be replaced, and the input.
-    """
-
-    output: Path
-    paged: PagedOptions = field(default_factory=PagedOptions)
-    max_length: int | None = None
-    check: bool = False
-    verify: bool = True
-    inline: bool = False
-    roles: Mapping[str, str] = field(default_factory=dict)
-    genai_config: bool = False
-    force: bool = False
-
-
-def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
-    """Page one model and write the result, proven unless the options say otherwise.
-
-    Raises:
-        FileError: the model cannot be read, or the result not written.
-        UsageError: an option does not fit.
-        RefusedError: the model cannot be paged, or no run of it can be compared; carries
-            `report`, whose paging names every obstacle.
-        ModelDiffersError: the result differs from the original; carries `report`.
-    """
-    folder = options.output
-    check_paged_options(options.paged)
-    if options.max_length and options.paged.flavor != "ort":
-        raise UsageError("--max-length is for --flavor ort")
-    size = options.paged.block_size
-    report = Report(input=str(path), output="", target="paged", paging=Paging(block_size=size))
-    clock = Clock(report.seconds, progress)
-
-    clock.start("read", f"reading {path.name}")
-    model = read_model(path)
-    report.ops_before = count_ops(model)
-    output = folder / "model.onnx"
-    reads = [*data_files(model), *map(path.with_name, READ)]
-    if folder.is_dir():
-        check_output(output, path, reads, force=options.force)
-    report.opset_before = model.graph.opset_imports.get("", 0)
-    opset = onnx_target.opset_for(report.opset_before, None)
-
-    with Runtime(twins=holds_bfloat16(model)) as runtime:
-        part, roles = continuing(model, options.roles)
-        clock.start("normalize", "normalizing")
-        report.warnings += normalize(part.model, opset, runtime, roles)
-
-        clock.start("raise", "raising")
-        checkers = [RewriteChecker(runtime, roles)] if options.verify else []
-        sampler = Sampler(part.model.graph, roles, runtime)
-        families = raise_part(report, Work(part, roles, sampler, checkers))
-
-        clock.start("page", "paging")
-        results = _page(report, part.model, roles, runtime, families, options)
-        if options.check:
-            clock.stop()
-            return report
-        result = results[0]
-        beside: dict[str, bytes] = {}
-        if options.genai_config:  # read from our functions: before they are expanded
-            make = partial(engine_config, result, roles, filename=output.name)
-            beside = files_beside(report, make, path, output, force=options.force)
-        if options.inline:
-            for each in results:
-                functions.expand(each.model)
-        for each in results:
-            onnx_target.finish(each.model, __version__, "paged")
-        describe(report, result.model)
-
-        made = not folder.exists()
-        files.make_folder(folder)
-        try:
-            clock.start("write", f"writing {output}")
-            with contextlib.ExitStack() as stack:
-                stages = [
-                    stack.enter_context(
-                        staged(
-                            each.model,
-                            folder / name,
-                            source=path,
-                            force=options.force,
-                            beside=extra,
-                            reads=reads,
-                        )
-                    )
-                    for each, name, extra in zip(
-                        results, ("model.onnx", "other-blocks.onnx"), (beside, {}), strict=True
-                    )
-                ]
-                clock.start("verify", "verifying")
-                if options.verify:
-                    paths = [stage.path for stage in stages]
-                    sides = (path, paths, results, roles, runtime, progress)
-                    if options.paged.flavor == "ort":
-                        assert report.paging is not None
-                        report.proof, report.paging.kernel = prove_operator(*sides)
-                    else:
-                        report.proof = prove_paged(*sides)
-                    add_checks(report.proof, checkers)
-                else:
-                    report.proof = Proof("unproven", TOLERANCES[FLOAT], reason="told not to run")
-                clock.stop()
-                raise_unless_good(report, path)
-                stages[0].commit()
-                report.output, report.beside = str(output), list(beside)
-        finally:
-            if made and not report.output:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()
-    return report
-
-
 def verify(
     original: Path, rewritten: Path, *, roles: Mapping[str, str], progress: Progress
 ) -> Proof:
@@ -376,65 +238,3 @@ def _prove(
     )
     add_checks(proof, checkers)
     return proof
-
-
-def _page(
-    report: Report,
-    model: ir.Model,
-    roles: Roles,
-    runtime: Runtime,
-    families: Mapping[str, MaskFamily],
-    options: PageOptions,
-) -> list[PagedModel]:
-    """The model paged for the blocks that were asked for, and for others to compare with.
-
-    Raises:
-        RefusedError: something stands in the way; carries `report`.
-    """
-    asked, settings = options.paged.block_size, options.paged
-    lowered = settings.flavor == "ort"
-    if lowered:
-        settings = replace(settings, kv_dtype=settings.kv_dtype or _narrowest(roles))
-    sizes = (32, 16) if lowered else (4, 8)  # the operator takes 16 and more
-    other = replace(settings, block_size=sizes[asked == sizes[0]])
-    length = options.max_length or context_length(Path(report.input).with_name("config.json"))
-    found: list[PagedModel] = []
-    try:
-        for each, paged in ((model.clone(), other), (model, settings)):
-            sampler = Sampler(each.graph, roles, runtime)
-            result = page_model(each, roles, sampler, families, paged)
-            if lowered:
-                result, report.lowered = lower_paged(result, runtime, length)
-                tidy(each)
-                functions.declare(each)
-            found.insert(0, result)
-    except UnpageableError as error:
-        paging = report.paging
-        assert paging is not None
-        paging.obstacles = list(error.obstacles)
-        first = error.obstacles[0]
-        where = f" [{first.node}]" if first.node else ""
-        more = f" (and {len(error.obstacles) - 1} more)" if len(error.obstacles) > 1 else ""
-        hint = "; --flavor portable has no such limit" if first.code == PAGED_ORT else ""
-        refused = RefusedError(
-            f"{report.input} cannot be paged: {first.code}: {first.reason}{where}{more}{hint}"
-        )
-        refused.report = report
-        raise refused from error
-    report.paging = found[0].described()
-    limit = found[0].max_length
-    if limit is not None:
-        write_contract(found[0].model, Contract(max_length=limit))
-        report.contract = f"at most {limit} tokens a sequence"
-    if any(family.faint for family in found[0].families):
-        report.warnings.append(
-            "the original hides keys by adding a number that a score above it would outweigh; "
-            "in the paged model they are hidden whatever their scores"
-        )
-    return found
-
-
-def _narrowest(roles: Roles) -> ir.DataType:
-    """The type of pools that com.microsoft::PagedAttention takes: the caches' own, or float16."""
-    kinds = {roles.inputs[pair.past].dtype for pair in roles.pairs}
-    return ir.DataType.BFLOAT16 if kinds == {ir.DataType.BFLOAT16} else ir.DataType.FLOAT16

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from onnxgen import testing
 from onnxgen.errors import OnnxgenError
-from onnxgen.pipeline import PageOptions, to_paged
+from onnxgen.pipeline_paged import PageOptions, to_paged
 from onnxgen.report.values import Report
 
 TABLE = Path(__file__).resolve().parent / "corpus" / "PAGED.md"

@@ -13,7 +13,7 @@ import onnx
 import pytest
 from click.testing import CliRunner
 
-from onnxgen import pipeline
+from onnxgen import pipeline_paged
 from onnxgen.analysis.roles import find_roles
 from onnxgen.cli import main
 from onnxgen.errors import RefusedError, UsageError
@@ -31,9 +31,11 @@ def paged(path: Path, output: Path, **options: Any) -> tuple[Report, dict[str, A
     """Page with --genai-config; the report, and the config as written."""
     page = {"force": options.pop("force", False), "inline": options.pop("inline", False)}
     asked = PagedOptions(**{"block_size": BLOCK, **options})
-    report = pipeline.to_paged(
+    report = pipeline_paged.to_paged(
         path,
-        pipeline.PageOptions(output=output, paged=asked, verify=False, genai_config=True, **page),
+        pipeline_paged.PageOptions(
+            output=output, paged=asked, verify=False, genai_config=True, **page
+        ),
         lambda message: None,
     )
     return report, json.loads((output / "genai_config.json").read_text("utf-8"))

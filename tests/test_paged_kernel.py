@@ -19,7 +19,7 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper
 
-from onnxgen import pipeline
+from onnxgen import pipeline_paged
 from onnxgen.errors import ModelDiffersError
 from onnxgen.report.values import Proof
 from onnxgen.runtime import Runtime
@@ -171,15 +171,15 @@ def test_exports_run_on_the_kernel(
         proof = Proof("proven", 1e-2)
         return proof, paged_kernel.run_kernel(*sides[:5], proof)
 
-    monkeypatch.setattr(pipeline, "lower_paged", lower)
-    monkeypatch.setattr(pipeline, "prove_operator", prove)
+    monkeypatch.setattr(pipeline_paged, "lower_paged", lower)
+    monkeypatch.setattr(pipeline_paged, "prove_operator", prove)
     (entry,) = corpus(name)
     onnx.save(entry.load(), tmp_path / "m.onnx")
-    options = pipeline.PageOptions(tmp_path / "paged", PagedOptions(flavor="ort"))
+    options = pipeline_paged.PageOptions(tmp_path / "paged", PagedOptions(flavor="ort"))
     if wrong:
         with pytest.raises(ModelDiffersError, match="on the WebGPU kernel"):
-            pipeline.to_paged(tmp_path / "m.onnx", options, lambda message: None)
+            pipeline_paged.to_paged(tmp_path / "m.onnx", options, lambda message: None)
         return
-    report = pipeline.to_paged(tmp_path / "m.onnx", options, lambda message: None)
+    report = pipeline_paged.to_paged(tmp_path / "m.onnx", options, lambda message: None)
     assert report.paging is not None
     assert report.paging.kernel.startswith("run on WebGPU: ")

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
-from onnxgen import pipeline
+from onnxgen import pipeline_paged
 from onnxgen.analysis.paging import UnpageableError
 from onnxgen.cli import main
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
@@ -83,8 +83,8 @@ def page(
     path = folder / "m.onnx"
     onnx.save(model, path)
     paged = PagedOptions(flavor="ort", **options)
-    asked = pipeline.PageOptions(output=folder / "paged", paged=paged, verify=verify)
-    report = pipeline.to_paged(path, asked, lambda message: None)
+    asked = pipeline_paged.PageOptions(output=folder / "paged", paged=paged, verify=verify)
+    report = pipeline_paged.to_paged(path, asked, lambda message: None)
     return report, onnx.load(folder / "paged" / "model.onnx")
 
 
@@ -309,7 +309,7 @@ def test_a_model_that_says_something_else_is_not_written(
                 broken(node)
         return result, sites
 
-    monkeypatch.setattr(pipeline, "lower_paged", lower)
+    monkeypatch.setattr(pipeline_paged, "lower_paged", lower)
     (entry,) = corpus(name)
     with pytest.raises(ModelDiffersError):
         page(entry.load(), tmp_path)
@@ -370,7 +370,7 @@ def test_other_overloads_are_refused(
                 node.overload = overload
         return paged_ort.lower_paged(result, *given)
 
-    monkeypatch.setattr(pipeline, "lower_paged", lower)
+    monkeypatch.setattr(pipeline_paged, "lower_paged", lower)
     with pytest.raises(RefusedError, match=f"PAG011: {words}"):
         page(parse(decoder(turned=False), opset=24), tmp_path, verify=False)
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from onnxgen import pipeline
+from onnxgen import pipeline_paged
 from onnxgen.errors import RefusedError
 from onnxgen.paged import BlockAllocator, OutOfBlocksError, PagedRunner, Sequences
 from onnxgen.targets.paged import PagedOptions
@@ -40,8 +40,10 @@ def paged(folder: Path, name: str, **options: Any) -> tuple[Path, Path]:
     path = written(folder / "in", name)
     asked = PagedOptions(**{"block_size": 4, **options})
     output = folder / "out"
-    pipeline.to_paged(
-        path, pipeline.PageOptions(output=output, paged=asked, verify=False), lambda message: None
+    pipeline_paged.to_paged(
+        path,
+        pipeline_paged.PageOptions(output=output, paged=asked, verify=False),
+        lambda message: None,
     )
     return path, output / "model.onnx"
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, seed, settings
 
-from onnxgen import pipeline
+from onnxgen import pipeline_paged
 from onnxgen.errors import RefusedError
-from onnxgen.pipeline import PageOptions, to_paged
+from onnxgen.pipeline_paged import PageOptions, to_paged
 from onnxgen.report.values import Report
 from tests.random_models import build
 from tests.random_spec import Spec, not_claimed, specs
@@ -31,7 +31,7 @@ PAGED = ("causal", "window", "chunked", "alibi")
 
 @pytest.fixture(autouse=True)
 def one_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "Runtime", Shared)
+    monkeypatch.setattr(pipeline_paged, "Runtime", Shared)
 
 
 @pytest.mark.parametrize("shard", range(SHARDS))

@@ -13,10 +13,11 @@ import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 
-from onnxgen import pipeline
+from onnxgen import pipeline_paged
 from onnxgen.cli import main
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
-from onnxgen.pipeline import FuseOptions, PageOptions, fuse, to_paged
+from onnxgen.pipeline import FuseOptions, fuse
+from onnxgen.pipeline_paged import PageOptions, to_paged
 from onnxgen.report.values import Report
 from onnxgen.targets.paged import PagedModel, PagedOptions
 from onnxgen.testing import CorpusEntry, corpus, load_corpus_model
@@ -236,14 +237,14 @@ BREAKS = (
 def test_a_wrong_model_is_not_written(
     spoil: Callable[[ir.Model], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = pipeline.page_model
+    right = pipeline_paged.page_model
 
     def wrong(model: ir.Model, *given: Any) -> PagedModel:
         made = right(model, *given)
         spoil(made.model)
         return made
 
-    monkeypatch.setattr(pipeline, "page_model", wrong)
+    monkeypatch.setattr(pipeline_paged, "page_model", wrong)
     with pytest.raises(ModelDiffersError, match=r"differs by|fails in|is written where"):
         page(written(tmp_path, "mistral/dynamo20"))
     assert not (tmp_path / "out").exists()
