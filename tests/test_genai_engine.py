@@ -90,6 +90,21 @@ def test_a_long_context_does_not_size_the_pools(tmp_path: Path) -> None:
     assert config["engine"]["dynamic_batching"]["num_blocks"] == 16 * 1024 // 32
 
 
+def test_rotary_tables_limit_the_length(tmp_path: Path) -> None:
+    path = written(tmp_path / "in", "llama/dynamo20", CONFIG)
+    options = pipeline.PageOptions(
+        output=tmp_path / "out",
+        paged=PagedOptions(flavor="ort"),
+        max_length=40,
+        verify=False,
+        genai_config=True,
+    )
+    pipeline.to_paged(path, options, lambda message: None)
+    config = json.loads((tmp_path / "out" / "genai_config.json").read_text("utf-8"))
+    assert config["model"]["context_length"] == config["search"]["max_length"] == 40
+    assert config["model"]["decoder"]["num_attention_heads"] == 6
+
+
 def test_rows_that_are_asked_for(tmp_path: Path) -> None:
     path = written(tmp_path, "llama/dynamo20", CONFIG)
     _, config = paged(path, tmp_path / "out", logits="indices")

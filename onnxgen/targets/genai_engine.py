@@ -60,7 +60,7 @@ def engine_config(paged: PagedModel, roles: Roles, said: Said, *, filename: str)
                     for each in (pools[0], pool)
                 )
             )
-    length = context_length(roles, said, None)
+    length = context_length(roles, said, paged.max_length)
     config = assembled(
         said,
         decoder={
