@@ -92,14 +92,14 @@ def test_a_long_context_does_not_size_the_pools(tmp_path: Path) -> None:
 
 def test_rotary_tables_limit_the_length(tmp_path: Path) -> None:
     path = written(tmp_path / "in", "llama/dynamo20", CONFIG)
-    options = pipeline.PageOptions(
+    options = pipeline_paged.PageOptions(
         output=tmp_path / "out",
         paged=PagedOptions(flavor="ort"),
         max_length=40,
         verify=False,
         genai_config=True,
     )
-    pipeline.to_paged(path, options, lambda message: None)
+    pipeline_paged.to_paged(path, options, lambda message: None)
     config = json.loads((tmp_path / "out" / "genai_config.json").read_text("utf-8"))
     assert config["model"]["context_length"] == config["search"]["max_length"] == 40
     assert config["model"]["decoder"]["num_attention_heads"] == 6
