@@ -86,6 +86,9 @@ class Sampler:
         """
         if max(shape.total for shape in shapes) > 2 * LONGEST:
             return True
+        shapes = [shape for shape in shapes if shape.total**2 > MOST_ELEMENTS]
+        if not shapes:
+            return False
         known, nodes = Shapes(self._graph), reads_of(value).nodes
         read = dict.fromkeys(v for node in nodes for v in (*node.inputs, *node.outputs))
         for shape in shapes:
