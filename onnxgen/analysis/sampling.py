@@ -92,15 +92,15 @@ class Sampler:
         known, nodes = Shapes(self._graph), reads_of(value).nodes
         read = dict.fromkeys(v for node in nodes for v in (*node.inputs, *node.outputs))
         for shape in shapes:
-            sizes, square = input_sizes(self.roles, shape), shape.total**2
+            sizes = input_sizes(self.roles, shape)
             for each in read:
                 if each is None or each.const_value is not None:
                     continue
                 dims = known.of(each)
                 numbers = None if dims is None else [evaluate(dim, sizes) for dim in dims]
-                unknown = numbers is None or None in numbers
-                size = square if unknown else math.prod(number or 0 for number in numbers or ())
-                if size > MOST_ELEMENTS:
+                if numbers is None or None in numbers:
+                    return True
+                if math.prod(number or 0 for number in numbers) > MOST_ELEMENTS:
                     return True
         return False
 
