@@ -230,7 +230,8 @@ def _page(
     limit = found[0].max_length
     if limit is not None:
         write_contract(found[0].model, Contract(max_length=limit))
-        report.contract = f"at most {limit} tokens a sequence"
+    found[0].write_metadata()
+    report.contract = "; ".join(found[0].contract)
     if any(family.faint for family in found[0].families):
         report.warnings.append(
             "the original hides keys by adding a number that a score above it would outweigh; "

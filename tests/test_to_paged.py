@@ -117,6 +117,10 @@ def test_what_is_asked_for_is_proven(
     kinds = {v.type.tensor_type.elem_type for v in model.graph.input if "past_key" in v.name}
     assert kinds == {onnx.TensorProto.FLOAT16 if "kv_dtype" in options else onnx.TensorProto.FLOAT}
     assert bool(model.functions) == ("inline" not in options)
+    told = json.loads({prop.key: prop.value for prop in model.metadata_props}["onnxgen.paged"])
+    assert told["block_size"] == options.get("block_size", 16)
+    assert ("row of zeros" in report.contract) == (options.get("logits") == "last")
+    assert "; ".join(told["contract"]) == report.contract
 
 
 @pytest.mark.parametrize("target", ["onnx", "ort"])

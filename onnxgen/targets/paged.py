@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,9 @@ import onnx_ir as ir
 from onnxgen.analysis.masks import MaskFamily
 from onnxgen.errors import UsageError
 from onnxgen.report.values import Paging
+
+KEY = "onnxgen.paged"
+"""Of the metadata."""
 
 Logits = Literal["all", "last", "indices"]
 Flavor = Literal["portable", "ort"]
@@ -95,6 +99,28 @@ class PagedModel:
     switches: bool = False
     dropped: tuple[str, ...] = ()
     max_length: int | None = None
+
+    @property
+    def contract(self) -> tuple[str, ...]:
+        """What a client has to know, a sentence each."""
+        said = []
+        if self.max_length is not None:
+            said.append(f"at most {self.max_length} tokens a sequence")
+        if self.options.logits == "last":
+            said.append("a sequence without new tokens is answered with a row of zeros")
+        if self.switches:
+            said.append("a beginning is shared only below the length at which its tables switch")
+        return tuple(said)
+
+    def write_metadata(self) -> None:
+        """Leave in the model how it was paged."""
+        told = {
+            "block_size": self.options.block_size,
+            "flavor": self.options.flavor,
+            "logits": self.options.logits,
+            "contract": self.contract,
+        }
+        self.model.metadata_props[KEY] = json.dumps(told)
 
     def described(self) -> Paging:
         """The same for the report."""

@@ -20,7 +20,7 @@ RIGHT_PADDING = "contract: this model was written for padding behind a prompt on
 BINARY = "contract: this model was written for masks of zeros and ones"
 COUNTED = "contract: this model was written for positions that count the tokens"
 EMPTY = "contract: this model was written for at least one row and one new token"
-SENTENCES = (NO_PADDING, RIGHT_PADDING, COUNTED, EMPTY)
+SENTENCES = (NO_PADDING, RIGHT_PADDING, COUNTED, EMPTY, BINARY)
 
 
 def input_mask(facts: Facts, past: ir.Value) -> ir.Value | None:
