@@ -121,7 +121,7 @@ def assert_told(spec: Spec, site: Site, first: bool) -> None:
     """The report says what the spec says."""
     told = site.details
     kv_heads = spec.heads if spec.turns else spec.kv_heads  # they stay repeated
-    sizes = (str(spec.heads), str(kv_heads), str(spec.size))
+    sizes = (spec.heads, kv_heads, spec.size)
     assert (told["heads"], told["kv_heads"], told["head_size"]) == sizes
     wanted = 1.0 if spec.scale == "none" else 1 / math.sqrt(spec.size)
     rounding = {"float32": 1e-4, "float16": 1e-3, "bfloat16": 1e-2}[spec.dtype]
