@@ -64,8 +64,11 @@ def test_what_a_value_says(nodes: str, meaning: Meaning) -> None:
         f"{RANGE}  y = Mul(at, 2)",
         "y = Neg(position_ids)",
         "y = Identity(attention_mask)",
+        "y = Min(position_ids, 1023)",
+        f"{RANGE}  y = Min(at, 30000)",
+        f"{COUNT}  y = Max(t, 512)",
     ],
-    ids=["past", "doubled", "backwards", "mask"],
+    ids=["past", "doubled", "backwards", "mask", "clamped", "clamped far", "floor"],
 )
 def test_what_says_none_of_it(nodes: str) -> None:
     assert told(nodes) is None

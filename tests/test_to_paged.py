@@ -293,7 +293,7 @@ def test_a_refusal_has_a_code(name: str, code: str, words: str, tmp_path: Path) 
 
 
 def small(
-    state: str = "", more: str = "", outputs: str = "", causal: bool = True
+    state: str = "", more: str = "", outputs: str = "", causal: bool = True, weights: str = ""
 ) -> onnx.ModelProto:
     """A decoder of one layer, with whatever else it keeps."""
     seen = (
@@ -307,7 +307,7 @@ def small(
         f"(int64[b,s] ids, float[b,6,p,20] past_key, float[b,6,p,20] past_value{state})"
         " => (float[b,s,120] y, float[b,6,t,20] present_key, float[b,6,t,20] present_value"
         f"{outputs}) <float[37,120] table, float[120,120] wq, float[120,120] wk, float[120,120] wv,"
-        " float[120,1,4] wc> { x = Gather(table, ids)"
+        f" float[120,1,4] wc{weights}> {{ x = Gather(table, ids)"
         "  qp = MatMul(x, wq)  kp = MatMul(x, wk)  vp = MatMul(x, wv)"
         "  q4 = Reshape(qp, [0, 0, 6, 20])  q = Transpose<perm = [0, 2, 1, 3]>(q4)"
         "  k4 = Reshape(kp, [0, 0, 6, 20])  k = Transpose<perm = [0, 2, 1, 3]>(k4)"
@@ -333,6 +333,17 @@ def test_a_small_decoder_before_and_after(tmp_path: Path) -> None:
         "Squeeze",
         "Unsqueeze",
     ]
+
+
+def test_positions_that_are_limited_stay_so(tmp_path: Path) -> None:
+    """Rows of a table of 12, the last for every position beyond."""
+    more = "last = Min(at, 11)  rows = Gather(places, last)  z = Add(merged, rows)  y = Add(z, x)"
+    model = small(more=more, weights=", float[12,120] places")
+    report, paged = page(written(tmp_path, model))
+    assert report.proof is not None
+    assert report.proof.status == "proven"
+    assert any("over 12" in case.name or "over 13" in case.name for case in report.proof.cases)
+    assert "Min" in [node.op_type for node in paged.graph.node]
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
     told = Lengths(sampler).meaning(value)      e.g. Meaning("position", axis=1, offset=2)
 
 A value says where the new tokens stand if that is what it says in every run that is tried, plus a
-constant, whatever it was made of: an input, a sum over a mask, a range behind a cache's length.
+constant, whatever it was made of: an input, a sum over a mask, a range behind a cache's length. The
+runs lie on both sides of every length that it may switch at: positions that are limited are none.
 """
 
 from __future__ import annotations
@@ -59,10 +60,23 @@ class Lengths:
     def meaning(self, value: ir.Value) -> Meaning | None:
         """What a value says; None where it is no position and no length, or cannot be run."""
         if value not in self._known:
-            samples = self.samples(value)
+            samples = self._near_and_far(value)
             found = _position(samples) or _length(samples) if samples else None
             self._known[value] = found or self._always(value)
         return self._known[value]
+
+    def _near_and_far(self, value: ir.Value) -> Sequence[tuple[RunShape, Any]]:
+        """The value in all runs that can tell what it is; none where one of them cannot be made."""
+        samples = self.samples(value)
+        if not samples or max(array.size for _, array in samples) > _MOST_ELEMENTS:
+            return samples
+        further = () if value.is_graph_input() else self._sampler.further(value)
+        if isinstance(further, str):
+            return ()
+        try:
+            return [*samples, *self._sampler.samples(value, further)] if further else samples
+        except CutError:
+            return ()
 
     def _always(self, value: ir.Value) -> Meaning | None:
         """Whether a condition on each token holds for all: it sees something, where none is hidden.
