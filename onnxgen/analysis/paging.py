@@ -262,7 +262,7 @@ def _grown(facts: Facts, node: ir.Node) -> CacheUse | None:
     pair = facts.roles.pair_of(past.name or "")
     role = facts.roles.inputs.get(past.name or "")
     shape = facts.shapes.of(past)
-    if pair is None or role is None or shape is None or pair.cap is not None:
+    if pair is None or role is None or shape is None:
         return None
     sizes = dict(zip(role.axes, shape, strict=True))
     heads, size = sizes.get("K", 1), sizes.get("D")
