@@ -29,8 +29,8 @@ def row_outputs(facts: Facts, roles: Roles) -> tuple[list[ir.Value], list[str]]:
     rows: list[ir.Value] = []
     dropped: list[str] = []
     obstacles = []
-    tokens = next(v for v in facts.graph.inputs if facts.role(v) in ("ids", "embeds"))
-    given = facts.shapes.of(tokens)
+    tokens = [v for v in facts.graph.inputs if facts.role(v) in ("ids", "embeds")]
+    given = facts.shapes.of(tokens[0]) if tokens else None
     for value in facts.graph.outputs:
         role = roles.outputs[value.name or ""].role
         if role == "present":
@@ -48,6 +48,7 @@ def row_outputs(facts: Facts, roles: Roles) -> tuple[list[ir.Value], list[str]]:
             reason = f"output {value.name!r} has no row for each token"
             obstacles.append(Obstacle("PAG009", reason, value.name or ""))
         rows.append(value)
+    rows.sort(key=facts.order, reverse=True)  # scores are made of states, and last
     if not rows and not obstacles:
         obstacles.append(Obstacle("PAG009", "no output has a row for each token"))
     if obstacles:

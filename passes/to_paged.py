@@ -49,13 +49,14 @@ def page_model(
     facts = Facts(model.graph, roles, sampler)
     layers = paged_layers(facts, families)
     rows, dropped = row_outputs(facts, roles)
-    writer = _Writer(facts, options)
+    names = [str(value.name) for value in rows]
+    writer = _Writer(facts, rows, options)
     projection = last_projection(facts, rows[0]) if options.logits != "all" else None
     writer.attend(layers)
     writer.splice()
-    writer.position(rows)
-    logits = writer.answer(rows, projection)
-    pools = writer.finish(logits)
+    writer.position()
+    answers = writer.answer(names, projection)
+    pools = writer.finish(answers)
     functions.declare(model)
     tidy(model)
     functions.declare(model)
@@ -66,6 +67,7 @@ def page_model(
         len(layers),
         tuple(dict.fromkeys(layer.family for layer in layers)),
         writer.tokens_name,
+        tuple((name, str(y.name)) for name, y in zip(names, answers, strict=True)),
         writer.switches,
         tuple(dropped),
     )
@@ -74,7 +76,8 @@ def page_model(
 class _Writer:
     """Writes the paged graph around the old one's layers."""
 
-    def __init__(self, facts: Facts, options: PagedOptions) -> None:
+    def __init__(self, facts: Facts, rows: Sequence[ir.Value], options: PagedOptions) -> None:
+        self._rows = list(rows)
         self._graph = facts.graph
         self._facts = facts
         self._options = options
@@ -119,29 +122,34 @@ class _Writer:
 
     def _splice(self, replaced: Sequence[tuple[ir.Value, ir.Value]]) -> None:
         for old, new in replaced:
+            self._rows = [new if row is old else row for row in self._rows]
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         nodes = self._builder.take()
         self._graph.extend(nodes)
         for node in nodes:
             self._facts.added(node, len(self._graph))
 
-    def position(self, rows: Sequence[ir.Value]) -> None:
+    def position(self) -> None:
         """Make positions and lengths the packed tokens' own, and the tokens the new ones."""
         given = self._inputs
         count = self._builder.op("Shape", [given.tokens], {"start": 0, "end": 1})
         longest = self._layers.longest()
         tokens = TokenLengths(given.positions, given.totals, count, longest, given.axis)
-        replaced, self.switches = page_positions(self._facts, self._builder, list(rows), tokens)
+        replaced, self.switches = page_positions(self._facts, self._builder, self._rows, tokens)
         self._splice(replaced)
         ir.convenience.replace_all_uses_with(self._old_tokens, given.row)
 
-    def answer(self, rows: Sequence[ir.Value], projection: ir.Node | None) -> list[ir.Value]:
-        """The outputs: scores of the wanted rows, then whatever else has a row for each token."""
+    def answer(self, names: Sequence[str], projection: ir.Node | None) -> list[ir.Value]:
+        """The outputs: scores of the wanted rows, then whatever else has a row for each token.
+
+        Args:
+            names: of the original's outputs.
+        """
         op, ints, options = self._builder.op, self._builder.ints, self._options
         count = {"all": "num_tokens", "last": "batch_size", "indices": "num_logits"}[options.logits]
         outputs: list[ir.Value] = []
-        for index, y in enumerate(rows):
-            name = "logits" if index == 0 else str(y.name)
+        for index, y in enumerate(self._rows):
+            name = "logits" if index == 0 else names[index]
             width = self._facts.shapes.of(y)
             chosen, empty = (None, None)
             if index == 0:

@@ -335,6 +335,52 @@ def test_a_small_decoder_before_and_after(tmp_path: Path) -> None:
     ]
 
 
+STATES = "z = Add(merged, x)  y = MatMul(z, head)  states = Identity(merged)"
+HEAD = ", float[120,37] head"
+
+
+def with_states() -> onnx.ModelProto:
+    """Hidden states, that are the attention's own, before the scores."""
+    model = small(more=STATES, outputs=", float[b,s,120] states", weights=HEAD)
+    outputs = {value.name: value for value in model.graph.output}
+    outputs["y"].type.tensor_type.shape.dim[2].dim_value = 37
+    del model.graph.output[:]
+    model.graph.output.extend(outputs[n] for n in ("states", "y", "present_key", "present_value"))
+    return model
+
+
+@pytest.mark.parametrize("logits", ["all", "last"])
+def test_other_rows_are_answered_beside_the_scores(logits: str, tmp_path: Path) -> None:
+    report, model = page(written(tmp_path, with_states()), logits=logits)
+    assert report.proof is not None
+    assert report.proof.status == "proven"
+    found = shapes(model.graph.output)
+    assert list(found)[:2] == ["logits", "states"]
+    assert found["states"] == ["num_tokens", 120]
+    assert found["logits"] == ["num_tokens" if logits == "all" else "batch_size", 37]
+
+
+def test_other_rows_are_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = pipeline_paged.page_model
+
+    def wrong(model: ir.Model, *given: Any) -> PagedModel:
+        made = right(model, *given)
+        output = next(value for value in made.model.graph.outputs if value.name == "states")
+        node = output.producer()
+        assert node is not None
+        twice = ir.node("Add", [output, output])
+        made.model.graph.append(twice)
+        output.name, twice.outputs[0].name = "half", "states"
+        twice.outputs[0].type, twice.outputs[0].shape = output.type, output.shape
+        index = list(made.model.graph.outputs).index(output)
+        made.model.graph.outputs[index] = twice.outputs[0]
+        return made
+
+    monkeypatch.setattr(pipeline_paged, "page_model", wrong)
+    with pytest.raises(ModelDiffersError, match="states of a differs by"):
+        page(written(tmp_path, with_states()))
+
+
 def test_positions_that_are_limited_stay_so(tmp_path: Path) -> None:
     """Rows of a table of 12, the last for every position beyond."""
     more = "last = Min(at, 11)  rows = Gather(places, last)  z = Add(merged, rows)  y = Add(z, x)"

@@ -84,6 +84,7 @@ class PagedModel:
         pools: in layer order, keys before values.
         layers: how many attentions there are, and the families of their masks.
         tokens: the input of the tokens, "input_ids" or "inputs_embeds".
+        rows: outputs that have a row for each token, (name in the original, name), the scores first.
         switches: whether tables switch on a sequence's length (longrope): then keys of one
             beginning differ with what follows, and cannot be shared beyond that length.
         dropped: outputs of the original that it has not, caches aside.
@@ -96,6 +97,7 @@ class PagedModel:
     layers: int
     families: tuple[MaskFamily, ...]
     tokens: str
+    rows: tuple[tuple[str, str], ...]
     switches: bool = False
     dropped: tuple[str, ...] = ()
     max_length: int | None = None

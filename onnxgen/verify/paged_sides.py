@@ -28,8 +28,14 @@ VOCABULARY = 256
 class Contiguous:
     """The original: one sequence at a time, each on caches of its own."""
 
-    def __init__(self, side: Side, roles: Roles) -> None:
+    def __init__(self, side: Side, roles: Roles, outputs: Sequence[tuple[str, str]]) -> None:
+        """Prepare the original.
+
+        Args:
+            outputs: those with a row for each token, (name, name in the paged model).
+        """
         self._side = side
+        self._outputs = tuple(outputs)
         self.roles = roles
         tokens = [*roles.named("ids"), *roles.named("embeds")][0]
         self._tokens = tokens
@@ -41,8 +47,6 @@ class Contiguous:
             self.embeddings = found.astype(tokens.dtype.numpy())
         self.vocabulary = tokens.bound or VOCABULARY
         self.single = roles.fixed.get("S") == 1
-        rows = [each for each in roles.outputs.values() if each.role not in ("present", "copy")]
-        self.logits = rows[0].name
         self.room = roles.static_room or 1 << 40
         self._caches: dict[str, dict[str, Array]] = {}
         self.least = self._least()
@@ -53,14 +57,14 @@ class Contiguous:
             feeds = self._feeds(1, past)
             self._caches[name] = {pair.past: feeds[pair.past] for pair in self.roles.pairs}
 
-    def run(self, name: str, tokens: Sequence[int], past: int) -> Array:
-        """Logits [S, V] of new tokens of a sequence.
+    def run(self, name: str, tokens: Sequence[int], past: int) -> dict[str, Array]:
+        """Rows [S, ..] of new tokens of a sequence, by the paged model's names.
 
         Raises:
             RuntimeFailure: the model does not take them.
         """
         pieces = [[token] for token in tokens] if self.single else [list(tokens)]
-        rows = []
+        rows: dict[str, list[Array]] = {name: [] for _, name in self._outputs}
         for piece in pieces:
             feeds = self._feeds(len(piece), past)
             given = np.array(piece)
@@ -73,9 +77,10 @@ class Contiguous:
             feeds.update(self._caches.get(name, {}))
             outputs = self._side.run(feeds)
             self._caches[name] = {pair.past: outputs[pair.present] for pair in self.roles.pairs}
-            rows.append(outputs[self.logits][0])
+            for own, paged in self._outputs:
+                rows[paged].append(outputs[own][0])
             past += len(piece)
-        return np.concatenate(rows)
+        return {paged: np.concatenate(found) for paged, found in rows.items()}
 
     def cache(self, name: str, past: str, total: int) -> tuple[int, Array]:
         """(place of the first row, rows [n, K, D]) of what a sequence's cache holds."""
@@ -156,8 +161,10 @@ class PagedSide:
         pool = self.pools[name]
         return pool.reshape(-1, *pool.shape[2:])
 
-    def run(self, counts: Mapping[int, int], embeddings: Array | None) -> tuple[Array, list[str]]:
-        """Logits of a run, and the pools in which something else than its tokens was written."""
+    def run(
+        self, counts: Mapping[int, int], embeddings: Array | None
+    ) -> tuple[dict[str, Array], list[str]]:
+        """Outputs of a run, and the pools in which something else than its tokens was written."""
         befores = {each: self.sequences.length(each) for each in counts}
         feeds = self.sequences.feeds(counts)
         if embeddings is not None:
@@ -177,7 +184,7 @@ class PagedSide:
             kept[slots] = False
             if old[kept].tobytes() != self.flat(pool.name)[kept].tobytes():
                 spoiled.append(pool.output)
-        return outputs["logits"], spoiled
+        return outputs, spoiled
 
     @staticmethod
     def asked(edges: Array) -> Array:
