@@ -20,7 +20,12 @@ import onnx_ir as ir
 from onnxgen import functions
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.masks import MaskFamily
-from onnxgen.analysis.paging import PagedLayer, UnpageableError, paged_layers
+from onnxgen.analysis.paging import (
+    PagedLayer,
+    UnpageableError,
+    lengths_as_numbers,
+    paged_layers,
+)
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.passes.paged_layers import PREFIX, Layers, PagedInputs, new_input, typed
@@ -137,6 +142,9 @@ class _Writer:
         tokens = TokenLengths(given.positions, given.totals, count, longest, given.axis)
         replaced, self.switches = page_positions(self._facts, self._builder, self._rows, tokens)
         self._splice(replaced)
+        obstacles = lengths_as_numbers(self._rows, [longest])
+        if obstacles:
+            raise UnpageableError(obstacles)
         ir.convenience.replace_all_uses_with(self._old_tokens, given.row)
 
     def answer(self, names: Sequence[str], projection: ir.Node | None) -> list[ir.Value]:

@@ -392,6 +392,18 @@ def test_positions_that_are_limited_stay_so(tmp_path: Path) -> None:
     assert "Min" in [node.op_type for node in paged.graph.node]
 
 
+@pytest.mark.parametrize("length", ["t", "n"])
+@pytest.mark.parametrize("beyond", [2.0, 2048.0])
+def test_a_length_that_scales_is_refused(length: str, beyond: float, tmp_path: Path) -> None:
+    """Each sequence has its own; what short runs show may be one for all."""
+    more = (
+        f"real = Cast<to = 1>({length})  most = Max(real, {beyond})  root = Log(most)"
+        "  z = Mul(merged, root)  y = Add(z, x)"
+    )
+    with pytest.raises(RefusedError, match="PAG008: Cast takes a length for more than a size"):
+        page(written(tmp_path, small(more=more)))
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [

@@ -13,10 +13,13 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from onnxgen.analysis.evaluate import sorted_nodes
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import attribute
+from onnxgen.analysis.graph import ancestors, attribute, names
 from onnxgen.analysis.masks import MaskFamily
+from onnxgen.analysis.reads import SIZES
 from onnxgen.analysis.roles import CachePair
+from onnxgen.functions import DOMAIN
 from onnxgen.report.values import Obstacle
 
 # What one token knows of another by none of our means: recurrent, convolved, pooled.
@@ -38,6 +41,13 @@ _COUPLING = frozenset(
 )
 # An operand that is made by one of these has seen other tokens than its own.
 _CONTEXT_BOUND = frozenset(["Attention", "SinkAttention", "Softmax", "TensorScatter"])
+# What lengths may become and still be lengths.
+_COUNTING = names(
+    """
+    Add Cast Concat Div Gather Identity Max Min Mod Mul Neg Reshape ScatterND Slice Squeeze Sub
+    Unsqueeze
+    """
+)
 _MOST_STEPS = 8  # from an attention back to its cache
 _FAMILIES = ("causal", "window", "chunked")
 _ATTENTIONS = ("Attention", "SinkAttention")
@@ -142,6 +152,43 @@ def paged_layers(facts: Facts, families: Mapping[str, MaskFamily]) -> list[Paged
     if obstacles:
         raise UnpageableError(obstacles)
     return layers
+
+
+def lengths_as_numbers(outputs: Sequence[ir.Value], lengths: Sequence[ir.Value]) -> list[Obstacle]:
+    """Where a length is more than a size: a number that others are scaled by, or compared with.
+
+    Among packed tokens there is no one length: sizes may be as large as the longest sequence asks
+    for, numbers may not.
+
+    Args:
+        outputs: of the paged graph.
+        lengths: what stands for lengths in it; the results of Shape and Size do too.
+    """
+    nodes = list(ancestors(outputs, frozenset()))
+    numbers = set(lengths)
+    obstacles = []
+    for node in sorted_nodes(nodes):
+        if node.op_type in ("Shape", "Size"):
+            numbers.update(node.outputs)
+            continue
+        sizes = SIZES.get(node.op_type, ())
+        used = [i for i, v in enumerate(node.inputs) if v in numbers and i not in sizes]
+        if not used or node.domain == DOMAIN:
+            continue
+        if node.op_type in _COUNTING and not _is_real(node):
+            numbers.update(node.outputs)
+        else:
+            reason = f"{node.op_type} takes a length for more than a size"
+            obstacles.append(Obstacle("PAG008", reason, node.name or ""))
+    return obstacles
+
+
+def _is_real(node: ir.Node) -> bool:
+    """Whether a node makes real numbers."""
+    dtype = node.outputs[0].dtype
+    if node.op_type == "Cast":
+        return ir.DataType(node.attributes["to"].as_int()).is_floating_point()
+    return dtype is not None and dtype.is_floating_point()
 
 
 def _layer(facts: Facts, node: ir.Node, family: MaskFamily | None) -> PagedLayer | Obstacle:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from onnxgen.analysis.graph import has_subgraph, read_by
 
 # Operands whose numbers are the size of the result; the others count by their own sizes.
-_SIZES: dict[str, tuple[int, ...]] = {
+SIZES: dict[str, tuple[int, ...]] = {
     "CenterCropPad": (1,),
     "Compress": (1,),
     "ConstantOfShape": (0,),
@@ -66,7 +66,7 @@ def reads_of(value: ir.Value) -> Reads:
             found.nodes[node] = None
             pending.extend((source, True) for source in read_by(node))
         else:
-            sizes = _SIZES.get(node.op_type, ())
+            sizes = SIZES.get(node.op_type, ())
             sources = [(v, i in sizes) for i, v in enumerate(node.inputs) if v is not None]
             pending.extend(sources)
     return found
