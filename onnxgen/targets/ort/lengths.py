@@ -72,15 +72,15 @@ class Lengths:
 
         Other numbers may mean anything: sequences packed in one row, or a bias.
         """
-        op, ints = self._builder.op, self._builder.ints
+        op = self._builder.op
         assert self.mask is not None
         if self.mask.dtype == ir.DataType.BOOL:
             return total
         real = op("Cast", [op("Cast", [self.mask], {"to": BOOL})], {"to": int(ir.DataType.FLOAT)})
         found = op("Cast", [self.mask], {"to": int(ir.DataType.FLOAT)})
         wrong = op("Cast", [op("Not", [op("Equal", [found, real])])], {"to": INT64})
-        # No element at all is not wrong here: of a run of nothing another guard speaks.
-        wrong = op("Concat", [op("Reshape", [wrong, ints(-1)]), ints(0)], {"axis": 0})
+        # Of no element at all the sum is 0: of a run of nothing another guard speaks.
+        wrong = op("ReduceSum", [wrong], {"keepdims": 0})
         return op("Add", [total, self._guard(wrong, BINARY)])
 
     def rows(
