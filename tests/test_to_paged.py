@@ -16,13 +16,14 @@ from click.testing import CliRunner
 from onnxgen import pipeline_paged
 from onnxgen.cli import main
 from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
+from onnxgen.paged import Sequences
 from onnxgen.pipeline import FuseOptions, fuse
 from onnxgen.pipeline_paged import PageOptions, to_paged
 from onnxgen.report.values import Report
 from onnxgen.targets.paged import PagedModel, PagedOptions
 from onnxgen.testing import CorpusEntry, corpus, load_corpus_model
 from tests import paged_table
-from tests.graphs import parse
+from tests.graphs import parse, run
 from tests.merging import merged
 
 KNOWN = paged_table.read(paged_table.TABLE.read_text("utf-8"))
@@ -392,6 +393,44 @@ def test_positions_that_are_limited_stay_so(tmp_path: Path) -> None:
     assert "Min" in [node.op_type for node in paged.graph.node]
 
 
+@pytest.mark.parametrize(
+    "limited",
+    [
+        "real = Cast<to = 1>(at)  low = Min(real, 70.0)  last = Cast<to = 7>(low)",
+        "half = Cast<to = 10>(at)  last = Cast<to = 7>(half)",
+        "real = Cast<to = 1>(at)  h = Mul(real, 0.01)  f = Floor(h)  w = Mul(f, 100.0)"
+        "  low = Sub(real, w)  last = Cast<to = 7>(low)",
+        "last = Gather(clamped, at)",
+    ],
+    ids=["float limit", "half precision", "remainder", "table"],
+)
+def test_positions_that_change_far_away_are_kept(limited: str, tmp_path: Path) -> None:
+    """What short runs show are positions; what is written says what the original says at 3,000."""
+    more = f"{limited}  rows = Gather(places, last)  z = Add(merged, rows)  y = Add(z, x)"
+    model = small(more=more, weights=", float[4000,120] places, int64[4000] clamped")
+    table = np.minimum(np.arange(4000), 70)
+    for index, tensor in enumerate(model.graph.initializer):
+        if tensor.name == "clamped":
+            model.graph.initializer[index].CopyFrom(onnx.numpy_helper.from_array(table, "clamped"))
+    path = written(tmp_path, model)
+    _, paged = page(path)
+    rng = np.random.default_rng(0)
+    caches = rng.standard_normal((2, 6, 3000, 20), np.float32)
+    feeds = {"ids": np.array([[5]]), "past_key": caches[:1], "past_value": caches[1:]}
+    wanted = run(model, feeds)["y"]
+    sequences = Sequences(200, 16)
+    one = sequences.add([5] * 3001)
+    sequences.feeds({one: 3000})
+    pools = {
+        f"past_key_values.0.{kind}": np.zeros((200, 16, 6, 20), np.float32)
+        for kind in ("key", "value")
+    }
+    for pool, cache in zip(pools.values(), caches, strict=True):
+        pool.reshape(-1, 6, 20)[sequences.slots(one)] = cache.transpose(1, 0, 2)
+    found = run(paged, {**sequences.feeds({one: 1}), **pools})["logits"]
+    assert np.abs(found - wanted[0]).max() < 1e-4
+
+
 @pytest.mark.parametrize("length", ["t", "n"])
 @pytest.mark.parametrize("beyond", [2.0, 2048.0])
 def test_a_length_that_scales_is_refused(length: str, beyond: float, tmp_path: Path) -> None:
@@ -428,8 +467,12 @@ def test_a_length_that_scales_is_refused(length: str, beyond: float, tmp_path: P
             ),
             r"PAG00[589]: .*state",
         ),
+        (
+            small(more="mean = ReduceMean<keepdims = 1>(x, [1])  y = Add(merged, mean)"),
+            "PAG005: ReduceMean mixes tokens outside attention",
+        ),
     ],
-    ids=["bidirectional", "convolution", "state"],
+    ids=["bidirectional", "convolution", "state", "mean"],
 )
 def test_what_no_block_holds_is_refused(model: onnx.ModelProto, words: str, tmp_path: Path) -> None:
     with pytest.raises(RefusedError, match=words):

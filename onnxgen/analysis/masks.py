@@ -137,7 +137,11 @@ def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
     if isinstance(further, str):
         return MaskFamily("general", reason=further)
     try:
-        samples = [*sampler.samples(mask, PROBES), *sampler.samples(mask, further)]
+        samples = [
+            *sampler.samples(mask, PROBES),
+            *sampler.samples(mask, further),
+            *sampler.samples(mask, sampler.far(mask)),
+        ]
     except CutError as error:
         return MaskFamily("general", reason=f"it cannot be run alone: {error}")
     if all(shape.new == 1 for shape, _ in samples) and sampler.roles.fixed.get("S") != 1:
@@ -243,7 +247,9 @@ def _candidates(longest: _Probe) -> Iterable[MaskFamily]:
     queries, keys = _positions(longest)
     counts = [int(row.sum()) for row in longest.seen[0]]
     if counts and 0 < min(counts) < len(keys):
-        yield MaskFamily("band", int(longest.seen[0, 0].nonzero()[0].max() - queries[0] + keys[0]))
+        reach = int(longest.seen[0, 0].nonzero()[0].max() - queries[0] + keys[0])
+        if reach > 0:
+            yield MaskFamily("band", reach)
         yield MaskFamily("window", counts[-1])  # without a past the first rows see less
         # A chunk starts where a row's first seen key is: sizes that divide that place.
         starts = [int(keys[np.flatnonzero(row)[0]]) for row in longest.seen[0] if row.any()]

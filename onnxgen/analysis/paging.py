@@ -11,13 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import sorted_nodes
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import ancestors, attribute, names
+from onnxgen.analysis.graph import FLOATS, ancestors, attribute, constant, names
 from onnxgen.analysis.masks import MaskFamily
-from onnxgen.analysis.reads import SIZES
+from onnxgen.analysis.reads import SIZES, reads_of
 from onnxgen.analysis.roles import CachePair
 from onnxgen.functions import DOMAIN
 from onnxgen.report.values import Obstacle
@@ -41,6 +42,12 @@ _COUPLING = frozenset(
 )
 # An operand that is made by one of these has seen other tokens than its own.
 _CONTEXT_BOUND = frozenset(["Attention", "SinkAttention", "Softmax", "TensorScatter"])
+_JOINING = names(
+    """
+    ArgMax ArgMin CumSum ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean
+    ReduceMin ReduceProd ReduceSum ReduceSumSquare Softmax LogSoftmax TopK
+    """
+)
 # What lengths may become and still be lengths.
 _COUNTING = names(
     """
@@ -131,7 +138,9 @@ def paged_layers(facts: Facts, families: Mapping[str, MaskFamily]) -> list[Paged
                 obstacles.append(found)
             else:
                 layers.append(found)
-        elif node.op_type in _COUPLING and any(map(facts.is_activation, node.outputs)):
+        elif (
+            node.op_type in _COUPLING and any(map(facts.is_activation, node.outputs))
+        ) or _along_tokens(facts, node):
             reason = f"{node.op_type} mixes tokens outside attention"
             obstacles.append(Obstacle("PAG005", reason, name))
         elif node.op_type == "Softmax" and _is_attention(facts, node):
@@ -152,6 +161,28 @@ def paged_layers(facts: Facts, families: Mapping[str, MaskFamily]) -> list[Paged
     if obstacles:
         raise UnpageableError(obstacles)
     return layers
+
+
+def _along_tokens(facts: Facts, node: ir.Node) -> bool:
+    """Whether states are summed up, or chosen from, along the axis of the tokens.
+
+    Whole numbers may be: how tokens are sent to experts is counted so.
+    """
+    value = node.inputs[0] if node.inputs else None
+    tokens = [v for v in facts.graph.inputs if facts.role(v) in ("ids", "embeds")]
+    if node.op_type not in _JOINING or value is None or not tokens or value.dtype not in FLOATS:
+        return False
+    shape, rows = facts.shapes.of(value), facts.shapes.of(tokens[0])
+    if shape is None or rows is None or len(rows) < 2:
+        return False
+    given = node.inputs[1] if len(node.inputs) > 1 and node.op_type != "TopK" else None
+    axes = constant(given) if given is not None else attribute(node, "axes")
+    if axes is None:
+        default = 0 if node.op_type in ("ArgMax", "ArgMin") else -1
+        every = node.op_type.startswith("Reduce") and "axis" not in node.attributes
+        axes = range(len(shape)) if every else [attribute(node, "axis", default)]
+    along = any(facts.shapes.same(shape[int(axis)], rows[1]) for axis in np.ravel(list(axes)))
+    return along and tokens[0] in reads_of(value).inputs
 
 
 def lengths_as_numbers(outputs: Sequence[ir.Value], lengths: Sequence[ir.Value]) -> list[Obstacle]:

@@ -18,6 +18,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import CutError
 from onnxgen.analysis.feeds import RunShape
+from onnxgen.analysis.graph import constant, names
 from onnxgen.analysis.reads import reads_of
 from onnxgen.analysis.sampling import Sampler
 
@@ -27,6 +28,16 @@ PROBES = (
     RunShape(batch=1, new=4, past=0),
     RunShape(batch=3, new=2, past=9),
     RunShape(batch=2, new=1, past=7),
+)
+_EXACT = frozenset(
+    [getattr(ir.DataType, name) for name in ("INT64", "INT32", "FLOAT", "DOUBLE", "BOOL")]
+)
+# Where and Equal: places of padding get a number of their own.
+_COUNTING = names(
+    """
+    Add Concat ConstantOfShape CumSum Equal Expand GatherND Identity Mul Neg Not Range ReduceMax
+    ReduceSum Reshape Shape Size Squeeze Sub Transpose Unsqueeze Where
+    """
 )
 _FAR = (RunShape(batch=1, new=3, past=8190), RunShape(batch=1, new=2, past=4100))
 _MOST_ELEMENTS = 4096
@@ -60,7 +71,7 @@ class Lengths:
     def meaning(self, value: ir.Value) -> Meaning | None:
         """What a value says; None where it is no position and no length, or cannot be run."""
         if value not in self._known:
-            samples = self._near_and_far(value)
+            samples = self._near_and_far(value) if _counts(value) else ()
             found = _position(samples) or _length(samples) if samples else None
             self._known[value] = found or self._always(value)
         return self._known[value]
@@ -111,6 +122,32 @@ class Lengths:
             return self._sampler.samples(value, PROBES)
         except CutError:
             return ()
+
+
+def _counts(value: ir.Value) -> bool:
+    """Whether a value is made by what only counts: sums, ranges, and views of them.
+
+    Limits, remainders, roundings and tables may say positions as far as anything is run, and
+    something else beyond.
+    """
+    return all(map(_only_counts, reads_of(value).nodes))
+
+
+def _only_counts(node: ir.Node) -> bool:
+    match node.op_type:
+        case "Cast":
+            return ir.DataType(node.attributes["to"].as_int()) in _EXACT
+        case "Max":  # nothing is below 0
+            numbers = [constant(each) for each in node.inputs]
+            return any(n is not None and n.size == 1 and n.item() <= 0 for n in numbers)
+        case "Slice" | "Gather":
+            table = constant(node.inputs[0])
+            if table is None or node.inputs[0] is None or node.inputs[0].is_graph_input():
+                return True
+            line = table.reshape(-1).astype(np.int64)
+            counted = np.array_equal(line, np.arange(line.size) + (line[0] if line.size else 0))
+            return bool(counted and np.array_equal(line, table.reshape(-1)))
+    return node.op_type in _COUNTING
 
 
 def _axes(samples: Sequence[tuple[RunShape, Any]]) -> list[int]:

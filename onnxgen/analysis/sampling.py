@@ -33,6 +33,7 @@ TABLE_SHAPES = (
 LONGEST = 1 << 17
 """A switch at more tokens (T) is not run."""
 
+FAR = (20_000, 70_000, 130_000)
 MOST_ELEMENTS = 1 << 27
 MOST_EDGES = 12
 
@@ -70,7 +71,9 @@ class Sampler:
         for edge in edges:
             wanted = [RunShape(1, edge + 3)]
             if self.roles.pairs:
-                pasts = ((6, max(edge - 3, 0)), (3, edge + 7), (2, 2 * edge - 1))
+                pasts = [(6, max(edge - 3, 0)), (3, edge + 7), (2, 2 * edge - 1)]
+                if (edge + 8) ** 2 <= MOST_ELEMENTS:  # it may be a number of new tokens
+                    pasts += [(edge + 3, 0), (edge + 3, 5)]
                 wanted = [RunShape(1, new, past) for new, past in pasts]
             found = (nearest_shape(self.roles, each) for each in wanted)
             shapes += [shape for shape in found if shape is not None]
@@ -79,6 +82,16 @@ class Sampler:
                 f"it may switch at {', '.join(map(str, edges))} tokens, which is more than is run"
             )
         return tuple(dict.fromkeys(shapes))
+
+    def far(self, value: ir.Value) -> tuple[RunShape, ...]:
+        """Runs over long pasts, as long as the value can be run for: limits may be spelled so that
+        no number of the graph shows them.
+        """
+        if not self.roles.pairs:
+            return ()
+        wanted = (nearest_shape(self.roles, RunShape(1, 3, past)) for past in FAR)
+        shapes = [shape for shape in wanted if shape is not None and shape.total > 1]
+        return tuple(dict.fromkeys(s for s in shapes if not self._too_large(value, [s])))
 
     def _too_large(self, value: ir.Value, shapes: Sequence[RunShape]) -> bool:
         """Whether something that the value is computed from is too large to be run for one of the

@@ -23,7 +23,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
+from onnxgen.analysis.edges import integer
 from onnxgen.analysis.roles import Roles
 from onnxgen.model_io import read_model
 from onnxgen.report.values import Case, Proof
@@ -37,6 +39,7 @@ from onnxgen.verify.precision import NOTE, rounds_activations
 from onnxgen.verify.side import Side
 
 Array = npt.NDArray[Any]
+_MOST_SPECIAL = 4
 _SPARE = 6
 """Places of a static cache that a prompt leaves to what comes after it."""
 
@@ -113,6 +116,7 @@ def prove_paged(
     near, _ = find_edges(model, roles)
     sizes = [family.size for family in results[0].families if family.size]
     edges = [edge for edge in dict.fromkeys([*sizes, *near]) if not too_large(roles, edge)]
+    special = _special_tokens(model, roles)
     full = rounds_activations(model)
     if full:
         proof.note = NOTE
@@ -132,7 +136,9 @@ def prove_paged(
             return proof
         size, sharing = result.options.block_size, not result.switches
         events = program(size, edges, sharing=sharing)
-        compare_steps(first, second, roles, result, events, proof, progress=progress)
+        compare_steps(
+            first, second, roles, result, events, proof, special=special, progress=progress
+        )
         second.unload()
         if proof.reason:
             return proof
@@ -144,6 +150,19 @@ def prove_paged(
     return proof
 
 
+def _special_tokens(model: ir.Model, roles: Roles) -> list[int]:
+    """Tokens that something is equal to somewhere: a few random ones would hardly be among them."""
+    bounds = [each.bound for each in roles.named("ids")]
+    numbers = (
+        integer(value, floats=False)
+        for node in model.graph.all_nodes()
+        if node.op_type == "Equal"
+        for value in node.inputs
+    )
+    found = {n for n in numbers if n is not None and bounds and 0 < n < bounds[0]}
+    return sorted(found)[-_MOST_SPECIAL:]
+
+
 def compare_steps(
     original: Side,
     paged: Side,
@@ -153,6 +172,7 @@ def compare_steps(
     proof: Proof,
     *,
     free: float = math.nan,
+    special: Sequence[int] = (),
     progress: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Take both models through a program; the proof takes its cases, and what differs.
@@ -160,8 +180,10 @@ def compare_steps(
     Args:
         original, paged: loaded.
         free: what slots hold that are nobody's.
+        special: tokens that the original compares its own with: prompts hold them.
     """
     first = Contiguous(original, roles, result.rows)
+    first.special = special
     first.room = min(first.room, result.max_length or first.room)
     _Run(first, PagedSide(paged, result, free), proof, progress).program(events)
 
@@ -272,6 +294,9 @@ class _Run:
         if past + new > original.room:
             return
         fresh = self._rng.integers(0, original.vocabulary, past + new).tolist()
+        for place, token in enumerate(original.special):
+            if past + 2 * place + 1 < len(fresh):
+                fresh[past + 2 * place + 1] = token
         alike = self._tokens[prefix][: paged.options.block_size] if prefix else []
         tokens = [*alike, *fresh[len(alike) :]]
         shares = self._numbers[prefix] if prefix else None

@@ -46,6 +46,7 @@ class Contiguous:
             found = rng.standard_normal((VOCABULARY, width))
             self.embeddings = found.astype(tokens.dtype.numpy())
         self.vocabulary = tokens.bound or VOCABULARY
+        self.special: Sequence[int] = ()
         self.single = roles.fixed.get("S") == 1
         self.room = roles.static_room or 1 << 40
         self._caches: dict[str, dict[str, Array]] = {}
