@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxgen.analysis.edges import COMPARISONS
 from onnxgen.analysis.evaluate import sorted_nodes
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import FLOATS, ancestors, attribute, constant, names
@@ -189,18 +190,29 @@ def lengths_as_numbers(outputs: Sequence[ir.Value], lengths: Sequence[ir.Value])
     """Where a length is more than a size: a number that others are scaled by, or compared with.
 
     Among packed tokens there is no one length: sizes may be as large as the longest sequence asks
-    for, numbers may not.
+    for, numbers may not. What counts up to a length tells the tokens of the run apart, and may do no
+    more.
 
     Args:
         outputs: of the paged graph.
         lengths: what stands for lengths in it; the results of Shape and Size do too.
     """
     nodes = list(ancestors(outputs, frozenset()))
-    numbers = set(lengths)
+    numbers, places = set(lengths), set[ir.Value]()
     obstacles = []
     for node in sorted_nodes(nodes):
         if node.op_type in ("Shape", "Size"):
             numbers.update(node.outputs)
+            continue
+        if node.op_type == "Range" and any(value in numbers for value in node.inputs):
+            places.update(node.outputs)
+            continue
+        if any(value in places for value in node.inputs):
+            if _takes_place(node, places):
+                reason = f"{node.op_type} takes a place in the run for one in its sequence"
+                obstacles.append(Obstacle("PAG008", reason, node.name or ""))
+            elif node.op_type in _COUNTING:
+                places.update(node.outputs)
             continue
         sizes = SIZES.get(node.op_type, ())
         used = [i for i, v in enumerate(node.inputs) if v in numbers and i not in sizes]
@@ -212,6 +224,17 @@ def lengths_as_numbers(outputs: Sequence[ir.Value], lengths: Sequence[ir.Value])
             reason = f"{node.op_type} takes a length for more than a size"
             obstacles.append(Obstacle("PAG008", reason, node.name or ""))
     return obstacles
+
+
+def _takes_place(node: ir.Node, places: set[ir.Value]) -> bool:
+    """Whether what counts the tokens of a run is more than the index of a token's own row: a
+    number, something compared with another, or a row of a table of the model's.
+    """
+    if node.op_type in ("Gather", "GatherND", "GatherElements"):
+        table = node.inputs[0]
+        constant_table = table is not None and table.const_value is not None
+        return constant_table and node.inputs[1] in places
+    return node.op_type in COMPARISONS or (node.op_type == "Cast" and _is_real(node))
 
 
 def _is_real(node: ir.Node) -> bool:

@@ -40,6 +40,8 @@ _COUNTING = names(
     """
 )
 _FAR = (RunShape(batch=1, new=3, past=8190), RunShape(batch=1, new=2, past=4100))
+# Prompts: a number may be one of new tokens.
+_LONG = (RunShape(batch=1, new=300), RunShape(batch=1, new=3000))
 _MOST_ELEMENTS = 4096
 
 
@@ -81,11 +83,13 @@ class Lengths:
         samples = self.samples(value)
         if not samples or max(array.size for _, array in samples) > _MOST_ELEMENTS:
             return samples
-        further = () if value.is_graph_input() else self._sampler.further(value)
+        if value.is_graph_input():
+            return samples
+        further = self._sampler.further(value)
         if isinstance(further, str):
             return ()
         try:
-            return [*samples, *self._sampler.samples(value, further)] if further else samples
+            return [*samples, *self._sampler.samples(value, (*further, *_FAR, *_LONG))]
         except CutError:
             return ()
 
@@ -102,7 +106,8 @@ class Lengths:
         if any(roles[v.name or ""].role not in known for v in reads.inputs if v.name in roles):
             return None
         further = self._sampler.further(value)
-        shapes = () if isinstance(further, str) else (*PROBES, *_FAR, *further)
+        far = self._sampler.far(value)
+        shapes = () if isinstance(further, str) else (*PROBES, *_FAR, *further, *far, *_LONG)
         try:
             samples = self._sampler.samples(value, shapes)
         except CutError:

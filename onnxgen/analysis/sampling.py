@@ -15,7 +15,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.edges import edges_among
-from onnxgen.analysis.evaluate import Array, CutError, cut
+from onnxgen.analysis.evaluate import Array, CutError, cut, sorted_nodes
 from onnxgen.analysis.feeds import RunShape, input_sizes, make_feeds, nearest_shape
 from onnxgen.analysis.reads import reads_of
 from onnxgen.analysis.roles import Roles
@@ -102,7 +102,10 @@ class Sampler:
         shapes = [shape for shape in shapes if shape.total**2 > MOST_ELEMENTS]
         if not shapes:
             return False
-        known, nodes = Shapes(self._graph), reads_of(value).nodes
+        known, nodes = Shapes(self._graph), sorted_nodes(reads_of(value).nodes)
+        for node in nodes:  # in a graph that is being rewritten they may stand anywhere
+            if any(known.of(output) is None for output in node.outputs):
+                known.infer(node)
         read = dict.fromkeys(v for node in nodes for v in (*node.inputs, *node.outputs))
         for shape in shapes:
             sizes = input_sizes(self.roles, shape)
