@@ -124,7 +124,7 @@ def test_pools_that_differ_are_refused(tmp_path: Path) -> None:
     first = Pool("a", "b", "past_key_values.0.key", "c", 3, 48, _dtype(roles))
     second = dataclasses.replace(first, name="past_key_values.0.value", size=64)
     model.graph.inputs.clear()
-    found = PagedModel(model, PagedOptions(), (first, second), 1, (), "input_ids")
+    found = PagedModel(model, PagedOptions(), (first, second), 1, (), "input_ids", ())
     with pytest.raises(RefusedError, match=r"key_values\.0\.value' has 3 heads of 64 float"):
         engine_config(found, roles, Said({}, {}), filename="m.onnx")
 

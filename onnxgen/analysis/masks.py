@@ -140,7 +140,7 @@ def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
         samples = [
             *sampler.samples(mask, PROBES),
             *sampler.samples(mask, further),
-            *sampler.samples(mask, sampler.far(mask)),
+            *filter(_tells, sampler.samples(mask, sampler.far(mask))),
         ]
     except CutError as error:
         return MaskFamily("general", reason=f"it cannot be run alone: {error}")
@@ -148,6 +148,15 @@ def read_mask(mask: ir.Value, sampler: Sampler) -> MaskFamily:
         return MaskFamily("general", reason="it was run for one new token only")
     family = _read(samples)
     return family if family.kind == "general" else replace(family, counted=tuple(counted))
+
+
+def _tells(sample: tuple[RunShape, Any]) -> bool:
+    """Whether a far run tells what is hidden: a slope may go as low as what hides."""
+    found = sample[1]
+    if found.dtype == bool:
+        return True
+    low = found[(found <= MASKED) & (found > np.finfo(found.dtype).min / 2)]
+    return np.unique(low).size < 2
 
 
 def _read(samples: Iterable[tuple[RunShape, Any]]) -> MaskFamily:
