@@ -43,8 +43,12 @@ def made(
         value.name = wanted
     for value, wanted in zip(function.outputs, outputs, strict=True):
         value.name = wanted
-    for node in function:
+    taken = {value.name for value in (*function.inputs, *function.outputs)}
+    for number, node in enumerate(function.all_nodes()):
         node.metadata_props.clear()  # where in Python it was traced
+        for index, output in enumerate(node.outputs):
+            if output.name not in taken:  # a builder of a subgraph counts from the start again
+                output.name = f"{node.op_type}_{number}" + (f"_{index}" if index else "")
     function.overload = overload
     return function
 

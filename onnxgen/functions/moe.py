@@ -1,0 +1,210 @@
+"""onnxgen::MoE: a mixture of experts, whatever routes to them.
+
+    MoE(input, router_weights, router_indices?, fc1, fc1_bias?, fc2, fc2_bias?, fc3?, fc3_bias?)
+        -> output
+
+    output[t] = sum over the slots j of  router_weights[t, j] * expert(router_indices[t, j], input[t])
+    expert(e, x) = fc2[e] @ activation(fc1[e] @ x + fc1_bias[e]) + fc2_bias[e]
+
+The router stays outside, in ordinary operators, whatever it is: all that is left of it here is
+which experts a token goes to and what each of them weighs (Shazeer et al., Outrageously Large
+Neural Networks, 2017).
+
+Inputs (T tokens, H hidden size, k slots, E experts, I inner size, F = I, or 2 I where fc1 holds
+both features of a gated activation)
+    input [T, H], router_weights [T, k], router_indices int64 [T, k], each in [0, E).
+    fc1 [E, F, H], fc1_bias [E, F], fc2 [E, H, I], fc2_bias [E, H]; fc3 [E, I, H], fc3_bias [E, I]
+    make the second feature where it has weights of its own.
+    input and weights are of one float type; router_weights may be wider, and then so are the
+    products with them and their sum. A token's indices differ, or all but one of equal ones weigh 0.
+
+Overloads are the activation (`functions.activation`: a name or its text), and what else is special,
+joined by "_": "interleaved" where features take turns in fc1's rows (a0 b0 a1 b1 ..., else all a,
+then all b), "fc1t" and "fc2t" where fc1 and fc3, or fc2, are transposed ([E, H, F], [E, I, H]),
+"bias1", "bias2", "separate" where fc3 is given, "dense" where there are no indices and
+router_weights is [T, E], "scaled" where the weights multiply the expert's input and not its output.
+
+GroupedMatMul. The proposal for the standard (onnx/onnx #8193: input [M, K], weights [G, K, N],
+group_indices [M, k], bias [G, N] -> [M, k, N]) is one product of the two. MoE is
+    h = GroupedMatMul(input, fc1^T, router_indices, fc1_bias)                     [T, k, F]
+    d = GroupedMatMul(activation(h) as [T*k, I], fc2^T, router_indices as [T*k, 1], fc2_bias)
+    output = ReduceSum(d as [T, k, H] * router_weights, over k)
+and `lowered` in tests/test_moe.py writes it so. The body here groups tokens by expert instead: a
+Scan over the experts hands their weights out without copying them, an If passes over experts that
+nobody chose, and what is left is two Gemms for each chosen expert. No tensor of [T*k, K, N], which
+an export gathers, is ever made, and weights of experts nobody chose are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+from onnxscript import OpBuilder
+
+from onnxgen.functions.activation import Activation
+from onnxgen.functions.making import ints, made
+
+NAME = "MoE"
+# Places of the inputs.
+INPUT, WEIGHTS, INDICES, FC1, BIAS1, FC2, BIAS2, FC3, BIAS3 = range(9)
+_PARTS = (
+    "interleaved",
+    "fc1t",
+    "fc2t",
+    "bias1",
+    "bias2",
+    "separate",
+    "dense",
+    "scaled",
+)
+
+
+def overload_of(activation: str, **given: bool) -> str:
+    """The overload for an activation and what is given, by the words of the module's text."""
+    return "_".join([activation, *(part for part in _PARTS if given.get(part))])
+
+
+def parts_of(overload: str) -> tuple[Activation, frozenset[str]]:
+    """The activation of an overload, and what else is special.
+
+    Raises:
+        KeyError: there is no such overload.
+    """
+    text, *parts = overload.split("_")
+    activation = Activation(text)
+    two = {"interleaved", "separate"} & set(parts)
+    if parts != [part for part in _PARTS if part in parts] or len(two) > 1:
+        raise KeyError(overload)
+    if (two and not activation.gated) or {"scaled", "bias2"} <= set(parts):
+        raise KeyError(overload)
+    return activation, frozenset(parts)
+
+
+def build(overload: str, opset: int) -> ir.Function:
+    """One overload.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    activation, parts = parts_of(overload)
+    inputs = {
+        "input": True,
+        "router_weights": True,
+        "router_indices": "dense" not in parts,
+        "fc1": True,
+        "fc1_bias": "bias1" in parts,
+        "fc2": True,
+        "fc2_bias": "bias2" in parts,
+        "fc3": "separate" in parts,
+        "fc3_bias": {"separate", "bias1"} <= parts,
+    }
+
+    def body(op: OpBuilder, *given: ir.Value | None) -> list[ir.Value]:
+        return [_Body(op, activation, parts, given).output()]
+
+    return made(NAME, overload, opset, inputs, ("output",), (), body)
+
+
+class _Body:
+    """The nodes of one overload, from the outside in."""
+
+    def __init__(
+        self,
+        op: OpBuilder,
+        activation: Activation,
+        parts: frozenset[str],
+        given: Sequence[ir.Value | None],
+    ) -> None:
+        self.activation, self.parts = activation, parts
+        x, weights = given[INPUT], given[WEIGHTS]
+        assert x is not None
+        assert weights is not None
+        self.x, self.weights, self.indices = x, weights, given[INDICES]
+        self.experts = {at: v for at, v in enumerate(given) if at >= FC1 and v is not None}
+        self.op = op
+        if self.indices is not None:
+            self.chosen = op.Reshape(self.indices, ints(op, -1))  # [T*k]
+            self.flat = op.Reshape(weights, ints(op, -1))
+            self.slots = op.Squeeze(op.Shape(self.indices, start=1))
+
+    def output(self) -> ir.Value:
+        op = self.op
+        zeros = op.Expand(op.CastLike(op.Constant(value_float=0.0), self.weights), op.Shape(self.x))
+        count = op.Squeeze(op.Shape(self.experts[FC1], start=0, end=1))
+        turns = [
+            op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))
+            if self.indices is not None
+            else op.Transpose(self.weights, perm=[1, 0])
+        ]
+        names = ["sum", "turn", *(f"expert_{at}" for at in self.experts)]
+        body = op.builder.subgraph(
+            self._turn, [ir.Value(name=name) for name in names], [ir.Value(name="sum_out")]
+        )
+        total = op.Scan(
+            zeros, *turns, *self.experts.values(), body=body, num_scan_inputs=len(names) - 1
+        )
+        return op.CastLike(total, self.x)  # type: ignore[no-any-return]
+
+    def _turn(
+        self, op: OpBuilder, total: ir.Value, turn: ir.Value, *weights: ir.Value
+    ) -> ir.Value:
+        """One expert's turn: nothing but a question where no token chose it."""
+        hit = turn if self.indices is None else op.Equal(self.chosen, turn)
+        rows = op.Squeeze(op.NonZero(hit), ints(op, 0))
+        expert = dict(zip(self.experts, weights, strict=True))
+        then = op.builder.subgraph(
+            lambda op: self._added(op, total, turn, rows, expert), [], [ir.Value(name="added")]
+        )
+        other = op.builder.subgraph(
+            lambda op: op.Identity(total), [], [ir.Value(name="kept")]
+        )
+        chosen = op.Cast(op.Size(rows), to=ir.DataType.BOOL.value)
+        return op.If(chosen, then_branch=then, else_branch=other)  # type: ignore[no-any-return]
+
+    def _added(
+        self,
+        op: OpBuilder,
+        total: ir.Value,
+        turn: ir.Value,
+        rows: ir.Value,
+        expert: dict[int, ir.Value],
+    ) -> ir.Value:
+        tokens = rows if self.indices is None else op.Div(rows, self.slots)
+        weighs = op.Gather(turn if self.indices is None else self.flat, rows, axis=0)
+        weighs = op.Unsqueeze(weighs, ints(op, 1))
+        x = op.Gather(self.x, tokens, axis=0)
+        if "scaled" in self.parts:
+            x = op.CastLike(op.Mul(op.CastLike(x, weighs), weighs), x)
+        a, b = self._features(op, x, expert)
+        inner = self.activation.emit(op, a, b)
+        y = _product(op, inner, expert[FC2], expert.get(BIAS2), "fc2t" in self.parts)
+        y = op.CastLike(y, weighs)
+        if "scaled" not in self.parts:
+            y = op.Mul(y, weighs)
+        at = op.Unsqueeze(tokens, ints(op, 1))
+        # Not ScatterND's own "add": ONNX Runtime's CPU has it for float32 only.
+        return op.ScatterND(total, at, op.Add(op.Gather(total, tokens, axis=0), y))  # type: ignore[no-any-return]
+
+    def _features(
+        self, op: OpBuilder, x: ir.Value, expert: dict[int, ir.Value]
+    ) -> tuple[ir.Value, ir.Value | None]:
+        turned = "fc1t" in self.parts
+        h = _product(op, x, expert[FC1], expert.get(BIAS1), turned)
+        if not self.activation.gated:
+            return h, None
+        if "separate" in self.parts:
+            return h, _product(op, x, expert[FC3], expert.get(BIAS3), turned)
+        if "interleaved" in self.parts:
+            end, step = ints(op, 2**62), ints(op, 2)
+            a, b = (op.Slice(h, ints(op, at), end, ints(op, 1), step) for at in (0, 1))
+            return a, b
+        a, b = op.Split(h, axis=1, num_outputs=2, _outputs=2)
+        return a, b
+
+
+def _product(
+    op: OpBuilder, x: ir.Value, weight: ir.Value, bias: ir.Value | None, turned: bool
+) -> ir.Value:
+    operands = [x, weight] if bias is None else [x, weight, bias]
+    return op.Gemm(*operands, transB=0 if turned else 1)  # type: ignore[no-any-return]
