@@ -44,7 +44,7 @@ LIKE_FIRST = names(
     CastLike CumSum Dropout LayerNormalization RMSNormalization SimplifiedLayerNormalization
     GroupNormalization InstanceNormalization BatchNormalization RotaryEmbedding ScatterND
     ScatterElements TensorScatter Softmax LogSoftmax Trilu Clip DequantizeLinear
-    QuantizeLinear
+    QuantizeLinear MoE QMoE
     """
 )
 
