@@ -6,6 +6,7 @@ from onnxgen.patterns.contrib_gqa import GroupQueryAttention
 from onnxgen.patterns.contrib_mha import MultiHeadAttention
 from onnxgen.patterns.contrib_others import OtherAttention
 from onnxgen.patterns.contrib_packed import PackedAttention
+from onnxgen.patterns.experts import Experts
 from onnxgen.patterns.gelu import GeluActivation
 from onnxgen.patterns.layer_norm import LayerNorm
 from onnxgen.patterns.rms_norm import RMSNorm
@@ -24,6 +25,7 @@ RULES: tuple[Rule, ...] = (
     LayerNorm(),
     RMSNorm(),
     GeluActivation(),
+    Experts(),
     Rotary(),
     StaticCacheWrite(),
     OneRowRotary(),

@@ -143,6 +143,21 @@ class Builder:
         self.graph.register_initializer(value)
         return value
 
+    def stacked(self, parts: Sequence[ir.Value], name: str = "onnxgen/stacked") -> ir.Value:
+        tensors = [part.const_value for part in parts if part.const_value is not None]
+        sizes = [len(tensors), *tensors[0].shape.numpy()]
+        value = ir.Value(
+            name=self.unique(name), shape=ir.Shape(sizes), type=ir.TensorType(tensors[0].dtype)
+        )
+        value.const_value = ir.LazyTensor(
+            lambda: ir.tensor(np.stack([t.numpy() for t in tensors]), dtype=tensors[0].dtype),
+            dtype=tensors[0].dtype,
+            shape=ir.Shape(sizes),
+            name=value.name,
+        )
+        self.graph.register_initializer(value)
+        return value
+
     def ints(self, *numbers: int) -> ir.Value:
         """A constant int64 vector."""
         return self.constant(np.array(numbers, dtype=np.int64))

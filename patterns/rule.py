@@ -42,6 +42,7 @@ class Rewrite:
         mask: for attention: the mask, bool or additive. Rows that it masks everywhere are
             nobody's answer: runtimes and decompositions give them zeros, a mean, or NaN.
         repairs: what it replaces runs for one sequence only; it is compared there.
+        choices: integers that a router chose, and of how many experts each is one.
         counts: for a cache that is written, int64 [B]: tokens of each row. Places of the cache,
             [B,K,L,D], behind them are nobody's.
     """
@@ -52,6 +53,7 @@ class Rewrite:
     mask: ir.Value | None = None
     repairs: bool = False
     counts: ir.Value | None = None
+    choices: Mapping[ir.Value, int] = field(default_factory=dict)
 
 
 class Declined(Exception):

@@ -127,7 +127,7 @@ def written(term: Term) -> str:
     if isinstance(term, str):
         return term
     if isinstance(term, float):
-        return repr(int(term)) if term == int(term) and abs(term) < 1e9 else repr(term)
+        return str(int(term)) if term == int(term) and abs(term) < 1e9 else str(np.float32(term))
     word, operands = term
     return f"{word}({','.join(map(written, operands))})"
 

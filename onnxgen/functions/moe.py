@@ -42,10 +42,11 @@ from collections.abc import Sequence
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
-from onnxgen.functions.activation import Activation
+from onnxgen.functions.activation import GATES, Activation
 from onnxgen.functions.making import ints, made
 
 NAME = "MoE"
+GATED = frozenset(GATES)
 # Places of the inputs.
 INPUT, WEIGHTS, INDICES, FC1, BIAS1, FC2, BIAS2, FC3, BIAS3 = range(9)
 _PARTS = (
@@ -130,7 +131,9 @@ class _Body:
 
     def output(self) -> ir.Value:
         op = self.op
-        zeros = op.Expand(op.CastLike(op.Constant(value_float=0.0), self.weights), op.Shape(self.x))
+        zero = op.CastLike(op.Constant(value_float=0.0), self.weights)
+        # The Reshape changes nothing: it tells ONNX Runtime the rank, which a Scan must know.
+        zeros = op.Reshape(op.Expand(zero, op.Shape(self.x)), ints(op, 0, 0))
         count = op.Squeeze(op.Shape(self.experts[FC1], start=0, end=1))
         turns = [
             op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))

@@ -113,7 +113,7 @@ class RewriteChecker:
         failures: list[str] = []
         shapes = self._single if rewrite.repairs else self._shapes
         for seed, shape in enumerate(shapes):
-            feeds = self._feeds(facts, shape, part, np.random.default_rng(seed))
+            feeds = self._feeds(facts, shape, part, np.random.default_rng(seed), rewrite.choices)
             if isinstance(feeds, str):
                 failures.append(feeds)
                 continue
@@ -146,6 +146,7 @@ class RewriteChecker:
         shape: RunShape,
         part: _Part,
         rng: np.random.Generator,
+        choices: Mapping[ir.Value, int],
     ) -> dict[str, Any] | str:
         """Arrays for the values that a part is cut off at; the reason as text where one fails."""
         inputs, binding = self._inputs(shape)
@@ -169,6 +170,10 @@ class RewriteChecker:
             if numbers is not None and None not in numbers:
                 feeds[name] = np.array(numbers, dtype=np.int64).reshape(content.shape)  # type: ignore[union-attr]
                 continue
+            if value in choices:
+                shaped = [int(size) for size in sizes if size is not None]
+                feeds[name] = _chosen(rng, shaped, choices[value]).astype(value.dtype.numpy())
+                continue
             if value.dtype in (ir.DataType.INT8, ir.DataType.UINT8):  # quantized activations
                 info = np.iinfo(value.dtype.numpy())
                 shaped = [int(size) for size in sizes if size is not None]
@@ -177,6 +182,8 @@ class RewriteChecker:
             if value.dtype is None or not value.dtype.is_floating_point():
                 return f"{name!r} holds integers that are computed from activations"
             array = rng.standard_normal([int(size) for size in sizes if size is not None])
+            if value in part.weights and array.ndim > 1:
+                array /= np.sqrt(array.shape[-1])  # so that activations behind it are not saturated
             feeds[name] = array.astype(value.dtype.numpy())
         return feeds
 
@@ -274,6 +281,17 @@ class _Part:
             for v in self.free.values()
         ]
         return "".join([_structure(self.before), _structure(self.after), *sizes])
+
+
+def _chosen(rng: np.random.Generator, shape: Sequence[int], experts: int) -> Any:
+    """Experts for each token, those of one differing; the last token's are every odd one's too, so
+    that some experts have many tokens and some none.
+    """
+    slots = shape[-1] if len(shape) > 1 else 1
+    rows = int(np.prod(shape)) // max(slots, 1)
+    picked = np.argsort(rng.random((rows, experts)), axis=1)[:, :slots]
+    picked[1::2] = picked[-1:]
+    return picked.reshape(shape)
 
 
 def _fitting(roles: Roles, shapes: Iterable[RunShape]) -> list[RunShape]:

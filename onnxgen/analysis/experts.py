@@ -1,0 +1,373 @@
+"""Mixtures of experts, found from what chooses: from a router's TopK to the sum over its experts.
+
+    TopK or ArgMax -> ... everything that follows from it ... -> one value again: the output
+    output -> back through sums and weights -> second products -> activations -> first products
+           -> back through moved rows -> the tokens
+    output -> back, as far as needed, until all that is left to know is, of each token, a few
+              numbers of experts and what each of them weighs: the routing
+
+Between these three ends lies an exporter's way of bringing tokens to experts: weights gathered for
+each token, rows sorted by expert, a loop over experts, or all experts on all tokens and a mask. It
+is not read. What it computes is shown to be the mixture by running it (`verify.rewrites`).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxgen.analysis.expert_features import (
+    Biased,
+    Features,
+    Selection,
+    Unread,
+    biased_of,
+    features_of,
+)
+from onnxgen.analysis.expert_weights import Source
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import FLOATS, ancestors, attribute, given, producer
+from onnxgen.analysis.symbols import Dim, product
+from onnxgen.analysis.views import scalar_factor
+
+MAX_NODES = 20_000
+MAX_JOINS = 60
+CHOOSING = frozenset({"TopK", "ArgMax"})
+_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router says of each token.
+
+    Attributes:
+        weights: float [T, k], [.., S, k] or [T]; [T, E] where there are no indices.
+        indices: int alike, None where every expert has a weight.
+        slots: k, or E.
+    """
+
+    weights: ir.Value
+    indices: ir.Value | None
+    slots: int
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A mixture of experts.
+
+    Attributes:
+        output: its sum, [.., H] for the tokens.
+        tokens: [.., H].
+        count: of experts.
+        first: the features of the experts, each of one or of all: as many as `second`.
+        second: the second products with their biases.
+        scaled: whether weights multiply the experts' inputs.
+    """
+
+    output: ir.Value
+    tokens: ir.Value
+    count: int
+    first: tuple[Features, ...]
+    second: tuple[Biased, ...]
+    scaled: bool
+
+
+def joins(facts: Facts, node: ir.Node, reached: set[ir.Value]) -> Iterator[ir.Value]:
+    """The values that all that follows from a node goes through, nearest first.
+
+    Graph outputs that show the routing itself do not count.
+
+    Args:
+        reached: gets what follows from the node, so far.
+    """
+    left = {v: len(v.uses()) for v in node.outputs if v.uses()}
+    reached.update(left)
+    queue: list[tuple[int, int]] = []
+    met: dict[int, ir.Node] = {}
+
+    def push(value: ir.Value) -> bool:
+        for use in value.uses():
+            if not facts.known(use.node):
+                return False  # a subgraph reads it
+            key = id(use.node)
+            if key not in met:
+                met[key] = use.node
+                heapq.heappush(queue, (facts.order(use.node.outputs[0]), key))
+        return True
+
+    if not all(push(value) for value in left):
+        return
+    for _ in range(MAX_NODES):
+        if not queue:
+            return
+        current = met[heapq.heappop(queue)[1]]
+        if current.op_type in CHOOSING:
+            return  # the last one to choose, or to sort by what was chosen, tells of the mixture
+        for value in current.inputs:
+            if value in left:
+                left[value] -= 1
+                if not left[value]:
+                    del left[value]
+        for output in current.outputs:
+            if output.uses():
+                reached.add(output)
+                left[output] = len(output.uses())
+                if not push(output):
+                    return
+            elif output.is_graph_output():
+                return
+        if len(left) == 1:
+            yield next(iter(left))
+
+
+def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
+    """The mixture that a TopK or ArgMax chooses the experts of, as much of the sum as there is.
+
+    Raises:
+        Unread: there is one, and what its experts compute cannot be read.
+    """
+    best: Mixture | None = None
+    unread: Unread | None = None
+    ends: frozenset[ir.Node] = frozenset()
+    reached: set[ir.Value] = set()
+    for number, value in enumerate(joins(facts, node, reached)):
+        shape = facts.shapes.of(value)
+        if value.dtype not in FLOATS or not shape or not isinstance(shape[-1], int):
+            continue
+        found = _ends(facts, value, reached)
+        nodes = frozenset(biased.products[0].node for biased, _ in found)
+        if (ends and nodes != ends) or number > MAX_JOINS or (ends and _scales(value)):
+            break  # what follows is more than the sum: the residual, another layer
+        if not found or not any(_of_many(biased, len(found)) for biased, _ in found):
+            continue
+        ends = nodes
+        try:
+            mixture = _mixture(facts, value, found)
+        except Unread as error:
+            unread = error
+            continue
+        if best is None or len(shape) <= 2 or (facts.shapes.rank(best.output) or 0) > 2:
+            best = mixture
+    if best is None and unread is not None:
+        raise unread
+    return best
+
+
+def _of_many(biased: Biased, products: int) -> bool:
+    """Whether a product is one of several experts'."""
+    source = biased.products[0].source
+    return source.whole or source.expert is not None or products > 1
+
+
+def _scales(value: ir.Value) -> bool:
+    """Whether a value is one behind a constant factor: that stays where it is."""
+    node = value.producer()
+    return node is not None and scalar_factor(node) is not None
+
+
+def _mixture(
+    facts: Facts, output: ir.Value, ends: Sequence[tuple[Biased, ir.Value]]
+) -> Mixture:
+    shape = facts.shapes.of(output) or ()
+    ends = list(ends)
+    ends.sort(key=lambda found: facts.order(found[0].products[0].node.outputs[0]))
+    second = tuple(biased for biased, _ in ends)
+    first = tuple(features_of(facts, rows) for _, rows in ends)
+    tokens: list[tuple[ir.Value, bool]] = []
+    for features in first:
+        for biased, _ in features.leaves:
+            for each in biased.products:
+                found = _tokens(facts, each.rows, shape)
+                if found is None:
+                    raise Unread("the first products are not of rows of tokens", each.node)
+                if found not in tokens:
+                    tokens.append(found)
+    if len(tokens) != 1:
+        raise Unread("the first products are not of the same tokens", output.producer())
+    counts = {_count(facts, biased, len(second)) for biased in second}
+    if len(counts) != 1 or (count := counts.pop()) is None:
+        raise Unread("how many experts there are is not known", output.producer())
+    return Mixture(output, tokens[0][0], count, first, second, tokens[0][1])
+
+
+def routings(facts: Facts, mixture: Mixture) -> Iterator[Routing]:
+    """What the sum needs to know beside the tokens, nearest to it first."""
+    rows = product((facts.shapes.of(mixture.tokens) or ())[:-1])
+    stop = mixture.tokens
+    open_values: dict[ir.Value, int] = {}
+    pending = [mixture.output]
+    seen = {mixture.output, stop}
+    for _ in range(200):
+        while pending:
+            node = pending.pop().producer()
+            if node is None:
+                return
+            for value in node.inputs:
+                if value is None or value in seen or not facts.is_activation(value):
+                    continue
+                seen.add(value)
+                if node.op_type in ("Shape", "Size"):
+                    continue
+                slots = _slots(facts, value, rows, mixture.count)
+                if slots is not None:
+                    open_values[value] = slots
+                else:
+                    pending.append(value)
+            if len(seen) > MAX_NODES:
+                return
+        floats = [v for v in open_values if v.dtype in FLOATS]
+        others = [v for v in open_values if v.dtype not in FLOATS]
+        if not floats:
+            return
+        if len(floats) == 1:
+            weights, slots = floats[0], open_values[floats[0]]
+            if not others and slots == mixture.count:
+                yield Routing(weights, None, slots)
+            if len(others) == 1 and others[0].dtype in _INTEGERS:
+                if open_values[others[0]] == slots:
+                    yield Routing(weights, others[0], slots)
+        last = max(open_values, key=lambda value: (facts.order(value), value.index() or 0))
+        del open_values[last]
+        pending.append(last)
+
+
+def _slots(facts: Facts, value: ir.Value, rows: Dim, experts: int) -> int | None:
+    """How many numbers a value holds for each token, if it holds a few for each."""
+    shape = facts.shapes.of(value)
+    if not shape:
+        return None
+    last = shape[-1]
+    if isinstance(last, int) and 1 <= last <= experts:
+        if facts.shapes.same(product(shape[:-1]), rows):
+            return last
+    return 1 if facts.shapes.same(product(shape), rows) else None
+
+
+def _ends(
+    facts: Facts, output: ir.Value, reached: Collection[ir.Value]
+) -> list[tuple[Biased, ir.Value]]:
+    """The second products that a value is a weighted sum of, and their rows.
+
+    Args:
+        reached: what follows from the router's choice: a summand that does not, and is weighed by
+            nothing that does, is no expert's.
+    """
+    found: dict[ir.Node, tuple[Biased, ir.Value]] = {}
+    pending, seen = [output], {output}
+    while pending and len(seen) < MAX_NODES:
+        value = pending.pop()
+        node = producer(value)
+        if node is None or not facts.is_activation(value):
+            continue
+        ending = biased_of(facts, value)
+        if ending is not None:
+            for product_, bias in zip(ending[0].products, ending[0].biases, strict=True):
+                found[product_.node] = (Biased((product_,), (bias,)), product_.rows)
+            continue
+        weighs = node.op_type in _WEIGHING or value not in reached
+        for follow in _summands(facts, node):
+            if follow not in seen and (weighs or follow in reached):
+                seen.add(follow)
+                pending.append(follow)
+    return list(found.values())
+
+
+def _summands(facts: Facts, node: ir.Node) -> Sequence[ir.Value]:
+    """What a node adds up, weighs or moves, of rows of features."""
+    match node.op_type:
+        case "Add" | "Mul" | "Sum" | "MatMul":
+            inputs = [v for v in node.inputs if v is not None]
+        case "Where":
+            inputs = [given(node, 1), given(node, 2)]
+        case "ScatterND" | "ScatterElements":
+            inputs = [given(node, 0), given(node, 2)]
+        case "Concat":
+            inputs = [v for v in node.inputs if v is not None]
+        case "Slice" | "Split" | "Cast" | "CastLike" | "ReduceSum" | "Div":
+            inputs = [given(node)]
+        case kind if kind in _MOVES and (kind != "Gather" or attribute(node, "axis", 0) == 0):
+            inputs = [given(node)]
+        case _:
+            return ()
+    return [v for v in inputs if v.dtype in FLOATS and facts.is_activation(v)]
+
+
+_WEIGHING = frozenset({"Mul", "MatMul", "Where"})
+_MOVES = (
+    "Identity",
+    "Squeeze",
+    "Unsqueeze",
+    "Flatten",
+    "Reshape",
+    "Transpose",
+    "Expand",
+    "Tile",
+    "Gather",
+    "GatherND",
+    "GatherElements",
+)
+
+
+def _tokens(
+    facts: Facts, rows: ir.Value, shape: Sequence[Dim]
+) -> tuple[ir.Value, bool] | None:
+    """The tokens that rows are taken from, and whether weights multiplied them on the way."""
+    tokens, width = product(shape[:-1]), shape[-1]
+    scaled = False
+    value = rows
+    for _ in range(24):
+        size = facts.shapes.of(value)
+        node = producer(value)
+        if node is None:
+            return (value, scaled) if _is_tokens(facts, size, tokens, width) else None
+        if node.op_type == "Mul" and not scaled:
+            weighed = _weighed(facts, node)
+            if weighed is not None:
+                value, scaled = weighed, True
+                continue
+        if _is_tokens(facts, size, tokens, width):
+            return _flat(facts, value, tokens, width), scaled
+        if node.op_type not in (*_MOVES, "Cast", "Slice", "Split"):
+            return None
+        value = given(node)
+    return None
+
+
+def _flat(facts: Facts, value: ir.Value, tokens: Dim, width: Dim) -> ir.Value:
+    """The tokens as [T, H], where they are on the way to where they come from."""
+    step = value
+    while facts.shapes.rank(step) != 2:
+        node = producer(step, "Unsqueeze", "Squeeze", "Reshape", "Identity", "Flatten")
+        if node is None or not _is_tokens(facts, facts.shapes.of(given(node)), tokens, width):
+            return value
+        step = given(node)
+    return step
+
+
+def _is_tokens(facts: Facts, shape: Sequence[Dim] | None, tokens: Dim, width: Dim) -> bool:
+    return bool(
+        shape and shape[-1] == width and facts.shapes.same(product(shape[:-1]), tokens)
+    )
+
+
+def _weighed(facts: Facts, node: ir.Node) -> ir.Value | None:
+    """The rows that a Mul weighs each by a number of its own, computed at run time."""
+    for index in (0, 1):
+        weight, rows = given(node, index), given(node, 1 - index)
+        shape, other = facts.shapes.of(weight), facts.shapes.of(rows)
+        if shape and other and shape[-1] == 1 and other[-1] != 1 and facts.is_activation(weight):
+            return rows
+    return None
+
+
+def _count(facts: Facts, biased: Biased, products: int) -> int | None:
+    """How many experts a second product is one of."""
+    source = biased.products[0].source
+    if source.whole or source.expert is not None:
+        shape = facts.shapes.of(source.value)
+        assert shape is not None
+        return shape[0] if isinstance(shape[0], int) else None
+    return products

@@ -1,0 +1,283 @@
+"""MOE001: a mixture of experts, however tokens are brought to their experts.
+
+Replaces
+    sum over j of w[t, j] * expert(i[t, j], x[t])                      (Shazeer et al., 2017)
+    -> onnxgen::MoE(x, w, i, fc1, fc2 ...)
+
+    What lies between the tokens, the router's choice and the sum is not read: weights gathered for
+    each token, rows sorted by expert, a loop over the experts, or all experts on all tokens and a
+    mask. Only the experts are (`analysis.experts`): which weights, which way round, with which
+    biases, and what stands between the two products. The router stays as it is, up to its last
+    numbers: indices [T, k] and weights [T, k]; or [T, E], where all experts are weighed.
+
+    Weights in a stack stay where they are. Weights of experts that are initializers of their own
+    are stacked when the model is written.
+
+Declines
+    experts: what an expert computes is no activation between two products.
+    routing: it is not found which experts a token goes to, and what they weigh.
+    layout: a size that must be known is not.
+
+Numerics
+    The same products, experts of a token summed in the order of their numbers. Products with
+    weights, and their sum, are of the weights' type, as they were.
+
+Seen in
+    transformers 5.23: `batched_mm` by every exporter, `grouped_mm` by its own; loops over experts
+    by TorchScript and dynamo; dense experts (GPT-OSS, Llama 4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxgen import functions
+from onnxgen.analysis.expert_features import Biased, Features, Selection, Unread
+from onnxgen.analysis.expert_weights import Source
+from onnxgen.analysis.experts import CHOOSING, Mixture, Routing, mixture_of, routings
+from onnxgen.analysis.facts import Facts
+from onnxgen.functions import moe
+from onnxgen.functions.activation import Activation, written
+from onnxgen.patterns.building import Builder
+from onnxgen.patterns.rule import Declined, Rewrite, Rule
+
+
+@dataclass(frozen=True)
+class _Linear:
+    """The weights of one product for every expert, in the order of the experts' numbers."""
+
+    weights: tuple[Source, ...]
+    biases: tuple[Source | None, ...]
+
+
+@dataclass(frozen=True)
+class _First:
+    """What the first products are: the activation, and the weights of its features."""
+
+    activation: Activation
+    fc1: _Linear
+    fc3: _Linear | None
+    interleaved: bool
+
+
+class Experts(Rule):
+    """Anchored at the TopK or ArgMax that chooses."""
+
+    code = "MOE001"
+    kind = "moe"
+    anchors = CHOOSING
+
+    def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
+        try:
+            mixture = mixture_of(facts, node)
+        except Unread as error:
+            raise Declined(self, "experts", str(error), error.node or node) from None
+        if mixture is None:
+            return None
+        routing = next(routings(facts, mixture), None)
+        if routing is None:
+            reason = "it is not found which experts a token goes to and what they weigh"
+            raise Declined(self, "routing", reason, node, mixture.output.producer())
+        first, second = self._first(mixture, node), self._second(mixture)
+        return self._emit(facts, builder, mixture, routing, first, second)
+
+    def _second(self, mixture: Mixture) -> _Linear:
+        return _linear(mixture.second)
+
+    def _first(self, mixture: Mixture, node: ir.Node) -> _First:
+        """The activation and the first products, which must be the same function of each expert.
+
+        Raises:
+            Declined: they are not.
+        """
+        order = _order(mixture.second)
+        features = [mixture.first[index] for index in order]
+        texts = {written(each.term) for each in features}
+        if len(texts) != 1:
+            raise Declined(self, "experts", "the experts have different activations", node)
+        activation = Activation(texts.pop())
+        count = len(features[0].leaves)
+        if count == 0 or any(len(each.leaves) != count for each in features):
+            raise Declined(self, "experts", "an expert's activation reads no product", node)
+        linears = [_leaf(features, number) for number in range(count)]
+        picked = {tuple(selection for _, selection in each.leaves) for each in features}
+        selections = picked.pop()
+        if picked:
+            raise Declined(self, "experts", "the experts read different features", node)
+        if count == 1:
+            if selections[0] is not None:
+                raise Declined(self, "experts", "an expert reads a part of its features", node)
+            return _First(activation.named(), linears[0], None, interleaved=False)
+        named, swapped = activation.named(), activation.swapped().named()
+        if selections == (None, None):
+            if named.text == activation.text and swapped.text in moe.GATED:
+                return _First(swapped, linears[1], linears[0], interleaved=False)
+            return _First(named, linears[0], linears[1], interleaved=False)
+        layout = None if linears[0] != linears[1] else _layout(selections)
+        if layout is None:
+            raise Declined(self, "experts", "an expert reads its features in another order", node)
+        interleaved, turned = layout
+        return _First(swapped if turned else named, linears[0], None, interleaved=interleaved)
+
+    def _emit(
+        self,
+        facts: Facts,
+        builder: Builder,
+        mixture: Mixture,
+        routing: Routing,
+        first: _First,
+        second: _Linear,
+    ) -> Rewrite:
+        node, width = mixture.output.producer(), (facts.shapes.of(mixture.tokens) or ())[-1]
+        assert isinstance(width, int)
+        x = _rows(facts, builder, mixture.tokens, width)
+        weights = _rows(facts, builder, routing.weights, routing.slots)
+        indices = routing.indices
+        if indices is not None:
+            indices = _rows(facts, builder, indices, routing.slots)
+            if indices.dtype != ir.DataType.INT64:
+                indices = builder.op("Cast", [indices], {"to": int(ir.DataType.INT64)})
+        fc1, fc2 = _stacked(builder, first.fc1.weights), _stacked(builder, second.weights)
+        fc3 = None if first.fc3 is None else _stacked(builder, first.fc3.weights)
+        bias1, bias2 = (_stacked_biases(builder, each) for each in (first.fc1, second))
+        bias3 = None if first.fc3 is None else _stacked_biases(builder, first.fc3)
+        if fc1 is None or fc2 is None or (first.fc3 is not None and fc3 is None):
+            raise Declined(self, "layout", "the experts' weights have different layouts", node)
+        if first.fc3 is not None and (bias1 is None) != (bias3 is None):
+            raise Declined(self, "experts", "one of two features has a bias", node)
+        if mixture.scaled and bias2 is not None:
+            raise Declined(self, "experts", "weights multiply inputs of experts with a bias", node)
+        turned1, turned2 = first.fc1.weights[0].turned, second.weights[0].turned
+        if first.fc3 is not None and first.fc3.weights[0].turned != turned1:
+            raise Declined(self, "layout", "the experts' weights have different layouts", node)
+        if x.dtype != fc1.dtype and fc1.dtype is not None:
+            x = builder.op("Cast", [x], {"to": int(fc1.dtype)})
+        overload = moe.overload_of(
+            first.activation.text,
+            interleaved=first.interleaved,
+            fc1t=turned1,
+            fc2t=turned2,
+            bias1=bias1 is not None,
+            bias2=bias2 is not None,
+            separate=fc3 is not None,
+            dense=indices is None,
+            scaled=mixture.scaled,
+        )
+        (y,) = builder.ops(
+            moe.NAME,
+            [x, weights, indices, fc1, bias1, fc2, bias2, fc3, bias3],
+            1,
+            domain=functions.DOMAIN,
+            overload=overload,
+        )
+        fused = y.producer()
+        assert fused is not None
+        if mixture.output.dtype is not None and y.dtype != mixture.output.dtype:
+            y = builder.op("Cast", [y], {"to": int(mixture.output.dtype)})
+        shape = facts.shapes.of(mixture.output)
+        if shape is not None and len(shape) != 2:
+            target = builder.target(y, shape)
+            if target is None:
+                raise Declined(self, "layout", "the output's size cannot be computed", node)
+            y = builder.op("Reshape", [y, target])
+        details: dict[str, str | int | float | bool] = {
+            "experts": mixture.count,
+            "slots": routing.slots if indices is not None else "all",
+            "activation": first.activation.text,
+        }
+        choices = {} if routing.indices is None else {routing.indices: mixture.count}
+        return Rewrite(fused, ((mixture.output, y),), details, choices=choices)
+
+
+def _rows(facts: Facts, builder: Builder, value: ir.Value, width: int) -> ir.Value:
+    """A value as [T, width]."""
+    if facts.shapes.rank(value) == 2:
+        shape = facts.shapes.of(value)
+        if shape is not None and shape[-1] == width:
+            return value
+    return builder.op("Reshape", [value, builder.ints(-1, width)])
+
+
+def _order(second: Sequence[Biased]) -> list[int]:
+    """The places of the experts' products, in the order of the experts' numbers."""
+    sources = [each.products[0].source for each in second]
+    numbers = [source.expert for source in sources]
+    if all(number is not None for number in numbers):
+        return sorted(range(len(numbers)), key=lambda index: numbers[index] or 0)
+    return list(range(len(sources)))
+
+
+def _linear(products: Sequence[Biased]) -> _Linear:
+    order = _order(products)
+    return _Linear(
+        tuple(products[index].products[0].source for index in order),
+        tuple(products[index].biases[0] for index in order),
+    )
+
+
+def _leaf(features: Sequence[Features], number: int) -> _Linear:
+    """The products that the experts' activations read as one of their features."""
+    found = [each.leaves[number][0] for each in features]
+    if len(found[0].products) > 1:  # joined rows of all experts, the same for each of them
+        one = found[0]
+        return _linear(
+            [Biased((p,), (b,)) for p, b in zip(one.products, one.biases, strict=True)]
+        )
+    return _Linear(
+        tuple(each.products[0].source for each in found), tuple(each.biases[0] for each in found)
+    )
+
+
+def _layout(selections: Sequence[Selection | None]) -> tuple[bool, bool] | None:
+    """(whether they take turns, whether the second comes first) for two halves of the features."""
+    ordered = sorted(
+        (each for each in selections if each is not None), key=lambda each: each.start
+    )
+    if len(ordered) != 2:
+        return None
+    a, b = ordered
+    turned = selections[0] is not a
+    if (a.start, a.step, b.start, b.step, a.count) == (0, 2, 1, 2, b.count):
+        return True, turned
+    if (a.start, a.step, b.start, b.step, b.count) == (0, 1, a.count, 1, a.count):
+        return False, turned
+    return None
+
+
+def _stacked(builder: Builder, sources: Sequence[Source]) -> ir.Value | None:
+    """All experts' weights as one initializer; None where they lie in different ways."""
+    first = sources[0]
+    if any(each.turned != first.turned for each in sources):
+        return None
+    return _whole(sources) or _joined(builder, sources)
+
+
+def _stacked_biases(builder: Builder, linear: _Linear) -> ir.Value | None:
+    given = [each for each in linear.biases if each is not None]
+    if len(given) != len(linear.biases):
+        return None
+    return _whole(given) or _joined(builder, given)
+
+
+def _whole(sources: Sequence[Source]) -> ir.Value | None:
+    """The stack that these are all the experts of, in order."""
+    value = sources[0].value
+    if sources[0].whole and len(sources) == 1:
+        return value
+    assert value.const_value is not None
+    numbers = [each.expert for each in sources]
+    if any(each.value is not value for each in sources) or value.const_value.shape[0] != len(
+        sources
+    ):
+        whole = all(each.whole and each.value is value for each in sources)
+        return value if whole else None
+    return value if numbers == list(range(len(sources))) or sources[0].whole else None
+
+
+def _joined(builder: Builder, sources: Sequence[Source]) -> ir.Value | None:
+    if any(each.expert is not None or each.whole for each in sources):
+        return None
+    return builder.stacked([each.value for each in sources])
