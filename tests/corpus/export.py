@@ -621,7 +621,9 @@ def by_torch(
         torch.onnx.export(
             wrapper, tensors, buffer, dynamo=False, opset_version=17, dynamic_axes=axes, **names
         )
-        return Exported(onnx.load_from_string(buffer.getvalue()), inputs, roles, "torchscript")
+        proto = onnx.load_from_string(buffer.getvalue())
+        taken = {value.name for value in proto.graph.input}  # it drops what it does not read
+        return Exported(proto, [i for i in inputs if i.name in taken], roles, "torchscript")
     free = torch.export.Dim.DYNAMIC
     # A cropped layer's length is compared with the window while tracing, which fixes it.
     shapes = tuple(
