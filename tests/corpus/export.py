@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import experts
 import numpy as np
 import onnx
 import onnx_ir
@@ -42,7 +43,6 @@ import transformers
 from onnx import numpy_helper
 from torch import nn
 
-import experts
 from onnxgen import testing
 from onnxgen.testing import CORPUS, GROW, Growth
 from onnxgen.twin import holds_bfloat16, widen, widened
