@@ -41,7 +41,7 @@ _DEMO = Path(__file__).resolve().parent / "demo" / "decoder.onnx.xz"
 
 @dataclass(frozen=True)
 class Growth:
-    """How to grow a weight: draw a parameter from a normal distribution, permute, reshape.
+    """How to grow a weight: draw a parameter from a normal distribution, cut, permute, reshape.
 
     Attributes:
         key: what the seed derives from; a parameter's path where the tensor is a whole parameter.
@@ -49,6 +49,7 @@ class Growth:
         std: standard deviation of the distribution.
         shape: the parameter's shape.
         axes: the permutation of the parameter's axes that the exporter stored, or ().
+        part: what was cut out of the parameter, as in `2,:112`, or "".
     """
 
     key: str
@@ -56,9 +57,11 @@ class Growth:
     std: float
     shape: tuple[int, ...]
     axes: tuple[int, ...] = ()
+    part: str = ""
 
     def __str__(self) -> str:
         shape = "x".join(map(str, self.shape))
+        shape += f"[{self.part}]" if self.part else ""
         axes = ",".join(map(str, self.axes)) or "-"
         return f"normal {self.mean!r} {self.std!r} {shape} {axes} {self.key}"
 
@@ -72,12 +75,24 @@ class Growth:
         kind, mean, std, shape, axes, key = text.split(" ", 5)
         if kind != "normal":
             raise ValueError(f"unknown distribution {kind!r} in {text!r}")
+        shape, _, part = shape.removesuffix("]").partition("[")
         return cls(
             key=key,
             mean=float(mean),
             std=float(std),
             shape=tuple(int(dim) for dim in shape.split("x") if dim),
             axes=() if axes == "-" else tuple(int(axis) for axis in axes.split(",")),
+            part=part,
+        )
+
+    @staticmethod
+    def indices(part: str) -> tuple[int | slice, ...]:
+        """Read a part, `2,:112`, as what indexes an array."""
+        return tuple(
+            slice(*(int(end) if end else None for end in text.split(":")))
+            if ":" in text
+            else int(text)
+            for text in part.split(",")
         )
 
     def values(self, seed: int = 0) -> npt.NDArray[np.float32]:
@@ -86,6 +101,7 @@ class Growth:
         generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:8], "little")))
         drawn = generator.standard_normal(math.prod(self.shape)) * self.std + self.mean
         values = drawn.astype(np.float32).reshape(self.shape)
+        values = values[self.indices(self.part)] if self.part else values
         return values.transpose(self.axes) if self.axes else values
 
 
@@ -97,8 +113,8 @@ class CorpusEntry:
     `builder`, which is onnxruntime-genai's),
     followed by what is special about the export: `-eager`, `-decode` (one new token), `-static`
     (a cache of fixed length), `-prefill` (no past), `-fp16`, `-cropped` (sliding layers keep the
-    last W-1 tokens), `-sliding` (a cache that knows its window, not cropped), `-batched` (how
-    experts run), `-optimized` (by ONNX Runtime's transformers optimizer).
+    last W-1 tokens), `-sliding` (a cache that knows its window, not cropped), `-batched`, `-looped`,
+    `-dense`, `-bmm` (how experts run), `-optimized` (by ONNX Runtime's transformers optimizer).
     """
 
     model: str

@@ -130,6 +130,24 @@ def test_growing_is_the_same_everywhere() -> None:
     assert not np.array_equal(growth.values(seed=1), growth.values())
 
 
+def test_a_part_of_a_growth() -> None:
+    whole = Growth("experts.gate_up_proj", 0.0, 0.1, (3, 4, 2))
+    part = Growth("experts.gate_up_proj", 0.0, 0.1, (3, 4, 2), (1, 0), "2,1:")
+    assert Growth.parse(str(part)) == part
+    np.testing.assert_array_equal(part.values(), whole.values()[2, 1:].T)
+
+
+def test_forms_of_experts_share_their_weights() -> None:
+    results = {}
+    for entry in corpus("mixtral/*"):
+        if "fp16" not in entry.form and not entry.form.startswith("transformers"):
+            outputs = open_session(entry.load()).run(None, _llama_feeds(entry))
+            results[entry.form] = outputs[main_output(entry)]
+    assert {"torchscript-batched", "torchscript-looped", "torchscript-dense"} <= set(results)
+    for result in results.values():
+        np.testing.assert_allclose(result, results["torchscript-batched"], atol=1e-4)
+
+
 def test_grow_leaves_other_models_alone() -> None:
     model = testing.grow(testing.read_stored(ENTRIES[0].path))
     data = model.SerializeToString(deterministic=True)
@@ -179,9 +197,10 @@ def test_failures_are_in_the_readme() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama/torchscript", "qwen3/dynamo20"])
-def test_exporting_again_gives_the_same_graph(name: str) -> None:
+def test_exporting_again_gives_the_same_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
+    monkeypatch.syspath_prepend(EXPORT.parent)
     spec = importlib.util.spec_from_file_location("corpus_export", EXPORT)
     assert spec is not None
     assert spec.loader is not None

@@ -33,6 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import experts
 import numpy as np
 import onnx
 import onnx_ir
@@ -126,6 +127,16 @@ EXPERTS = (
     "torchscript",
     "dynamo20",
 )
+SOME_EXPERTS = (
+    "torchscript-batched",
+    "dynamo20-batched",
+    "transformers",
+    "transformers-batched",
+)
+OWN_EXPERTS = tuple(
+    f"{exporter}-{form}" for form in experts.FORMS for exporter in ("torchscript", "dynamo20")
+)
+NARROW_EXPERTS = ("torchscript-batched-fp16", "dynamo20-batched-fp16")
 CROSS = (*BASIC, *(f"{form}-prefill" for form in BASIC[:2]))
 T5 = (*BASIC, "dynamo20-eager", "dynamo23-eager")  # dynamo takes no other attention of T5
 
@@ -228,11 +239,21 @@ MODELS = (
     Model("falcon", "FalconForCausalLM", lambda d: {**wide(d), "multi_query": True, "parallel_attn": True, "new_decoder_architecture": False, "alibi": False, "bias": False}, (*BASIC, "dynamo23-eager")),
     Model("bloom", "BloomForCausalLM", lambda d: {**wide(d), "n_head": d.heads, "n_layer": d.layers, "num_hidden_layers": d.layers}, BASIC, attention="eager"),
     Model("gptj", "GPTJForCausalLM", lambda d: {**gpt(d), "rotary_dim": 16}, BASIC, attention="eager"),
-    Model("mixtral", "MixtralForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": None}, EXPERTS),
+    Model("mixtral", "MixtralForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": None}, (*EXPERTS, *OWN_EXPERTS, *NARROW_EXPERTS)),
     Model("qwen3_moe", "Qwen3MoeForCausalLM", lambda d: {**common(d), "num_experts": d.experts, "num_experts_per_tok": 2, "moe_intermediate_size": 72, "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": True}, EXPERTS),
-    Model("gpt_oss", "GptOssForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": d.window, "layer_types": layer_types(d)}, EXPERTS, attention="eager"),
+    Model("gpt_oss", "GptOssForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": d.window, "layer_types": layer_types(d)}, (*EXPERTS, "torchscript-looped", "dynamo20-dense", "torchscript-bmm", "dynamo20-bmm"), attention="eager"),
     Model("deepseek_v3", "DeepseekV3ForCausalLM", lambda d: {**common(d), "num_key_value_heads": d.heads, "head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 40, "q_lora_rank": 56, "kv_lora_rank": 64, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 3, "n_shared_experts": 1, "first_k_dense_replace": 1, "moe_intermediate_size": 72}, EXPERTS),
-    Model("deepseek_v2", "DeepseekV2ForCausalLM", lambda d: {**common(d), "num_key_value_heads": d.heads, "head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 40, "q_lora_rank": 56, "kv_lora_rank": 64, "n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1, "first_k_dense_replace": 2, "moe_intermediate_size": 72}, ("transformers",)),
+    Model("deepseek_v2", "DeepseekV2ForCausalLM", lambda d: {**common(d), "num_key_value_heads": d.heads, "head_dim": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 40, "q_lora_rank": 56, "kv_lora_rank": 64, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "topk_method": "group_limited_greedy", "routed_scaling_factor": 1.6, "num_experts_per_tok": 3, "n_shared_experts": 3, "first_k_dense_replace": 1, "moe_intermediate_size": 76}, ("transformers", "transformers-batched")),
+    Model("qwen2_moe", "Qwen2MoeForCausalLM", lambda d: {**common(d), "num_experts": d.experts, "num_experts_per_tok": 2, "moe_intermediate_size": 76, "shared_expert_intermediate_size": 104, "norm_topk_prob": False}, (*SOME_EXPERTS, "torchscript-looped", "torchscript-dense", "dynamo20-looped", "dynamo20-dense")),
+    Model("olmoe", "OlmoeForCausalLM", lambda d: {**wide(d), "num_key_value_heads": d.kv_heads, "num_experts": d.experts, "num_experts_per_tok": 3, "norm_topk_prob": False}, SOME_EXPERTS),
+    Model("granitemoe", "GraniteMoeForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 3, "embedding_multiplier": 1.5, "logits_scaling": 0.7, "residual_multiplier": 0.8, "attention_multiplier": 0.15}, (*SOME_EXPERTS, *NARROW_EXPERTS)),
+    Model("phimoe", "PhimoeForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 2, "router_jitter_noise": 0.2, "attention_bias": True, "lm_head_bias": True, "sliding_window": None}, SOME_EXPERTS),
+    Model("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", lambda d: {**common(d), "moe_num_experts": d.experts, "moe_k": 2, "moe_intermediate_size": 76, "moe_num_shared_experts": 3, "moe_layer_start_index": 1}, SOME_EXPERTS),
+    Model("glm4_moe", "Glm4MoeForCausalLM", lambda d: {**common(d), "n_routed_experts": d.experts, "num_experts_per_tok": 3, "moe_intermediate_size": 76, "n_shared_experts": 3, "first_k_dense_replace": 1, "routed_scaling_factor": 1.6, "use_qk_norm": True, "attention_bias": True}, SOME_EXPERTS),
+    Model("minimax_m2", "MiniMaxM2ForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 3}, SOME_EXPERTS),
+    Model("jetmoe", "JetMoeForCausalLM", lambda d: {k: v for k, v in common(d).items() if k not in ("head_dim", "num_attention_heads")} | {"kv_channels": d.head_size, "num_local_experts": d.experts, "num_experts_per_tok": 2}, ("torchscript", "dynamo20", "transformers")),
+    Model("llama4_text", "Llama4ForCausalLM", lambda d: {**common(d), "intermediate_size_mlp": 104, "num_local_experts": d.experts, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "attention_chunk_size": d.positions, "floor_scale": 4}, ("torchscript", "dynamo20", "dynamo23", "transformers")),
+    Model("llama4_nope", "Llama4ForCausalLM", lambda d: {**common(d), "intermediate_size_mlp": 104, "num_local_experts": d.experts, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "no_rope_layers": [0] * d.layers, "attention_chunk_size": d.positions, "floor_scale": 4}, ("torchscript", "dynamo20", "dynamo23", "transformers")),
     Model("phi3_longrope", "Phi3ForCausalLM", lambda d: {**common(d), "hidden_size": d.width, "original_max_position_embeddings": 12, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "longrope", "short_factor": [1 + i / 100 for i in range(24)], "long_factor": [1.5 + i / 10 for i in range(24)], "original_max_position_embeddings": 12}}, ("dynamo20",)),
     Model("bert", "BertModel", wide, (*BASIC, OPTIMIZED), "encoder"),
     Model("distilbert", "DistilBertModel", lambda d: {"n_layers": d.layers, "n_heads": d.heads, "dim": d.width, "hidden_dim": d.inner, "vocab_size": d.vocab, "max_position_embeddings": d.positions}, BASIC, "encoder"),
@@ -262,8 +283,15 @@ def build(model: Model, dims: Dims, mods: Sequence[str]) -> tuple[nn.Module, dic
         module.set_experts_implementation("batched_mm")
     module.eval().requires_grad_(True)
     growths = liven(module)
+    for mod in experts_of(mods):
+        experts.swap(module, mod, growths)
     module.to(getattr(torch, narrow(mods)))
     return module, growths
+
+
+def experts_of(mods: Sequence[str]) -> list[str]:
+    """How a form runs its experts, if in a way of our own."""
+    return [mod for mod in mods if mod in experts.FORMS]
 
 
 def narrow(mods: Sequence[str]) -> str:
@@ -290,6 +318,8 @@ def liven(module: nn.Module) -> dict[str, Growth]:
         mean = 0.0
         if id(parameter) in embeddings:
             std = 1.0
+        elif name.endswith("e_score_correction_bias"):  # of scores between 0 and 1
+            std = 0.2
         elif parameter.ndim >= 2:
             inputs_first = id(parameter) in conv1d or "GptOss" in type(module).__name__
             if parameter.ndim == 2 and "GptOss" in type(module).__name__:
@@ -591,7 +621,9 @@ def by_torch(
         torch.onnx.export(
             wrapper, tensors, buffer, dynamo=False, opset_version=17, dynamic_axes=axes, **names
         )
-        return Exported(onnx.load_from_string(buffer.getvalue()), inputs, roles, "torchscript")
+        proto = onnx.load_from_string(buffer.getvalue())
+        taken = {value.name for value in proto.graph.input}  # it drops what it does not read
+        return Exported(proto, [i for i in inputs if i.name in taken], roles, "torchscript")
     free = torch.export.Dim.DYNAMIC
     # A cropped layer's length is compared with the window while tracing, which fixes it.
     shapes = tuple(
@@ -761,6 +793,7 @@ class Weights:
     """Recognises random weights by their values, whatever the exporter did to their shape."""
 
     def __init__(self, growths: Mapping[str, Growth], dtype: str) -> None:
+        self.dtype = dtype
         self.alike: list[str] = []  # grown like the original, but not equal to it
         self.by_values: dict[bytes, list[tuple[Growth, np.ndarray[Any, Any]]]] = {}
         everything = []
@@ -782,11 +815,13 @@ class Weights:
         """Return how to grow a constant, or None where it is no random weight."""
         if values.dtype.name not in ("float32", *NARROW.values()) or not values.size:
             return None
-        values = values.astype(np.float32)
+        stored_in, values = values.dtype.name, values.astype(np.float32)
         for growth, drawn in self.by_values.get(self._key(values), ()):
             for axes in itertools.permutations(range(drawn.ndim)):
                 seen = drawn.transpose(axes)
                 if np.array_equal(seen.ravel(), values.ravel()):
+                    if stored_in != self.dtype:  # a cast folded in: it grows without rounding
+                        self.alike.append(name)
                     identity = axes == tuple(range(drawn.ndim))
                     return dataclasses.replace(growth, axes=() if identity else axes)
         # A slice or a concatenation: as many numbers, drawn alike.
@@ -893,6 +928,8 @@ def probe(
     allowed = 2e-4 if narrow(mods) == "float32" else 2e-2
     if "bf16" in mods:  # the twin computes in float32; weights and constants are rounded
         module, mods = module.float(), [mod for mod in mods if mod != "bf16"]
+    if experts_of(mods):  # it must say what the model's own code says
+        module.set_experts_implementation("eager")
     flat = inputs_of(model, dims, mods, module)
     wrapper = Wrapper(module, model.kind, mods, flat).eval()
     info["runs"], info["fails"] = [], {}
@@ -1176,7 +1213,7 @@ Graphs that real exporters wrote, from transformers *configurations* with random
   layers keep W-1 tokens,
   `-sliding` such a cache as transformers' exporter takes it: not cropped, the window an input,
   `-optimized` by onnxruntime.transformers' optimizer, `-batched` experts by `batched_mm` (without it the transformers exporter writes one branch for
-  each expert, and the others fail).
+  each expert, and the others fail); `-looped`, `-dense` and `-bmm` are other ways, of `experts.py`.
 - Decoders of encoder-decoders take both caches; their `-prefill` makes both.
 - Each export was run by ONNX Runtime at several sizes and compared with torch, on the same weights.
   Where it agrees stands in its metadata (`onnxgen.corpus`: `runs`, `fails`).
