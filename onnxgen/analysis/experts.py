@@ -252,10 +252,11 @@ def _ends(
     """The second products that a value is a weighted sum of, and their rows.
 
     Args:
-        reached: what follows from the router's choice: a summand that does not, and is weighed by
-            nothing that does, is no expert's.
+        reached: what follows from the router's choice. Nothing is found where a summand does not,
+            and is weighed by nothing that does: a shared expert's, or the residual.
     """
     found: dict[ir.Node, tuple[Biased, ir.Value]] = {}
+    width = (facts.shapes.of(output) or (1,))[-1]
     pending, seen = [output], {output}
     while pending and len(seen) < MAX_NODES:
         value = pending.pop()
@@ -268,11 +269,20 @@ def _ends(
                 found[product_.node] = (Biased((product_,), (bias,)), product_.rows)
             continue
         weighs = node.op_type in _WEIGHING or value not in reached
-        for follow in _summands(facts, node):
-            if follow not in seen and (weighs or follow in reached):
+        summands = [v for v in _summands(facts, node) if _has(facts, v, width)]
+        if not weighs and any(each not in reached for each in summands):
+            return []
+        for follow in summands:
+            if follow not in seen:
                 seen.add(follow)
                 pending.append(follow)
     return list(found.values())
+
+
+def _has(facts: Facts, value: ir.Value, size: Dim) -> bool:
+    """Whether an axis of a value may have a size: weights of tokens have none of the features."""
+    shape = facts.shapes.of(value)
+    return shape is None or size in shape
 
 
 def _summands(facts: Facts, node: ir.Node) -> Sequence[ir.Value]:

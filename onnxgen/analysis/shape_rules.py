@@ -351,6 +351,15 @@ def _reduce(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [tuple(size for axis, size in enumerate(source) if axis not in gone)]
 
 
+def _arg(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    source = shapes.of(node.inputs[0])
+    if source is None:
+        return [None]
+    axis = attribute(node, "axis", 0) % len(source)
+    kept = (1,) if attribute(node, "keepdims", 1) else ()
+    return [(*source[:axis], *kept, *source[axis + 1 :])]
+
+
 def _range(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     numbers = [scalar(value) for value in node.inputs]
     known = [number for number in numbers if number is not None]
@@ -474,6 +483,8 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "Shape": _shape,
     "Size": lambda shapes, node: [()],
     "TopK": _top_k,
+    "ArgMax": _arg,
+    "ArgMin": _arg,
     "Attention": _attention,
     "SinkAttention": _attention,
     **dict.fromkeys(
