@@ -157,7 +157,7 @@ def test_the_report_says_whether_the_kernel_was_run(
     monkeypatch.setattr(paged_kernel, "PACKAGE", "no_such_provider")
     report, _ = page(parse(decoder(), opset=24, weights=TABLES), tmp_path)
     why = "not run: no provider that has it is installed here (extra webgpu)"
-    document = as_json.to_paged_document(report, 0, None)
+    document = as_json.report_document("to-paged", report, 0, None)
     assert document["report"]["paging"]["kernel"] == why
     console = text.console()
     with console.capture() as shown:
