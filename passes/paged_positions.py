@@ -22,6 +22,7 @@ from onnxgen.passes.paged_switches import Switches
 from onnxgen.patterns.building import Builder
 from onnxgen.report.values import Obstacle
 
+_TOKENS = ("ids", "embeds", "type_ids")
 # One of these over tokens makes the value of one depend on the others.
 JOINING = frozenset(
     [
@@ -88,12 +89,12 @@ class _Positions:
         )
 
     def _depending(self) -> set[ir.Value]:
-        """Every value that follows from masks, positions, lengths and pasts alone."""
+        """Every value that follows from what is fed no more: all inputs but tokens and weights."""
+        graph = self.facts.graph
         reached = {
             value
-            for value in self.facts.graph.inputs
-            if self.facts.role(value) not in ("ids", "embeds", "type_ids", "unknown")
-            or value.name not in self.facts.roles.inputs
+            for value in graph.inputs
+            if self.facts.role(value) not in _TOKENS and value.name not in graph.initializers
         }
         for node in self.facts.graph:
             sizes = node.op_type in ("Shape", "Size")
@@ -124,8 +125,7 @@ class _Positions:
                     self.found.append((value, new))
                     continue
                 if value.is_graph_input():
-                    reason = f"input {value.name!r} is asked for by something that is no attention"
-                    obstacles.append(Obstacle("PAG008", reason, value.name or ""))
+                    obstacles.append(Obstacle("PAG008", self._why(value), value.name or ""))
                     continue
             node = value.producer()
             if node is None:
@@ -137,6 +137,12 @@ class _Positions:
         if obstacles:
             raise UnpageableError(obstacles)
         return self.found
+
+    def _why(self, value: ir.Value) -> str:
+        """Why an input cannot be left out."""
+        if self.facts.role(value) in ("unknown", "constant_like"):
+            return f"what it computes depends on input {value.name!r}, which a paged model lacks"
+        return f"input {value.name!r} is asked for by something that is no attention"
 
     def _conditions(self, asked: list[ir.Value]) -> list[ir.Value]:
         """Conditions on the longest sequence that are asked for, in graph order."""
