@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import ancestors
+from onnxgen.analysis.mixing import JOINING
 from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.positions import Lengths, Meaning
 from onnxgen.passes.paged_switches import Switches
@@ -23,20 +24,6 @@ from onnxgen.patterns.building import Builder
 from onnxgen.report.values import Obstacle
 
 _TOKENS = ("ids", "embeds", "type_ids")
-# One of these over tokens makes the value of one depend on the others.
-JOINING = frozenset(
-    [
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceSum",
-        "ReduceMean",
-        "ReduceProd",
-        "CumSum",
-        "ArgMax",
-        "ArgMin",
-        "TopK",
-    ]
-)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ _EXACT = frozenset(
     [getattr(ir.DataType, name) for name in ("INT64", "INT32", "FLOAT", "DOUBLE", "BOOL")]
 )
 # Where and Equal: places of padding get a number of their own.
-_COUNTING = names(
+_COUNTERS = names(
     """
     Add Concat ConstantOfShape CumSum Equal Expand GatherND Identity Mul Neg Not Range ReduceMax
     ReduceSum Reshape Shape Size Squeeze Sub Transpose Unsqueeze Where
@@ -160,7 +160,7 @@ def _only_counts(node: ir.Node) -> bool:
             line = table.reshape(-1).astype(np.int64)
             counted = np.array_equal(line, np.arange(line.size) + (line[0] if line.size else 0))
             return bool(counted and np.array_equal(line, table.reshape(-1)))
-    return node.op_type in _COUNTING
+    return node.op_type in _COUNTERS
 
 
 def _axes(samples: Sequence[tuple[RunShape, Any]]) -> list[int]:
