@@ -1,7 +1,9 @@
 """What tokens that are run together learn of one another by other means than attention.
 
-mixes_tokens(facts, node)               e.g. Conv over states, ReduceMean along the tokens
-lengths_as_numbers(outputs, lengths)    e.g. scores divided by the longest sequence's length
+    mixes_tokens(facts, node)               e.g. Conv over states, ReduceMean along the tokens
+    lengths_as_numbers(outputs, lengths)    e.g. scores divided by the length of the keys
+
+A model that does either cannot be paged: each sequence would see what runs beside it.
 """
 
 from __future__ import annotations

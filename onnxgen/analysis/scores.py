@@ -78,7 +78,7 @@ class Scores:
         steps: the nodes between, nearest to the Softmax first, with the scores they take.
     """
 
-    contraction: ir.Node = field(init=False)  # where the walk ends
+    contraction: ir.Node
     scale: float = 1.0
     softcap: float = 0.0
     masks: list[Mask] = field(default_factory=list)
@@ -98,7 +98,8 @@ class Stopped:
 
 def walk_up(facts: Facts, value: ir.Value) -> Scores | Stopped:
     """From a Softmax's input to the contraction that its scores come from."""
-    found = Scores()
+    # Nobody sees it before the walk has ended, and that sets the contraction.
+    found = Scores(contraction=None)  # type: ignore[arg-type]
     while True:
         node = producer(value)
         if node is None:

@@ -1,7 +1,9 @@
 """How the output shapes of views follow from their inputs': what moves, repeats, pads or picks.
 
-RULES["Reshape"](shapes, node)     [(ids[0], ids[1], 6, 48)]
-slice_bounds(shapes, node)         [(2, 0, past[2], 1)]: axis, start, length, step
+    RULES["Reshape"](shapes, node)     [(ids[0], ids[1], 6, 48)]
+    slice_bounds(shapes, node)         [(2, 0, past[2], 1)]: axis, start, length, step
+
+None stands for a shape of which not even the rank is known.
 """
 
 from __future__ import annotations
