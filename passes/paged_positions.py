@@ -169,7 +169,8 @@ class _Positions:
             added = np.array(meaning.offset, dtype=value.dtype.numpy())
             new = op("Add", [new, self.builder.constant(added)])
         if meaning.kind != "position":
-            return op("Reshape", [new, ints(*meaning.dims)]) if meaning.dims != (1,) else new  # type: ignore[arg-type]
+            sizes = [1 if dim is None else dim for dim in meaning.dims]
+            return new if sizes == [1] else op("Reshape", [new, ints(*sizes)])
         return self._spread(new, meaning)
 
     @staticmethod
