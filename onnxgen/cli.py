@@ -17,12 +17,14 @@ from onnxgen import __version__
 from onnxgen.cli_paged import to_paged
 from onnxgen.cli_words import (
     PathType,
+    Progress,
     check_report_file,
     json_option,
     outcome_of,
     parse_roles,
     prepare_streams,
     proof_exit_code,
+    report_of,
     report_option,
     role_option,
     say_error,
@@ -171,13 +173,10 @@ def fuse(
         genai_config=genai_config,
     )
 
-    def show(report: Report | None, code: int, error: str | None) -> None:
-        document = as_json.dumps(as_json.fuse_document(report, code, error))
-        show_outcome(document, report, report_file, json_output)
+    def work(progress: Progress) -> Report:
+        return pipeline.fuse(model, options, progress)
 
-    with outcome_of(show) as outcome, show_progress() as progress:
-        outcome.value = report = pipeline.fuse(model, options, progress)
-        outcome.exit_code = proof_exit_code(report.proof, unproven=0)
+    report_of("fuse", work, report_file, json_output)
 
 
 @main.command()

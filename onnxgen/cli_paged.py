@@ -9,18 +9,15 @@ import click
 
 from onnxgen.cli_words import (
     PathType,
+    Progress,
     check_report_file,
     json_option,
-    outcome_of,
     parse_roles,
-    proof_exit_code,
+    report_of,
     report_option,
     role_option,
-    show_outcome,
-    show_progress,
 )
 from onnxgen.places import default_folder
-from onnxgen.report import as_json
 from onnxgen.report.values import Report
 
 
@@ -143,10 +140,7 @@ def to_paged(
         force=force,
     )
 
-    def show(report: Report | None, code: int, error: str | None) -> None:
-        document = as_json.dumps(as_json.to_paged_document(report, code, error))
-        show_outcome(document, report, report_file, json_output)
+    def work(progress: Progress) -> Report:
+        return pipeline_paged.to_paged(model, options, progress)
 
-    with outcome_of(show) as outcome, show_progress() as progress:
-        outcome.value = report = pipeline_paged.to_paged(model, options, progress)
-        outcome.exit_code = proof_exit_code(report.proof, unproven=0)
+    report_of("to-paged", work, report_file, json_output)

@@ -17,7 +17,7 @@ import click
 
 from onnxgen.errors import OnnxgenError, RefusedError, UsageError
 from onnxgen.places import same_place
-from onnxgen.report import files
+from onnxgen.report import as_json, files
 from onnxgen.report.values import Proof, Report
 
 Progress = Callable[[str], None]
@@ -157,6 +157,23 @@ def outcome_of(show: Callable[[Any, int, str | None], None]) -> Iterator[_Outcom
         if sentence:
             say_error(sentence)
         sys.exit(outcome.exit_code)
+
+
+def report_of(
+    command: str,
+    work: Callable[[Progress], Report],
+    report_file: Path | None,
+    json_output: bool,
+) -> None:
+    """Run a command whose work ends with a report; show that, and exit with the proof's code."""
+
+    def show(report: Report | None, code: int, error: str | None) -> None:
+        document = as_json.dumps(as_json.report_document(command, report, code, error))
+        show_outcome(document, report, report_file, json_output)
+
+    with outcome_of(show) as outcome, show_progress() as progress:
+        outcome.value = report = work(progress)
+        outcome.exit_code = proof_exit_code(report.proof, unproven=0)
 
 
 def show_outcome(

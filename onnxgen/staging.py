@@ -16,7 +16,6 @@ random is in the content of either file: the same model gives the same bytes.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
 import secrets
 import signal
@@ -26,11 +25,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any, BinaryIO
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 
+from onnxgen.data_file import DataFile, create, sync
 from onnxgen.errors import FileError, UsageError
 from onnxgen.places import check_place, same_place
 from onnxgen.tensor_slots import EmbeddedTensor, TensorSlot, tensor_slots
@@ -39,8 +39,6 @@ from onnxgen.wire import Serializer, WireError, tensors_of
 MAX_FILE = 2**31 - 1  # a protobuf message holds no more bytes
 LARGE = 64 * 1024  # a new tensor of a model with external data goes out from here
 MOVABLE = 1024  # what goes out at all, of a model above MAX_FILE
-ALIGNMENT = 4096  # of each tensor in a data file, so that it can be mapped
-CHUNK = 4 * 1024 * 1024
 
 
 @dataclass
@@ -136,9 +134,9 @@ def _scratch(place: Path, content: bytes, created: list[Path]) -> Path:
     """Write a file under a temporary name beside its place."""
     check_place(place)
     path = place.with_name(f".{place.name}.{secrets.token_hex(6)}")
-    with _create(path, created) as file:
+    with create(path, created) as file:
         file.write(content)
-        _sync(file)
+        sync(file)
     return path
 
 
@@ -196,9 +194,9 @@ def _write(
     if serializer.size > MAX_FILE:
         raise FileError(f"{output} cannot be written: its graph alone takes over 2 GB")
     path = output.with_name(f".{output.stem}.{secrets.token_hex(6)}.onnx")
-    with _create(path, created) as file:
+    with create(path, created) as file:
         serializer.write(file)
-        _sync(file)
+        sync(file)
     return Staged(path, output, output.with_name(name) if places else None)
 
 
@@ -250,98 +248,6 @@ def _refer(tensor: onnx.TensorProto, location: str, offset: int | None, length: 
     for key, value in (("location", location), ("offset", offset), ("length", length)):
         if value is not None:
             tensor.external_data.add(key=key, value=str(value))
-
-
-class DataFile:
-    """The one data file of an output, written tensor by tensor; equal tensors once.
-
-    Args:
-        folder: where it goes.
-        created: gets every path that was created, so that it can be removed.
-    """
-
-    def __init__(self, folder: Path, created: list[Path]) -> None:
-        self._folder = folder
-        self._created = created
-        self._file: BinaryIO | None = None
-        self._path = folder / f".{secrets.token_hex(6)}.data"
-        self._hash = hashlib.sha256()
-        self._size = 0
-        self._places: dict[object, tuple[int, int]] = {}
-
-    def add(self, tensor: ir.TensorProtocol) -> tuple[int, int]:
-        """Append a tensor's bytes and return their offset and length."""
-        key: object = id(tensor)
-        if isinstance(tensor, ir.ExternalTensor):
-            key = (tensor.path, tensor.offset, tensor.nbytes)
-        if key not in self._places:
-            self._append(bytes(-self._size % ALIGNMENT))
-            start = self._size
-            for chunk in _content(tensor):
-                self._append(chunk)
-            if self._size - start != tensor.nbytes:
-                raise OSError(
-                    None,
-                    f"tensor '{tensor.name}' has {self._size - start} bytes, not {tensor.nbytes}",
-                )
-            self._places[key] = (start, tensor.nbytes)
-        return self._places[key]
-
-    def finish(self, stem: str) -> str:
-        """Give the file its name, which holds the hash of its content; "" when it is empty."""
-        if self._file is None:
-            return ""
-        with self._file as file:
-            _sync(file)
-        digest = self._hash.hexdigest()
-        for name in (f"{stem}.{digest[:12]}.data", f"{stem}.{digest}.data"):
-            final = self._folder / name
-            if not os.path.lexists(final):
-                self._created.append(final)
-                os.rename(self._path, final)
-                return name
-            if _holds(final, digest):
-                self._path.unlink()
-                return name
-        raise OSError(None, f"{final} is there already and holds something else")
-
-    def _append(self, content: bytes) -> None:
-        if self._file is None:
-            self._file = _create(self._path, self._created)
-        self._file.write(content)
-        self._hash.update(content)
-        self._size += len(content)
-
-
-def _content(tensor: ir.TensorProtocol) -> Iterator[bytes]:
-    """A tensor's bytes, in pieces where they come from a file."""
-    if not isinstance(tensor, ir.ExternalTensor):
-        yield tensor.tobytes()
-        return
-    left = tensor.nbytes
-    with open(tensor.path, "rb") as file:
-        file.seek(tensor.offset or 0)
-        while left and (chunk := file.read(min(CHUNK, left))):
-            left -= len(chunk)
-            yield chunk
-
-
-def _holds(path: Path, digest: str) -> bool:
-    if path.is_symlink() or not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() == digest
-
-
-def _create(path: Path, created: list[Path]) -> BinaryIO:
-    """Open a new file for writing; never an existing one, never through a link."""
-    created.append(path)
-    return os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb")
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import names
 from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.roles import Roles
 from onnxgen.report.values import Obstacle
 
-_ROWWISE = frozenset(["Cast", "Mul", "Div", "Add", "Sub", "Tanh", "Identity", "Clip", "Neg"])
-_PROJECTIONS = frozenset(["MatMul", "MatMulNBits", "MatMulInteger", "QLinearMatMul"])
+_ROWWISE = names("Add Cast Clip Div Identity Mul Neg Sub Tanh")
+_PROJECTIONS = names("MatMul MatMulInteger MatMulNBits QLinearMatMul")
 
 
 def row_outputs(facts: Facts, roles: Roles) -> tuple[list[ir.Value], list[str]]:

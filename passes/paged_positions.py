@@ -16,26 +16,14 @@ import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import ancestors
+from onnxgen.analysis.mixing import JOINING
 from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.positions import Lengths, Meaning
 from onnxgen.passes.paged_switches import Switches
 from onnxgen.patterns.building import Builder
 from onnxgen.report.values import Obstacle
 
-# One of these over tokens makes the value of one depend on the others.
-JOINING = frozenset(
-    [
-        "ReduceMax",
-        "ReduceMin",
-        "ReduceSum",
-        "ReduceMean",
-        "ReduceProd",
-        "CumSum",
-        "ArgMax",
-        "ArgMin",
-        "TopK",
-    ]
-)
+_TOKENS = ("ids", "embeds", "type_ids")
 
 
 @dataclass(frozen=True)
@@ -88,12 +76,12 @@ class _Positions:
         )
 
     def _depending(self) -> set[ir.Value]:
-        """Every value that follows from masks, positions, lengths and pasts alone."""
+        """Every value that follows from what is fed no more: all inputs but tokens and weights."""
+        graph = self.facts.graph
         reached = {
             value
-            for value in self.facts.graph.inputs
-            if self.facts.role(value) not in ("ids", "embeds", "type_ids", "unknown")
-            or value.name not in self.facts.roles.inputs
+            for value in graph.inputs
+            if self.facts.role(value) not in _TOKENS and value.name not in graph.initializers
         }
         for node in self.facts.graph:
             sizes = node.op_type in ("Shape", "Size")
@@ -124,8 +112,7 @@ class _Positions:
                     self.found.append((value, new))
                     continue
                 if value.is_graph_input():
-                    reason = f"input {value.name!r} is asked for by something that is no attention"
-                    obstacles.append(Obstacle("PAG008", reason, value.name or ""))
+                    obstacles.append(Obstacle("PAG008", self._why(value), value.name or ""))
                     continue
             node = value.producer()
             if node is None:
@@ -137,6 +124,12 @@ class _Positions:
         if obstacles:
             raise UnpageableError(obstacles)
         return self.found
+
+    def _why(self, value: ir.Value) -> str:
+        """Why an input cannot be left out."""
+        if self.facts.role(value) in ("unknown", "constant_like"):
+            return f"what it computes depends on input {value.name!r}, which a paged model lacks"
+        return f"input {value.name!r} is asked for by something that is no attention"
 
     def _conditions(self, asked: list[ir.Value]) -> list[ir.Value]:
         """Conditions on the longest sequence that are asked for, in graph order."""
@@ -176,7 +169,8 @@ class _Positions:
             added = np.array(meaning.offset, dtype=value.dtype.numpy())
             new = op("Add", [new, self.builder.constant(added)])
         if meaning.kind != "position":
-            return op("Reshape", [new, ints(*meaning.dims)]) if meaning.dims != (1,) else new  # type: ignore[arg-type]
+            sizes = [1 if dim is None else dim for dim in meaning.dims]
+            return new if sizes == [1] else op("Reshape", [new, ints(*sizes)])
         return self._spread(new, meaning)
 
     @staticmethod

@@ -14,15 +14,18 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import names
 from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.positions import Lengths
 from onnxgen.patterns.building import Builder
 from onnxgen.report.values import Obstacle
 
-_ELEMENTWISE = frozenset(
-    ["Add", "Sub", "Mul", "Div", "Max", "Min", "Cast", "Not", "And", "Or"]
-) | frozenset(["Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Equal"])
-_VIEWS = frozenset(["Squeeze", "Unsqueeze", "Reshape", "Identity"])
+_ELEMENTWISE = names(
+    """
+    Add And Cast Div Equal Greater GreaterOrEqual Less LessOrEqual Max Min Mul Not Or Sub
+    """
+)
+_VIEWS = names("Identity Reshape Squeeze Unsqueeze")
 
 
 class Switches:

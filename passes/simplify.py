@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.graph import attribute, constant, is_read, names, producer, scalar
-from onnxgen.analysis.shape_rules import slice_bounds
 from onnxgen.analysis.shapes import Shapes
+from onnxgen.analysis.view_shapes import slice_bounds
 from onnxgen.analysis.views import Views
 
 

@@ -20,12 +20,8 @@ import onnx_ir as ir
 from onnxgen import functions
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.masks import MaskFamily
-from onnxgen.analysis.paging import (
-    PagedLayer,
-    UnpageableError,
-    lengths_as_numbers,
-    paged_layers,
-)
+from onnxgen.analysis.mixing import lengths_as_numbers
+from onnxgen.analysis.paging import PagedLayer, UnpageableError, paged_layers
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.passes.paged_layers import PREFIX, Layers, PagedInputs, new_input, typed

@@ -59,12 +59,11 @@ from onnxgen.analysis.views import Axis, canonical
 from onnxgen.patterns.attending import (
     Heads,
     attention,
-    attention_mask,
     caches_of,
     heads_of,
 )
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.masking import each_head
+from onnxgen.patterns.masking import attention_mask, each_head
 from onnxgen.patterns.rule import Declined, Rewrite, Rule, number
 
 Layouts: TypeAlias = Mapping[ir.Value, tuple[Axis, ...]]

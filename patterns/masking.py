@@ -1,8 +1,8 @@
-"""Bringing a mask from the scores that it is applied to, however viewed, to [B, H, S, T]."""
+"""The one mask that Attention accepts, [B, H, S, T], of those that are applied to viewed scores."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -10,9 +10,108 @@ import onnx_ir as ir
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import constant, given, producer
 from onnxgen.analysis.layouts import parts_of
+from onnxgen.analysis.scores import Mask, constant_choice
 from onnxgen.analysis.symbols import Dim, product
 from onnxgen.analysis.views import Axis, Digit
 from onnxgen.patterns.building import Builder
+
+
+def attention_mask(
+    facts: Facts,
+    builder: Builder,
+    masks: Sequence[Mask],
+    layouts: Mapping[ir.Value, tuple[Axis, ...]],
+    axes: tuple[Axis, Axis, Axis, Axis],
+    rows: Dim,
+    columns: Dim,
+    dtype: ir.DataType,
+) -> ir.Value | str | None:
+    """One mask that the operator accepts: [.., S, T], bool or of the queries' type.
+
+    Args:
+        layouts: the axes of the scores that each mask is applied to.
+        axes: the digits of batch, heads, rows and columns.
+
+    Returns:
+        None where there is no mask; the reason as text where one cannot be arranged.
+    """
+    bools: list[ir.Value] = []
+    replaced: list[ir.Value] = []  # what keeps a score from being overwritten by a finite number
+    floats: list[ir.Value] = []
+    for mask in masks:
+        condition, fill_number, inverted = mask.value, mask.fill, mask.inverted
+        if fill_number is None:
+            choice = constant_choice(mask.value) if mask.factor > 0 else None
+            if choice is None or choice.fill != -np.inf:
+                on_axes = on_heads(facts, builder, mask.value, layouts[mask.at], axes)
+                if isinstance(on_axes, str):
+                    return on_axes
+                scaled = on_axes
+                if mask.factor != 1.0:
+                    number = np.array(mask.factor, dtype=np.float64)
+                    assert scaled.dtype is not None
+                    factor = builder.constant(number.astype(scaled.dtype.numpy()))
+                    scaled = builder.op("Mul", [scaled, factor])
+                if scaled.dtype != dtype:
+                    scaled = builder.op("Cast", [scaled], {"to": int(dtype)})
+                floats.append(scaled)
+                continue
+            condition, fill_number, inverted = choice.value, choice.fill, choice.inverted
+        on_axes = on_heads(facts, builder, condition, layouts[mask.at], axes)
+        if isinstance(on_axes, str):
+            return on_axes
+        keep = builder.op("Not", [on_axes]) if inverted else on_axes
+        (bools if fill_number == -np.inf else replaced).append(keep)
+    if replaced:
+        # A number that replaces scores leaves rows that are masked everywhere uniform. One that is
+        # added does so where it swallows them: this does. Of the very lowest ONNX Runtime makes
+        # zeros.
+        low = float(dtype.min) / 2
+        floats.append(_lowered(builder, _all(builder, replaced), low, dtype))
+    if not bools and not floats:
+        return None
+    if not floats:
+        return _fitted(facts, builder, _all(builder, bools), rows, columns)
+    if bools:
+        floats.append(_lowered(builder, _all(builder, bools), -np.inf, dtype))
+    joined = floats[0]
+    for value in floats[1:]:
+        joined = builder.op("Add", [joined, value])
+    return _fitted(facts, builder, joined, rows, columns)
+
+
+def _all(builder: Builder, keeps: Sequence[ir.Value]) -> ir.Value:
+    joined = keeps[0]
+    for keep in keeps[1:]:
+        joined = builder.op("And", [joined, keep])
+    return joined
+
+
+def _lowered(builder: Builder, keep: ir.Value, low: float, dtype: ir.DataType) -> ir.Value:
+    """0 where a score is kept, else what is added to it."""
+    numbers = [builder.constant(np.array(n, dtype=dtype.numpy())) for n in (0, low)]
+    return builder.op("Where", [keep, *numbers])
+
+
+def _fitted(
+    facts: Facts, builder: Builder, mask: ir.Value, rows: Dim, columns: Dim
+) -> ir.Value | str:
+    """The mask with two or four axes, the last two of them in full."""
+    shape = facts.shapes.of(mask)
+    assert shape is not None
+    if len(shape) == 3:
+        mask = builder.op("Unsqueeze", [mask, builder.ints(0)])
+        shape = (1, *shape)
+    full = ((1,) * (2 - len(shape)) + shape)[-2:]
+    for size, wanted in zip(full, (rows, columns), strict=True):
+        if isinstance(size, int) and isinstance(wanted, int) and size not in (1, wanted):
+            return f"the mask has {size} where the scores have {wanted}"
+    if not facts.shapes.same_shape(full, (rows, columns)):
+        target = builder.sizes([*shape[:-2], rows, columns])
+        if target is None:
+            return "the mask's size cannot be computed"
+        mask = builder.op("Expand", [mask, target])
+    return mask
 
 
 def on_heads(

@@ -21,7 +21,7 @@ from onnxgen.model_io import read_model
 from onnxgen.report.values import Report
 from onnxgen.targets.genai import Said, genai_config
 from onnxgen.targets.genai_names import Cache, name_templates
-from tests.generating import CONFIG, ENDLESS, step_by_step, written
+from tests.generating import CONFIG, ENDLESS, OUTPUTS, PASTS, PROMPTS, step_by_step, written
 
 
 def fused(path: Path, output: Path, **options: Any) -> tuple[Report, dict[str, Any]]:
@@ -44,14 +44,9 @@ def test_what_the_graph_says(tmp_path: Path) -> None:
         "input_ids": "input_ids",
         "attention_mask": "attention_mask",
         "position_ids": "position_ids",
-        "past_key_names": "past_key_values.%d.key",
-        "past_value_names": "past_key_values.%d.value",
+        **PASTS,
     }
-    assert decoder["outputs"] == {
-        "logits": "logits",
-        "present_key_names": "present.%d.key",
-        "present_value_names": "present.%d.value",
-    }
+    assert decoder["outputs"] == OUTPUTS
     sizes = ("num_attention_heads", "num_key_value_heads", "head_size", "hidden_size")
     assert [decoder[size] for size in sizes] == [6, 3, 48, 84]
     assert decoder["num_hidden_layers"] == 2
@@ -280,7 +275,7 @@ def generated(folder: Path, prompts: Sequence[Sequence[int]], count: int, split:
     return [list(generator.get_sequence(i))[length:] for i in range(len(prompts))]
 
 
-PROMPT = [7, 61, 3, 90, 44, 17, 9]
+PROMPT = PROMPTS[0]
 FORMS = ["llama/dynamo20", "qwen2/torchscript", "qwen3/dynamo23", "gemma2/dynamo20"]
 FORMS += ["llama/transformers", "phi3/dynamo20", "gpt2/dynamo20", "gpt_neox/torchscript"]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,22 @@ from onnxgen.report.values import Report
 from onnxgen.targets.genai import Said
 from onnxgen.targets.genai_engine import engine_config
 from onnxgen.targets.paged import PagedModel, PagedOptions, Pool
-from tests.generating import CONFIG, ENDLESS, step_by_step, written
-
-BLOCK = 4
+from tests.generating import (
+    BLOCK,
+    CONFIG,
+    ENDLESS,
+    OUTPUTS,
+    PASTS,
+    PROMPTS,
+    page,
+    step_by_step,
+    written,
+)
 
 
 def paged(path: Path, output: Path, **options: Any) -> tuple[Report, dict[str, Any]]:
     """Page with --genai-config; the report, and the config as written."""
-    page = {"force": options.pop("force", False), "inline": options.pop("inline", False)}
-    asked = PagedOptions(**{"block_size": BLOCK, **options})
-    report = pipeline_paged.to_paged(
-        path,
-        pipeline_paged.PageOptions(
-            output=output, paged=asked, verify=False, genai_config=True, **page
-        ),
-        lambda message: None,
-    )
+    report = page(path, output, genai_config=True, **options)
     return report, json.loads((output / "genai_config.json").read_text("utf-8"))
 
 
@@ -55,16 +56,8 @@ def test_what_the_graph_says(inline: bool, tmp_path: Path) -> None:
     decoder = config["model"]["decoder"]
     model = onnx.load(tmp_path / "out" / "model.onnx")
     inputs = [value.name for value in model.graph.input]
-    assert decoder["inputs"] == {
-        **{name: name for name in inputs[:4]},
-        "past_key_names": "past_key_values.%d.key",
-        "past_value_names": "past_key_values.%d.value",
-    }
-    assert decoder["outputs"] == {
-        "logits": "logits",
-        "present_key_names": "present.%d.key",
-        "present_value_names": "present.%d.value",
-    }
+    assert decoder["inputs"] == {**{name: name for name in inputs[:4]}, **PASTS}
+    assert decoder["outputs"] == OUTPUTS
     sizes = ("num_attention_heads", "num_key_value_heads", "head_size", "num_hidden_layers")
     assert [decoder[size] for size in sizes] == [6, 3, 48, 2]
     assert decoder["hidden_size"] == 84
@@ -168,19 +161,25 @@ def test_the_command(tmp_path: Path) -> None:
 # --- generating ----------------------------------------------------------------------------------
 
 
-PROMPTS = [
-    [7, 61, 3, 90, 44, 17, 9],
-    [5],
-    [100, 2, 64, 8, 33, 12, 77, 41, 19, 56, 120, 6, 88, 31, 70, 4, 23],
-    [9, 9, 8],
-    [14, 92, 65, 35, 89, 79, 32, 38, 46],
-    [26, 43, 83, 27, 95, 28, 84, 19, 71, 69, 39, 93, 75, 10, 58, 20, 97, 49, 44, 59, 23, 7, 81],
+MORE = [
+    *PROMPTS,
     [26, 43, 83, 27, 95, 28, 84, 19, 71, 69, 39, 93, 75, 10, 58, 20, 97, 49, 2],
     [111, 15],
     [62, 57, 24, 1],
     [47, 18, 86, 53, 40, 72, 30, 99, 11, 68, 21, 94, 36],
 ]
 NEW = [11, 9, 7, 12, 8, 10, 6, 13, 9, 7]
+
+
+def begun(engine: Any, tokens: Sequence[int], count: int) -> Any:
+    """A request that generates so many tokens greedily."""
+    genai = pytest.importorskip("onnxruntime_genai")
+    request = engine.create_request()
+    options = genai.TurnOptions(request)
+    options.set_max_generated_tokens(count)
+    options.set_do_sample(False)
+    request.begin_turn(np.array(tokens, np.int32), options)
+    return request
 
 
 class Client:
@@ -199,14 +198,14 @@ class Client:
         path.write_text(json.dumps(config))
         self._engine = self._genai.Engine(self._genai.Model(str(folder)))
         self._requests: dict[int, Any] = {}
-        self.found: list[list[int]] = [[] for _ in PROMPTS]
+        self.found: list[list[int]] = [[] for _ in MORE]
         self.put_off = 0
 
     def generate(self) -> None:
         """Generate greedily of all prompts, to the length that each has in NEW."""
         flags = self._genai.EngineEventFlags
         buffer = self._engine.create_event_buffer(64)
-        later = list(range(len(PROMPTS)))
+        later = list(range(len(MORE)))
         for _ in range(2000):
             while later and not (self.put_off and self._requests):
                 self._send(later.pop(0))
@@ -234,17 +233,13 @@ class Client:
         raise AssertionError(f"requests {sorted(self._requests)} never end: {self.found}")
 
     def _send(self, index: int) -> None:
-        request = self._requests[index] = self._engine.create_request()
-        options = self._genai.TurnOptions(request)
-        options.set_max_generated_tokens(NEW[index] - len(self.found[index]))
-        options.set_do_sample(False)
-        tokens = [*PROMPTS[index], *self.found[index]]
-        request.begin_turn(np.array(tokens, np.int32), options)
+        tokens = [*MORE[index], *self.found[index]]
+        self._requests[index] = begun(self._engine, tokens, NEW[index] - len(self.found[index]))
 
 
 def alone(path: Path, name: str) -> list[list[int]]:
     """What the original generates of each prompt, step by step."""
-    found = step_by_step(path, name, PROMPTS, max(NEW))
+    found = step_by_step(path, name, MORE, max(NEW))
     return [tokens[:count] for tokens, count in zip(found, NEW, strict=True)]
 
 
@@ -286,11 +281,7 @@ def test_a_beginning_that_the_engine_shares(tmp_path: Path) -> None:
     buffer = engine.create_event_buffer(8)
     cached = []
     for index in (5, 6):  # alike in 18 tokens
-        request = engine.create_request()
-        options = genai.TurnOptions(request)
-        options.set_max_generated_tokens(NEW[index])
-        options.set_do_sample(False)
-        request.begin_turn(np.array(PROMPTS[index], np.int32), options)
+        request = begun(engine, MORE[index], NEW[index])
         tokens: list[int] = []
         while len(tokens) < NEW[index]:
             for event in engine.run(buffer):

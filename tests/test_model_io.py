@@ -662,7 +662,7 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
 KILLED = """
     import signal, sys, time
     from pathlib import Path
-    from onnxgen import staging
+    from onnxgen import data_file, staging
     from onnxgen.model_io import read_model, staged
     # As in a shell's foreground, however the tests were started.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -671,7 +671,7 @@ KILLED = """
         print("now", flush=True)
         time.sleep(60)
     if sys.argv[3] == "mid-write":
-        staging._sync = halt
+        staging.sync = data_file.sync = halt
     source, output = Path(sys.argv[1]), Path(sys.argv[2])
     with staged(read_model(source), output, source=source, force=False) as stage:
         halt()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,10 @@ from onnxgen.errors import ModelDiffersError, RefusedError, UsageError
 from onnxgen.report import as_json, text
 from onnxgen.report.values import Report
 from onnxgen.runtime import RuntimeFailure
-from onnxgen.targets import paged_ort
+from onnxgen.targets import paged_inside, paged_ort
 from onnxgen.targets.paged import PagedOptions
 from onnxgen.targets.paged_schema import LiveSchema, live_schema
-from onnxgen.testing import corpus
+from onnxgen.testing import corpus, load_corpus_model
 from onnxgen.verify import paged_kernel
 from onnxgen.verify.paged_twin import expand_attention
 from tests.graphs import assert_same_graph, parse, runtime, weight
@@ -157,7 +159,7 @@ def test_the_report_says_whether_the_kernel_was_run(
     monkeypatch.setattr(paged_kernel, "PACKAGE", "no_such_provider")
     report, _ = page(parse(decoder(), opset=24, weights=TABLES), tmp_path)
     why = "not run: no provider that has it is installed here (extra webgpu)"
-    document = as_json.to_paged_document(report, 0, None)
+    document = as_json.report_document("to-paged", report, 0, None)
     assert document["report"]["paging"]["kernel"] == why
     console = text.console()
     with console.capture() as shown:
@@ -205,6 +207,34 @@ def test_without_rotary_embedding_nothing_limits_a_sequence(tmp_path: Path) -> N
     assert inputs["slot_mapping"] == "slot_mapping"
     assert attributes["softcap"] == 3.0
     assert "tokens a sequence" not in report.contract
+
+
+def test_layers_of_shorter_tables_are_guarded_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = paged_inside.Insides.of
+    lengths = itertools.cycle((40, 24))  # paged for two sizes of blocks
+
+    def shorter(*given: Any) -> paged_inside.Inside:
+        found = whole(*given)
+        limit = next(lengths)
+        tables = {}
+        for name, value in found.inputs.items():
+            assert value.const_value is not None
+            rows = value.const_value.numpy()[:limit]
+            tables[name] = ir.Value(name=f"{name}.{limit}", const_value=ir.tensor(rows))
+            given[0]._graph.register_initializer(tables[name])
+        return replace(found, inputs=tables, limit=limit)
+
+    monkeypatch.setattr(paged_inside.Insides, "of", shorter)
+    report, found = page(load_corpus_model("llama/dynamo20"), tmp_path, verify=False)
+    makers = {name: node for node in found.graph.node for name in node.output}
+    guards = [makers[makers[given["past_seqlens"]].input[1]].name for given, _ in operators(found)]
+    assert [name.partition("most ")[2] for name in guards] == [
+        "40 tokens a sequence",
+        "24 tokens a sequence",
+    ]
+    assert report.contract == "at most 24 tokens a sequence"
 
 
 def test_beyond_its_tables_a_model_fails(tmp_path: Path) -> None:

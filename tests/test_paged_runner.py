@@ -11,21 +11,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from onnxgen import pipeline_paged
 from onnxgen.errors import RefusedError
 from onnxgen.paged import BlockAllocator, OutOfBlocksError, PagedRunner, Sequences
-from onnxgen.targets.paged import PagedOptions
-from tests.generating import entry, step_by_step, written
+from tests.generating import PROMPTS, entry, page, step_by_step, written
 
 NEW = 9
-PROMPTS = [
-    [7, 61, 3, 90, 44, 17, 9],
-    [5],
-    [100, 2, 64, 8, 33, 12, 77, 41, 19, 56, 120, 6, 88, 31, 70, 4, 23],
-    [9, 9, 8],
-    [14, 92, 65, 35, 89, 79, 32, 38, 46],
-    [26, 43, 83, 27, 95, 28, 84, 19, 71, 69, 39, 93, 75, 10, 58, 20, 97, 49, 44, 59, 23, 7, 81],
-]
 FORMS = ["llama/dynamo20", "gpt2/dynamo20"]
 
 
@@ -36,16 +26,10 @@ def models(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[str,
 
 
 def paged(folder: Path, name: str, **options: Any) -> tuple[Path, Path]:
-    """A corpus model and its paged form; proofs are `test_to_paged`'s."""
+    """A corpus model and its paged form."""
     path = written(folder / "in", name)
-    asked = PagedOptions(**{"block_size": 4, **options})
-    output = folder / "out"
-    pipeline_paged.to_paged(
-        path,
-        pipeline_paged.PageOptions(output=output, paged=asked, verify=False),
-        lambda message: None,
-    )
-    return path, output / "model.onnx"
+    page(path, folder / "out", **options)
+    return path, folder / "out" / "model.onnx"
 
 
 def greedy(runner: PagedRunner, limit: int | None = None) -> None:

@@ -4,48 +4,31 @@
     ONNXGEN_EXAMPLES=50000 ONNXGEN_SEED=1 pytest tests/test_random_architectures.py -n 2
 
 A model is drawn from what decoders and encoders differ in, and in what exporters spell differently:
-see `tests.random_spec`. Where one fails, hypothesis prints the nearest plain spec that fails too.
+see `tests.random_spec`.
 """
 
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
 
 from onnxgen import pipeline
 from onnxgen.pipeline import FuseOptions, fuse
 from onnxgen.report.values import Report, Site
-from tests.graphs import runtime
 from tests.leftovers import leftovers
 from tests.random_models import build
-from tests.random_spec import CHOICES, WINDOW, Spec, fitted, not_claimed, specs
+from tests.random_runs import Shared, check_drawn
+from tests.random_spec import CHOICES, WINDOW, Spec, fitted, not_claimed
 
 SHARDS = 8  # each a test of its own, so that they can run side by side
-EXAMPLES = int(os.environ.get("ONNXGEN_EXAMPLES", "2000"))
-SEED = int(os.environ.get("ONNXGEN_SEED", "0"))
-
-
-class Shared:
-    """The tests' ONNX Runtime in the place of one that is started for each model."""
-
-    def __init__(self, twins: bool) -> None:
-        runtime().twins = twins
-
-    def __enter__(self) -> Any:
-        return runtime()
-
-    def __exit__(self, *_: object) -> None:
-        pass
+EXAMPLES = 2000
 
 
 @pytest.fixture(autouse=True)
@@ -55,18 +38,7 @@ def one_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_what_is_drawn_is_fused_or_declined_and_never_differs(shard: int) -> None:
-    @seed(SEED * SHARDS + shard)
-    @settings(
-        max_examples=EXAMPLES // SHARDS,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(specs())
-    def drawn(spec: Spec) -> None:
-        check(spec)
-
-    drawn()
+    check_drawn(check, shard, SHARDS, EXAMPLES)
 
 
 def alone() -> Iterator[Spec]:

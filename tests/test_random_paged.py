@@ -8,24 +8,21 @@ The models are those of `tests.random_spec`.
 
 from __future__ import annotations
 
-import os
 import tempfile
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
 
 from onnxgen import pipeline_paged
 from onnxgen.errors import RefusedError
 from onnxgen.pipeline_paged import PageOptions, to_paged
 from onnxgen.report.values import Report
 from tests.random_models import build
-from tests.random_spec import Spec, not_claimed, specs
-from tests.test_random_architectures import Shared
+from tests.random_runs import Shared, check_drawn
+from tests.random_spec import Spec, not_claimed
 
 SHARDS = 4
-EXAMPLES = int(os.environ.get("ONNXGEN_EXAMPLES", "240"))
-SEED = int(os.environ.get("ONNXGEN_SEED", "0"))
+EXAMPLES = 240
 PAGED = ("causal", "window", "chunked", "alibi")
 
 
@@ -36,18 +33,7 @@ def one_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("shard", range(SHARDS))
 def test_what_is_drawn_is_paged_or_refused_and_never_differs(shard: int) -> None:
-    @seed(SEED * SHARDS + shard)
-    @settings(
-        max_examples=EXAMPLES // SHARDS,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(specs())
-    def drawn(spec: Spec) -> None:
-        check(spec)
-
-    drawn()
+    check_drawn(check, shard, SHARDS, EXAMPLES)
 
 
 def check(spec: Spec) -> None:

@@ -146,7 +146,7 @@ def test_long_lines_are_not_wrapped_in_a_pipe() -> None:
 
 def test_json_holds_every_field() -> None:
     sites = [fused("attention", 0, heads=6), kept("attention", 1, "odd", "it is odd")]
-    document = json.loads(as_json.dumps(as_json.fuse_document(report(sites), 0, None)))
+    document = json.loads(as_json.dumps(as_json.report_document("fuse", report(sites), 0, None)))
     assert set(document) == {"schema", "onnxgen", "command", "exit_code", "error", "report"}
     assert document["schema"] == 1
     body = document["report"]
@@ -164,7 +164,7 @@ def test_json_holds_every_field() -> None:
 
 
 def test_json_of_a_failure() -> None:
-    document = as_json.fuse_document(None, 3, "it is refused")
+    document = as_json.report_document("fuse", None, 3, "it is refused")
     assert (document["report"], document["exit_code"]) == (None, 3)
     document = as_json.verify_document("a", "b", None, 4, "a is empty")
     assert (document["proof"], document["original"], document["error"]) == (None, "a", "a is empty")

@@ -452,6 +452,51 @@ def test_a_length_that_scales_is_refused(length: str, beyond: float, tmp_path: P
         page(written(tmp_path, small(more=more)))
 
 
+def with_temperature() -> onnx.ModelProto:
+    """Logits that a number of the caller's divides."""
+    model = ir.from_proto(load_corpus_model("llama/dynamo20"))
+    logits = model.graph.outputs[0]
+    given = ir.Value(name="temperature", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([]))
+    model.graph.inputs.append(given)
+    divided = ir.node("Div", [logits, given])
+    model.graph.append(divided)
+    scores = divided.outputs[0]
+    scores.type, scores.shape = logits.type, logits.shape
+    logits.name, scores.name = "raw", "logits"
+    model.graph.outputs[0] = scores
+    return ir.to_proto(model)
+
+
+@pytest.mark.parametrize("words", [[], ["--check"], ["--no-verify"]], ids=" ".join)
+def test_an_input_that_paging_does_not_know_is_not_left_out(
+    words: list[str], tmp_path: Path
+) -> None:
+    path = written(tmp_path, with_temperature())
+    code, document, error = command(str(path), *words)
+    assert code == 3
+    (obstacle,) = document["report"]["paging"]["obstacles"]
+    assert (obstacle["code"], obstacle["node"]) == ("PAG008", "temperature")
+    assert "depends on input 'temperature', which a paged model lacks" in error
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "placed",
+    [
+        "moved = Mul(at, given)",
+        "twice = Mul(given, at)  moved = Sub(twice, given)",
+        "far = Mul(ts, given)  rest = Sub(far, ns)  more = Sub(at, ps)  moved = Add(more, rest)",
+    ],
+    ids=["spread", "moved", "length"],
+)
+def test_positions_that_an_input_moves_are_none(placed: str, tmp_path: Path) -> None:
+    """Runs feed such an input with ones alone: they do not show what it does."""
+    more = f"ns = Squeeze(n)  {placed}  rows = Gather(places, moved)  z = Add(merged, rows)"
+    model = small(", int64 given", f"{more}  y = Add(z, x)", weights=", float[4000,120] places")
+    with pytest.raises(RefusedError, match=r"PAG008: .*input 'given'"):
+        page(written(tmp_path, model))
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [

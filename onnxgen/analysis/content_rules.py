@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.graph import attribute
-from onnxgen.analysis.shape_rules import output_shapes, slice_bounds
+from onnxgen.analysis.shape_rules import output_shapes
 from onnxgen.analysis.symbols import (
     Dim,
     atom,
@@ -22,6 +22,7 @@ from onnxgen.analysis.symbols import (
     never_negative,
     product,
 )
+from onnxgen.analysis.view_shapes import slice_bounds
 
 if TYPE_CHECKING:
     from onnxgen.analysis.shapes import Content, Shapes

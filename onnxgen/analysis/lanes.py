@@ -30,7 +30,7 @@ from onnxgen.analysis.graph import (
     scalar,
 )
 from onnxgen.analysis.lane_forms import Lane, Lanes, NotLanes, combine, product_of, sum_of
-from onnxgen.analysis.shape_rules import slice_bounds
+from onnxgen.analysis.view_shapes import slice_bounds
 
 MAX_STEPS = 64
 MAX_LANES = 1024

@@ -32,8 +32,9 @@ def layouts(
     Returns:
         The axes of each value; the reason as text where they cannot be told.
     """
-    scores = contraction.outputs[0]
-    view, shape = facts.views.of(contraction.inputs[0]), facts.shapes.of(scores)  # type: ignore[arg-type]
+    queries, scores = contraction.inputs[0], contraction.outputs[0]
+    assert queries is not None  # a MatMul has both operands
+    view, shape = facts.views.of(queries), facts.shapes.of(scores)
     if view is None or shape is None or len(view.axes) != len(shape):
         return "the queries' axes are not known"
     if _broadcast(facts, scores, (*view.axes[:-1], (Digit(COLUMNS, 1, 0),))):

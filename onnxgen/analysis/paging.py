@@ -11,51 +11,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
 
-from onnxgen.analysis.edges import COMPARISONS
-from onnxgen.analysis.evaluate import sorted_nodes
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, ancestors, attribute, constant, names
+from onnxgen.analysis.graph import attribute, names
 from onnxgen.analysis.masks import MaskFamily
-from onnxgen.analysis.reads import SIZES, reads_of
+from onnxgen.analysis.mixing import mixes_tokens
 from onnxgen.analysis.roles import CachePair
-from onnxgen.functions import DOMAIN
+from onnxgen.analysis.symbols import Dim
 from onnxgen.report.values import Obstacle
 
-# What one token knows of another by none of our means: recurrent, convolved, pooled.
-_COUPLING = frozenset(
-    [
-        "Conv",
-        "ConvInteger",
-        "ConvTranspose",
-        "QLinearConv",
-        "LSTM",
-        "GRU",
-        "RNN",
-        "Scan",
-        "Loop",
-        "If",
-    ]
-) | frozenset(
-    ["LinearAttention", "CausalConvWithState", "AveragePool", "MaxPool", "GlobalAveragePool"]
-)
 # An operand that is made by one of these has seen other tokens than its own.
-_CONTEXT_BOUND = frozenset(["Attention", "SinkAttention", "Softmax", "TensorScatter"])
-_JOINING = names(
-    """
-    ArgMax ArgMin CumSum ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean
-    ReduceMin ReduceProd ReduceSum ReduceSumSquare Softmax LogSoftmax TopK
-    """
-)
-# What lengths may become and still be lengths.
-_COUNTING = names(
-    """
-    Add Cast Concat Div Gather Identity Max Min Mod Mul Neg Reshape ScatterND Slice Squeeze Sub
-    Unsqueeze
-    """
-)
+_CONTEXT_BOUND = names("Attention SinkAttention Softmax TensorScatter")
 _MOST_STEPS = 8  # from an attention back to its cache
 _FAMILIES = ("causal", "window", "chunked")
 _ATTENTIONS = ("Attention", "SinkAttention")
@@ -139,9 +106,7 @@ def paged_layers(facts: Facts, families: Mapping[str, MaskFamily]) -> list[Paged
                 obstacles.append(found)
             else:
                 layers.append(found)
-        elif (
-            node.op_type in _COUPLING and any(map(facts.is_activation, node.outputs))
-        ) or _along_tokens(facts, node):
+        elif mixes_tokens(facts, node):
             reason = f"{node.op_type} mixes tokens outside attention"
             obstacles.append(Obstacle("PAG005", reason, name))
         elif node.op_type == "Softmax" and _is_attention(facts, node):
@@ -164,99 +129,14 @@ def paged_layers(facts: Facts, families: Mapping[str, MaskFamily]) -> list[Paged
     return layers
 
 
-def _along_tokens(facts: Facts, node: ir.Node) -> bool:
-    """Whether states are summed up, or chosen from, along the axis of the tokens.
-
-    Whole numbers may be: how tokens are sent to experts is counted so.
-    """
-    value = node.inputs[0] if node.inputs else None
-    tokens = [v for v in facts.graph.inputs if facts.role(v) in ("ids", "embeds")]
-    if node.op_type not in _JOINING or value is None or not tokens or value.dtype not in FLOATS:
-        return False
-    shape, rows = facts.shapes.of(value), facts.shapes.of(tokens[0])
-    if shape is None or rows is None or len(rows) < 2:
-        return False
-    given = node.inputs[1] if len(node.inputs) > 1 and node.op_type != "TopK" else None
-    axes = constant(given) if given is not None else attribute(node, "axes")
-    if axes is None:
-        default = 0 if node.op_type in ("ArgMax", "ArgMin") else -1
-        every = node.op_type.startswith("Reduce") and "axis" not in node.attributes
-        axes = range(len(shape)) if every else [attribute(node, "axis", default)]
-    along = any(facts.shapes.same(shape[int(axis)], rows[1]) for axis in np.ravel(list(axes)))
-    return along and tokens[0] in reads_of(value).inputs
-
-
-def lengths_as_numbers(outputs: Sequence[ir.Value], lengths: Sequence[ir.Value]) -> list[Obstacle]:
-    """Where a length is more than a size: a number that others are scaled by, or compared with.
-
-    Among packed tokens there is no one length: sizes may be as large as the longest sequence asks
-    for, numbers may not. What counts up to a length tells the tokens of the run apart, and may do no
-    more.
-
-    Args:
-        outputs: of the paged graph.
-        lengths: what stands for lengths in it; the results of Shape and Size do too.
-    """
-    nodes = list(ancestors(outputs, frozenset()))
-    numbers, places = set(lengths), set[ir.Value]()
-    obstacles = []
-    for node in sorted_nodes(nodes):
-        if node.op_type in ("Shape", "Size"):
-            numbers.update(node.outputs)
-            continue
-        if node.op_type == "Range" and any(value in numbers for value in node.inputs):
-            places.update(node.outputs)
-            continue
-        if any(value in places for value in node.inputs):
-            if _takes_place(node, places):
-                reason = f"{node.op_type} takes a place in the run for one in its sequence"
-                obstacles.append(Obstacle("PAG008", reason, node.name or ""))
-            elif node.op_type in _COUNTING:
-                places.update(node.outputs)
-            continue
-        sizes = SIZES.get(node.op_type, ())
-        used = [i for i, v in enumerate(node.inputs) if v in numbers and i not in sizes]
-        if not used or node.domain == DOMAIN:
-            continue
-        if node.op_type in _COUNTING and not _is_real(node):
-            numbers.update(node.outputs)
-        else:
-            reason = f"{node.op_type} takes a length for more than a size"
-            obstacles.append(Obstacle("PAG008", reason, node.name or ""))
-    return obstacles
-
-
-def _takes_place(node: ir.Node, places: set[ir.Value]) -> bool:
-    """Whether what counts the tokens of a run is more than the index of a token's own row: a
-    number, something compared with another, or a row of a table of the model's.
-    """
-    if node.op_type in ("Gather", "GatherND", "GatherElements"):
-        table = node.inputs[0]
-        constant_table = table is not None and table.const_value is not None
-        return constant_table and node.inputs[1] in places
-    return node.op_type in COMPARISONS or (node.op_type == "Cast" and _is_real(node))
-
-
-def _is_real(node: ir.Node) -> bool:
-    """Whether a node makes real numbers."""
-    dtype = node.outputs[0].dtype
-    if node.op_type == "Cast":
-        return ir.DataType(node.attributes["to"].as_int()).is_floating_point()
-    return dtype is not None and dtype.is_floating_point()
-
-
 def _layer(facts: Facts, node: ir.Node, family: MaskFamily | None) -> PagedLayer | Obstacle:
     name = node.name or node.op_type
     inputs = [*node.inputs, *[None] * (7 - len(node.inputs))]
     q, k, v, _, past_key, past_value, last = inputs[:7]
     assert q is not None
-    shapes = [facts.shapes.of(each) for each in (q, k, v)]
-    if any(shape is None or len(shape) != 4 for shape in shapes):
-        return Obstacle("PAG003", "queries, keys and values do not have four axes", name)
-    (_, heads, new, size), (_, kv_heads, _, _), (_, _, _, width) = shapes  # type: ignore[misc]
-    fixed = [each for each in (heads, kv_heads, size, width) if isinstance(each, int)]
-    if len(fixed) < 4:
-        return Obstacle("PAG003", "heads and head sizes are not fixed", name)
+    sizes = _sizes(facts, q, k, v)
+    if isinstance(sizes, str):
+        return Obstacle("PAG003", sizes, name)
     if past_key is not None:
         key, value = k, v
         pairs = [_cache(facts, each) for each in (past_key, past_value)]
@@ -275,7 +155,7 @@ def _layer(facts: Facts, node: ir.Node, family: MaskFamily | None) -> PagedLayer
     if family is None or family.kind == "general":
         why = family.reason if family is not None else "it was not read"
         return Obstacle("PAG004", f"its mask is of no family that can be paged: {why}", name)
-    one = family.kind == "full" and (new == 1 or facts.roles.fixed.get("S") == 1)
+    one = family.kind == "full" and (sizes.new == 1 or facts.roles.fixed.get("S") == 1)
     if family.kind not in _FAMILIES and not one:
         reason = f"its mask is {family}: tokens see tokens that come after them"
         return Obstacle("PAG004", reason, name)
@@ -287,14 +167,36 @@ def _layer(facts: Facts, node: ir.Node, family: MaskFamily | None) -> PagedLayer
         key,
         value,
         tuple(pair for pair in pairs if pair is not None),
-        fixed[0],
-        fixed[1],
-        fixed[2],
-        fixed[3],
+        sizes.heads,
+        sizes.kv_heads,
+        sizes.size,
+        sizes.width,
         family,
         last if node.op_type == "SinkAttention" else None,
         computed,
     )
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """H, K, D, Dv and S of an attention."""
+
+    heads: int
+    kv_heads: int
+    size: int
+    width: int
+    new: Dim
+
+
+def _sizes(facts: Facts, *operands: ir.Value | None) -> _Sizes | str:
+    """The sizes of [B, H, S, D], [B, K, T, D] and [B, K, T, Dv]; the reason where they are others."""
+    q, k, v = map(facts.shapes.of, operands)
+    if q is None or k is None or v is None or not len(q) == len(k) == len(v) == 4:
+        return "queries, keys and values do not have four axes"
+    match (q[1], k[1], q[3], v[3]):
+        case int(heads), int(kv_heads), int(size), int(width):
+            return _Sizes(heads, kv_heads, size, width, q[2])
+    return "heads and head sizes are not fixed"
 
 
 def _cache(facts: Facts, value: ir.Value | None) -> CachePair | None:

@@ -33,12 +33,13 @@ _EXACT = frozenset(
     [getattr(ir.DataType, name) for name in ("INT64", "INT32", "FLOAT", "DOUBLE", "BOOL")]
 )
 # Where and Equal: places of padding get a number of their own.
-_COUNTING = names(
+_COUNTERS = names(
     """
     Add Concat ConstantOfShape CumSum Equal Expand GatherND Identity Mul Neg Not Range ReduceMax
     ReduceSum Reshape Shape Size Squeeze Sub Transpose Unsqueeze Where
     """
 )
+_UNVARIED = ("unknown", "constant_like", "use_cache_branch")
 _FAR = (RunShape(batch=1, new=3, past=8190), RunShape(batch=1, new=2, past=4100))
 # Prompts: a number may be one of new tokens.
 _LONG = (RunShape(batch=1, new=300), RunShape(batch=1, new=3000))
@@ -73,7 +74,8 @@ class Lengths:
     def meaning(self, value: ir.Value) -> Meaning | None:
         """What a value says; None where it is no position and no length, or cannot be run."""
         if value not in self._known:
-            samples = self._near_and_far(value) if _counts(value) else ()
+            told = _counts(value) and not self._reads_unvaried(value)
+            samples = self._near_and_far(value) if told else ()
             found = _position(samples) or _length(samples) if samples else None
             self._known[value] = found or self._always(value)
         return self._known[value]
@@ -92,6 +94,12 @@ class Lengths:
             return [*samples, *self._sampler.samples(value, (*further, *_FAR, *_LONG))]
         except CutError:
             return ()
+
+    def _reads_unvaried(self, value: ir.Value) -> bool:
+        """Whether a value reads an input that every run is fed the same for."""
+        roles = self._sampler.roles.inputs
+        read = (roles.get(each.name or "") for each in reads_of(value).inputs)
+        return any(each is not None and each.role in _UNVARIED for each in read)
 
     def _always(self, value: ir.Value) -> Meaning | None:
         """Whether a condition on each token holds for all: it sees something, where none is hidden.
@@ -152,7 +160,7 @@ def _only_counts(node: ir.Node) -> bool:
             line = table.reshape(-1).astype(np.int64)
             counted = np.array_equal(line, np.arange(line.size) + (line[0] if line.size else 0))
             return bool(counted and np.array_equal(line, table.reshape(-1)))
-    return node.op_type in _COUNTING
+    return node.op_type in _COUNTERS
 
 
 def _axes(samples: Sequence[tuple[RunShape, Any]]) -> list[int]:

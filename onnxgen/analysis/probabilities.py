@@ -16,8 +16,9 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import attribute, given, is_read, producer, uniform
 from onnxgen.analysis.moments import trailing_axis
 from onnxgen.analysis.scores import VIEWED, Sink, Stopped
-from onnxgen.analysis.shape_rules import ELEMENTWISE, slice_bounds
+from onnxgen.analysis.shape_rules import ELEMENTWISE
 from onnxgen.analysis.symbols import Dim
+from onnxgen.analysis.view_shapes import slice_bounds
 from onnxgen.analysis.views import VIEW_OPS
 
 

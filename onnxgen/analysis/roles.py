@@ -16,16 +16,22 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from onnxgen.analysis.role_axes import (
+    axes_of,
+    declared_shape,
+    lengths_of,
+    sizes_of_caches,
+    without_repeated,
+)
 from onnxgen.analysis.role_joins import Join, find_joins
 from onnxgen.analysis.role_uses import Evidence, Uses
-from onnxgen.analysis.role_values import ROLES, CachePair, Dim, InputRole, OutputRole, Roles
-from onnxgen.analysis.shapes import Shapes
+from onnxgen.analysis.role_values import ROLES, CachePair, InputRole, OutputRole, Roles
 from onnxgen.errors import UsageError
 
 __all__ = ["ROLES", "CachePair", "InputRole", "OutputRole", "Roles", "find_roles", "write_roles"]
@@ -73,19 +79,19 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
 
     grown = {j.past: j for j in joins if roles.get(j.past) in ("past", "static_past")}
     named: dict[str, InputRole] = {}
-    fixed_sizes = _sizes_of_caches(graph, grown)
+    fixed_sizes = sizes_of_caches(graph, grown)
     for value in inputs:
         name = str(value.name)
-        shape = fixed_sizes.get(name) or _shape(value) or ()
+        shape = fixed_sizes.get(name) or declared_shape(value) or ()
         dtype = value.dtype or ir.DataType.UNDEFINED
-        axes = _axes(roles[name], shape, grown.get(name))
+        axes = axes_of(roles[name], shape, grown.get(name))
         added = bool(found[name].scores) and dtype.is_floating_point() and len(shape) > 2
         bound = max((t.rows for t in found[name].tables), default=0)
         named[name] = InputRole(name, roles[name], dtype, shape, axes, bound, added)
 
     capped = {name for name, join in grown.items() if join.cap is not None}
-    named = _repeated(named)
-    fixed, symbols = _lengths(named.values(), capped)
+    named = without_repeated(named)
+    fixed, symbols = lengths_of(named.values(), capped)
     pairs = tuple(_pair(grown[name], named[name]) for name in named if name in grown)
     copies = {join.present for join in joins if not join.grows}
     outputs = {}
@@ -222,14 +228,14 @@ def _ask_names(roles: dict[str, str], found: Mapping[str, Evidence]) -> None:
 
 def _separate_vectors(roles: dict[str, str], inputs: Sequence[ir.Value]) -> None:
     """Tell apart what has one number, or one for each sequence, from what has one for each token."""
-    main = [_shape(v) or () for v in inputs if roles[str(v.name)] in ("ids", "embeds")]
+    main = [declared_shape(v) or () for v in inputs if roles[str(v.name)] in ("ids", "embeds")]
     if not main or len(main[0]) < 2:
         return
     batch, new = main[0][:2]
     # One number for each sequence, or for each new token over a past: of what, no use tells.
     untold = [(batch,), (batch, new)] if "past" in roles.values() else [(batch,)]
     for value in inputs:
-        name, shape = str(value.name), _shape(value) or ()
+        name, shape = str(value.name), declared_shape(value) or ()
         if shape == (1,) and new != 1 and roles[name] in ("positions", "cache_position"):
             roles[name] = "cache_length"  # where the first of the new tokens stands
         elif roles[name] == "mask" and isinstance(batch, str) and shape in untold:
@@ -238,105 +244,6 @@ def _separate_vectors(roles: dict[str, str], inputs: Sequence[ir.Value]) -> None
 
 def _hint(name: str) -> str | None:
     return next((role for role, words in _NAMES if re.search(words, name.lower())), None)
-
-
-def _axes(role: str, shape: tuple[Dim, ...], join: Join | None) -> tuple[str, ...]:
-    """A letter for each dim of an input of this role."""
-    rank = len(shape)
-    if join is not None:
-        letters = {1: ["B"], 2: ["B", "D"], 3: ["B", "K", "D"]}.get(rank - 1)
-        if rank == 3:
-            letters = ["B", "D"]
-        if letters is None:  # keys and values, or layers, packed in front
-            letters = [""] * (rank - 4) + ["B", "K", "D"]
-        letters.insert(join.axis, "L" if join.static else "P")
-        return tuple(letters)
-    long = {"mask": "T", "encoder_mask": "E"}.get(role)
-    if long:
-        if rank == 4:
-            return ("B", "", "S", long)
-        return ("B", "S", long)[-rank:] if rank == 3 else ("B", long)[-rank:] if rank else ()
-    if role in ("ids", "type_ids", "positions"):
-        return ("",) * (rank - 2) + ("B", "S")[-rank:] if rank else ()
-    if role == "cache_length" and rank == 1:
-        return ("B",)
-    if role == "cache_position":
-        return ("",) * (rank - 1) + ("S",)
-    if role in ("embeds", "encoder_states"):
-        letters = ["B", "S" if role == "embeds" else "E", *[""] * (rank - 3), "H"]
-        return tuple(letters[:rank])
-    if role == "cross_past":
-        return ("B", "K", "E", "D") if rank == 4 else ("B", "E", "H", *[""] * (rank - 3))[:rank]
-    if role in ("pixels", "features") and rank:
-        return ("B",) + ("",) * (rank - 1)
-    return ("",) * rank
-
-
-def _sizes_of_caches(graph: ir.Graph, grown: Collection[str]) -> dict[str, tuple[Dim, ...]]:
-    """The shapes of caches whose heads' size a file leaves free, as their attention needs it."""
-    caches = [value for value in graph.inputs if value.name in grown]
-    free = [v for v in caches if v.shape and not isinstance(v.shape[-1], int)]
-    if not free:
-        return {}
-    shapes = Shapes(graph)
-    return {
-        str(value.name): tuple(
-            needed if isinstance(needed, int) else size
-            for size, needed in zip(
-                _shape(value) or (), map(shapes.resolve, shapes.of(value) or ()), strict=True
-            )
-        )
-        for value in free
-    }
-
-
-def _repeated(inputs: Mapping[str, InputRole]) -> dict[str, InputRole]:
-    """The inputs, with axes of size 1 that others leave free as no axes: those are broadcast."""
-    each_axis = [pair for v in inputs.values() for pair in zip(v.shape, v.axes, strict=True)]
-    free = {letter for dim, letter in each_axis if not isinstance(dim, int)}
-    free |= {"T"} if free & {"S", "P"} else set()  # as many keys as tokens, past and new
-    spread = free & {"S", "T"}
-    named: dict[str, InputRole] = {}
-    for name, role in inputs.items():
-        pairs = zip(role.shape, role.axes, strict=True)
-        axes = ("" if dim == 1 and letter in spread else letter for dim, letter in pairs)
-        named[name] = replace(role, axes=tuple(axes))
-    return named
-
-
-def _lengths(
-    inputs: Iterable[InputRole], capped: Collection[str]
-) -> tuple[dict[str, int], dict[str, str]]:
-    """Lengths that the inputs fix, and the letter of each symbol.
-
-    Args:
-        capped: cropped caches; the length of such a one is not how much came before.
-    """
-    fixed: dict[str, int] = {}
-    free: set[str] = set()
-    symbols: dict[str, str] = {}
-    for each in inputs:
-        for dim, letter in zip(each.shape, each.axes, strict=True):
-            if not letter:
-                continue
-            if isinstance(dim, str):
-                symbols.setdefault(dim, letter)
-                free.add(letter)
-            elif isinstance(dim, int) and letter in "BSPTEL":
-                if letter == "P" and each.name in capped:
-                    continue
-                # Layers may differ: the longest counts.
-                fixed[letter] = max(fixed.get(letter, 0), dim)
-    # A mask [1,T] beside ids [B,S] is broadcast and fixes nothing.
-    if fixed.get("B") == 1 and "B" in free:
-        del fixed["B"]
-    if "L" in fixed:
-        fixed.pop("T", None)  # the mask spans the cache, not the tokens so far
-    elif "T" in fixed and "S" in fixed:
-        fixed.setdefault("P", fixed["T"] - fixed["S"])
-    elif "T" in fixed and "P" in fixed:
-        fixed.setdefault("S", fixed["T"] - fixed["P"])
-    return fixed, symbols
 
 
 def _pair(join: Join, past: InputRole) -> CachePair:
@@ -365,7 +272,7 @@ def _output(
     symbols: Mapping[str, str],
     inputs: Mapping[str, InputRole],
 ) -> OutputRole:
-    name, shape = str(value.name), _shape(value)
+    name, shape = str(value.name), declared_shape(value)
     blank = OutputRole(name, "other", value.dtype, shape, ("",) * len(shape or ()))
     pair = next((pair for pair in pairs if pair.present == name), None)
     if pair is not None:
@@ -383,17 +290,3 @@ def _output(
     if tokens and len(shape) == 3:
         return replace(blank, role="rows", axes=("B", "S", ""))
     return replace(blank, axes=axes)
-
-
-def _shape(value: ir.Value) -> tuple[Dim, ...] | None:
-    if value.shape is None:
-        return None
-    dims: list[Dim] = []
-    for dim in value.shape:
-        if isinstance(dim, int):
-            dims.append(dim)
-        elif dim.value is None:
-            dims.append(None)
-        else:
-            dims.append(int(dim.value) if str(dim.value).isdigit() else str(dim.value))
-    return tuple(dims)

@@ -12,7 +12,7 @@ from onnxgen.analysis.graph import attribute, constant, given, names, producer, 
 from onnxgen.analysis.lane_forms import Lane
 from onnxgen.analysis.reads import reads_of
 from onnxgen.analysis.sampling import TABLE_SHAPES
-from onnxgen.analysis.shape_rules import slice_bounds
+from onnxgen.analysis.view_shapes import slice_bounds
 from onnxgen.analysis.views import VIEW_OPS
 
 

@@ -98,7 +98,8 @@ class Stopped:
 
 def walk_up(facts: Facts, value: ir.Value) -> Scores | Stopped:
     """From a Softmax's input to the contraction that its scores come from."""
-    found = Scores(contraction=None)  # type: ignore[arg-type]  # set where the walk ends
+    # Nobody sees it before the walk has ended, and that sets the contraction.
+    found = Scores(contraction=None)  # type: ignore[arg-type]
     while True:
         node = producer(value)
         if node is None:

@@ -56,9 +56,9 @@ def made(
 def parameter(op: OpBuilder, name: str, like: ir.Value) -> ir.Value:
     """A float attribute of the function as a scalar of another value's type."""
     number = op.Constant(value_float=ir.RefAttr("value_float", name, ir.AttributeType.FLOAT))
-    return op.CastLike(number, like)  # type: ignore[no-any-return]
+    return op.CastLike(number, like)
 
 
 def ints(op: OpBuilder, *numbers: int) -> ir.Value:
     """A constant int64 vector."""
-    return op.Constant(value_ints=list(numbers))  # type: ignore[no-any-return]
+    return op.Constant(value_ints=list(numbers))

@@ -34,6 +34,7 @@ written), "cast" where the pools' type differs, "bias" for a mask that is added,
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import onnx_ir as ir
 from onnxscript import OpBuilder
@@ -131,7 +132,7 @@ def build_cache(overload: str, opset: int) -> ir.Function:
 
 def _read(op: OpBuilder, pool: ir.Value, slots: ir.Value) -> ir.Value:
     """The rows [B, L, K*D] of a pool [NB, BS, K, D] at slots [B, L]."""
-    return op.Gather(op.Flatten(pool, axis=2), slots, axis=0)  # type: ignore[no-any-return]
+    return op.Gather(op.Flatten(pool, axis=2), slots, axis=0)
 
 
 def _written(
@@ -156,7 +157,7 @@ def _written(
         )
         rows = op.Where(op.Unsqueeze(wanted, ints(op, 2)), rows, row)
         places = op.Where(wanted, places, place)
-    return op.ScatterND(pool, places, rows)  # type: ignore[no-any-return]
+    return op.ScatterND(pool, places, rows)
 
 
 def _plain(
@@ -169,7 +170,7 @@ def _plain(
     parts: list[str],
 ) -> ir.Value:
     """[B, S, H*Dv] of the standard operator."""
-    attributes = {
+    attributes: dict[str, Any] = {
         "q_num_heads": _reference("q_num_heads", "num_heads"),
         "kv_num_heads": _reference("kv_num_heads", "kv_num_heads"),
         "scale": ir.RefAttr("scale", "scale", ir.AttributeType.FLOAT),
@@ -177,8 +178,8 @@ def _plain(
     if "cap" in parts:
         attributes["softcap"] = ir.RefAttr("softcap", "softcap", ir.AttributeType.FLOAT)
     if "float" in parts:
-        attributes["softmax_precision"] = ir.DataType.FLOAT.value  # type: ignore[assignment]
-    return op.Attention(q, k, v, mask, **attributes)  # type: ignore[no-any-return]
+        attributes["softmax_precision"] = ir.DataType.FLOAT.value
+    return op.Attention(q, k, v, mask, **attributes)
 
 
 def _sunk(
@@ -196,7 +197,7 @@ def _sunk(
         """[B, R, heads * D] as [B, heads, R, D]."""
         count = op.Constant(value_int=ir.RefAttr("value_int", number, ir.AttributeType.INT))
         shape = op.Concat(ints(op, 0, 0), op.Unsqueeze(count, ints(op, 0)), ints(op, -1), axis=0)
-        return op.Transpose(op.Reshape(rows, shape), perm=[0, 2, 1, 3])  # type: ignore[no-any-return]
+        return op.Transpose(op.Reshape(rows, shape), perm=[0, 2, 1, 3])
 
     kind = "bias" if "bias" in parts else "bool"
     found = sunk(
@@ -209,7 +210,7 @@ def _sunk(
         [kind, *parts],
     )
     rows = op.Transpose(found, perm=[0, 2, 1, 3])
-    return op.Reshape(rows, ints(op, 0, 0, -1))  # type: ignore[no-any-return]
+    return op.Reshape(rows, ints(op, 0, 0, -1))
 
 
 def _reference(name: str, of: str) -> ir.Attr:

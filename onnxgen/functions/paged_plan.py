@@ -194,14 +194,14 @@ def _edges(op: OpBuilder, cumulative: ir.Value) -> tuple[ir.Value, ir.Value]:
 def _range(op: OpBuilder, count: ir.Value) -> ir.Value:
     """0, 1, .. up to a number that is a vector of one element."""
     scalar = op.Squeeze(count, ints(op, 0))
-    return op.Range(op.Constant(value_int=0), scalar, op.Constant(value_int=1))  # type: ignore[no-any-return]
+    return op.Range(op.Constant(value_int=0), scalar, op.Constant(value_int=1))
 
 
 def _column(op: OpBuilder, vector: ir.Value) -> ir.Value:
     """[N] as [N, 1]."""
-    return op.Unsqueeze(vector, ints(op, 1))  # type: ignore[no-any-return]
+    return op.Unsqueeze(vector, ints(op, 1))
 
 
 def _attribute(op: OpBuilder, name: str) -> ir.Value:
     """An integer attribute of the function as an int64 scalar."""
-    return op.Constant(value_int=ir.RefAttr("value_int", name, ir.AttributeType.INT))  # type: ignore[no-any-return]
+    return op.Constant(value_int=ir.RefAttr("value_int", name, ir.AttributeType.INT))

@@ -126,4 +126,4 @@ def sunk(
     kept = op.Slice(p, ints(op, 0), ints(op, -1), ints(op, 3))
     y = op.MatMul(op.Reshape(kept, op.Shape(product)), v)
     width = op.Shape(v, start=3)
-    return op.Reshape(y, op.Concat(rows, width, axis=0))  # type: ignore[no-any-return]
+    return op.Reshape(y, op.Concat(rows, width, axis=0))

@@ -33,19 +33,10 @@ START = '{\n  "schema": '
 """What every document of ours begins with, as `dumps` writes it."""
 
 
-def fuse_document(report: Report | None, exit_code: int, error: str | None) -> dict[str, Any]:
-    """The outcome of `onnxgen fuse`."""
-    return _report_document("fuse", report, exit_code, error)
-
-
-def to_paged_document(report: Report | None, exit_code: int, error: str | None) -> dict[str, Any]:
-    """The outcome of `onnxgen to-paged`."""
-    return _report_document("to-paged", report, exit_code, error)
-
-
-def _report_document(
+def report_document(
     command: str, report: Report | None, exit_code: int, error: str | None
 ) -> dict[str, Any]:
+    """The outcome of `onnxgen fuse` or `onnxgen to-paged`."""
     document = _header(command, exit_code, error)
     document["report"] = None
     if report is not None:

@@ -7,9 +7,8 @@
              slot_mapping?, head_sink?, q_norm_weight?, k_norm_weight?)
 
 What the operator works out itself is left to it: which slots are read and written, which keys a
-token sees, positions, and the rotary embedding where its tables are a function of the position
-alone (`paged_tables`), with the norm over each head right before it. Everything else stays
-outside, which is always right, and the report says why.
+token sees, positions, and rotary embeddings and norms where it can (`paged_inside`). Everything
+else stays outside, which is always right, and the report says why.
 
 The operator takes float16 and bfloat16: a float32 model has casts around it. Its inputs move from
 release to release, so they are placed by name as the schema of the installed ONNX Runtime has
@@ -22,14 +21,14 @@ with slopes or chunks, layers that read another's pools, blocks of less than 16 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxgen import functions
-from onnxgen.analysis.graph import attribute, constant, given, optional, producer
+from onnxgen.analysis.graph import attribute, constant, given, optional
 from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.shapes import Shapes
 from onnxgen.functions import paged_attention, paged_plan
@@ -37,14 +36,11 @@ from onnxgen.patterns.building import Builder
 from onnxgen.report.values import Obstacle, Site
 from onnxgen.runtime import Runtime
 from onnxgen.targets.paged import PagedModel
-from onnxgen.targets.paged_schema import DOMAIN, NAME, LiveSchema, live_schema
-from onnxgen.targets.paged_tables import RotaryRows, rotary_rows
+from onnxgen.targets.paged_inside import Insides
+from onnxgen.targets.paged_schema import DOMAIN, NAME, WIDTH, LiveSchema, live_schema
 
 CODE = "PAG011"
 SMALLEST_BLOCK = 16
-WIDTH = 8
-"""Of a head, and of half of what is rotated of it: a multiple of this."""
-
 LONGEST = 32768
 """Positions that rotary tables hold where nothing says how long a sequence may be."""
 
@@ -83,23 +79,6 @@ def lower_paged(
     return replace(result, max_length=lowering.limit), sites
 
 
-@dataclass(frozen=True)
-class _Inside:
-    """What of a query's and a key's way into attention the operator does itself.
-
-    Attributes:
-        query, key: what is left to feed.
-        inputs, attributes: what says it.
-        said: for the report.
-    """
-
-    query: ir.Value
-    key: ir.Value
-    inputs: Mapping[str, ir.Value]
-    attributes: Mapping[str, int | float]
-    said: Mapping[str, str]
-
-
 class _Lowering:
     """Lowers one model's attentions.
 
@@ -112,14 +91,12 @@ class _Lowering:
     ) -> None:
         self._graph = result.model.graph
         self._options = result.options
-        self._tokens = next(v for v in self._graph.inputs if v.name == result.tokens)
-        self._runtime = runtime
-        self._length = length
         self._schema = schema
-        self._shapes = Shapes(self._graph)
-        self._builder = Builder(self._graph, self._shapes)
-        self._rows: dict[tuple[ir.Value | None, ...], RotaryRows | str] = {}
-        self._past: dict[ir.Value, ir.Value] = {}
+        shapes = Shapes(self._graph)
+        self._builder = Builder(self._graph, shapes)
+        tokens = next(v for v in self._graph.inputs if v.name == result.tokens)
+        self._insides = Insides(self._builder, shapes, self._graph, tokens, runtime, length, schema)
+        self._past: dict[tuple[ir.Value, int], ir.Value] = {}
         self.limit: int | None = None
 
     def obstacles(self, nodes: list[ir.Node]) -> list[Obstacle]:
@@ -172,7 +149,10 @@ class _Lowering:
         """(heads, columns of a head) of the keys' pool (0) or the values' (1)."""
         value = given(node, paged_attention.KEY_CACHE + index)
         assert value.shape is not None
-        return int(value.shape[2]), int(value.shape[3])  # type: ignore[arg-type]
+        heads, size = value.shape[2], value.shape[3]
+        assert isinstance(heads, int)
+        assert isinstance(size, int)
+        return heads, size
 
     def _plain(self, node: ir.Node) -> tuple[dict[str, ir.Value], dict[str, int | float]]:
         """Inputs and attributes with nothing inside, by the operator's names."""
@@ -208,21 +188,24 @@ class _Lowering:
         inputs, attributes = self._plain(node)
         dtype = inputs["key_cache"].dtype
         assert dtype is not None
-        inside = self._inside(node, inputs["query"], inputs["key"], dtype)
+        size = self._pool(node, 0)[1]
+        inside = self._insides.of(node, inputs["query"], inputs["key"], size, dtype)
+        if inside.limit is not None:
+            self.limit = min(inside.limit, self.limit or inside.limit)
+            inputs["past_seqlens"] = self._checked(inputs, inside.limit)
         inputs |= {"query": inside.query, "key": inside.key, **inside.inputs}
         attributes |= inside.attributes
-        if "cos_cache" in inputs:
-            inputs["past_seqlens"] = self._checked(inputs)
         for name in ("query", "key", "value", "head_sink", *inside.inputs):
             if name in inputs:
                 inputs[name] = self._narrow(inputs[name], dtype)
         placed = [inputs.get(name) for name in self._schema.inputs]
         outputs = self._builder.ops(NAME, placed, 3, attributes, domain=DOMAIN)
         heads = int(attribute(node, "num_heads"))
-        shapes = [("num_tokens", heads * self._pool(node, 1)[1])]
-        shapes += [inputs[name].shape for name in ("key_cache", "value_cache")]  # type: ignore[misc]
+        rows = ir.Shape(["num_tokens", heads * self._pool(node, 1)[1]])
+        shapes = [rows, inputs["key_cache"].shape, inputs["value_cache"].shape]
         for value, shape in zip(outputs, shapes, strict=True):
-            value.dtype, value.shape = dtype, ir.Shape(shape)
+            assert shape is not None
+            value.dtype, value.shape = dtype, shape.copy()
         y, old = outputs[0], node.outputs[0]
         if old.dtype not in (None, dtype):
             assert old.dtype is not None
@@ -244,109 +227,6 @@ class _Lowering:
             details["sinks"] = True
         return Site("attention", CODE, made.name or NAME, "", "fused", details=details)
 
-    def _inside(self, node: ir.Node, query: ir.Value, key: ir.Value, dtype: ir.DataType) -> _Inside:
-        """As much of what is before attention as the operator does."""
-        rotaries = [_turned(each) for each in (query, key)]
-        rotary: tuple[RotaryRows, ir.Node] | None = None
-        said = "none"
-        if rotaries[0] is not None or rotaries[1] is not None:
-            found = self._rotary(node, rotaries, dtype)
-            if isinstance(found, str):
-                return _Inside(query, key, {}, {}, {"rotary": f"outside, since {found}"})
-            rotary, said = found, "inside"
-        operands = [query, key]
-        inputs: dict[str, ir.Value] = {}
-        attributes: dict[str, int | float] = {}
-        if rotary is not None:
-            operands = [given(each) for each in rotaries if each is not None]
-            for name, table in (("cos_cache", rotary[0].cos), ("sin_cache", rotary[0].sin)):
-                inputs[name] = self._builder.constant(table, f"onnxgen/{name}")
-            attributes["do_rotary"] = 1
-            attributes["rotary_interleaved"] = int(attribute(rotary[1], "interleaved", 0))
-            rows = len(rotary[0].cos)
-            self.limit = min(rows, self.limit or rows)
-        details = {"rotary": said}
-        heads = [int(attribute(node, name)) for name in ("num_heads", "kv_num_heads")]
-        size = self._pool(node, 0)[1]
-        norms = [self._norm(x, h, size) for x, h in zip(operands, heads, strict=True)]
-        names = {"q_norm_weight", "k_norm_weight", "qk_norm_epsilon"}
-        if norms[0] is not None and norms[1] is not None:
-            epsilons = [attribute(each, "epsilon", 1e-5) for each in norms if each is not None]
-            if epsilons[0] == epsilons[1] and names <= {
-                *self._schema.inputs,
-                *self._schema.attributes,
-            }:
-                operands = [given(each) for each in norms if each is not None]
-                inputs["q_norm_weight"] = given(norms[0], 1)
-                inputs["k_norm_weight"] = given(norms[1], 1)
-                attributes["qk_norm_epsilon"] = epsilons[0]
-                details["norms"] = "inside"
-        if operands != [query, key]:
-            operands = [
-                self._builder.op("Reshape", [x, self._builder.ints(-1, h * size)])
-                for x, h in zip(operands, heads, strict=True)
-            ]
-        return _Inside(operands[0], operands[1], inputs, attributes, details)
-
-    def _rotary(
-        self, node: ir.Node, rotaries: list[ir.Node | None], dtype: ir.DataType
-    ) -> tuple[RotaryRows, ir.Node] | str:
-        """What queries and keys are both rotated by; the reason where it stays outside."""
-        first, second = rotaries
-        if first is None or second is None:
-            return "queries and keys are not both rotated"
-        wanted = {"cos_cache", "sin_cache", "do_rotary", "rotary_interleaved"}
-        if not wanted <= {*self._schema.inputs, *self._schema.attributes}:
-            return f"the operator of ONNX Runtime {self._schema.version} has none inside"
-        if dtype == ir.DataType.BFLOAT16:
-            # Tables would be rounded where a float32 twin's are not: no proof.
-            return "its tables would be rounded to bfloat16"
-        if attribute(first, "interleaved", 0) != attribute(second, "interleaved", 0):
-            return "queries and keys are rotated differently"
-        found = [self._read(each) for each in (first, second)]
-        for each in found:
-            if isinstance(each, str):
-                return each
-        a, b = found
-        assert isinstance(a, RotaryRows)
-        assert isinstance(b, RotaryRows)
-        if not (np.array_equal(a.cos, b.cos) and np.array_equal(a.sin, b.sin)):
-            return "queries and keys are rotated differently"
-        columns, size = a.cos.shape[-1], self._pool(node, 0)[1]
-        if columns % WIDTH or 2 * columns > size:
-            return f"{2 * columns} columns of a head are rotated, no multiple of {2 * WIDTH}"
-        return a, first
-
-    def _read(self, rotary: ir.Node) -> RotaryRows | str:
-        key = tuple(rotary.inputs[1:])
-        if key not in self._rows:
-            plan = [n for n in self._graph if n.op_type == paged_plan.TOKENS]
-            positions = plan[0].outputs[0] if plan else None
-            self._rows[key] = (
-                "there are no positions"
-                if positions is None
-                else rotary_rows(
-                    self._graph, rotary, positions, self._tokens, self._runtime, self._length
-                )
-            )
-        return self._rows[key]
-
-    def _norm(self, value: ir.Value, heads: int, size: int) -> ir.Node | None:
-        """The RMSNormalization over each head that makes rows [.., heads * size]."""
-        node = producer(value, "Reshape")
-        node = None if node is None else producer(node.inputs[0], "RMSNormalization")
-        if node is None:
-            return None
-        shape, weight = self._shapes.of(node.inputs[0]), constant(given(node, 1))
-        fits = shape is not None and len(shape) > 2 and shape[-2:] == (heads, size)
-        last = attribute(node, "axis", -1) in (-1, len(shape or ()) - 1)
-        wide = attribute(node, "stash_type", 1) == int(ir.DataType.FLOAT)
-        return (
-            node
-            if fits and last and wide and weight is not None and weight.shape == (size,)
-            else None
-        )
-
     def _narrow(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         """A value in the operator's type."""
         if value.dtype == dtype:
@@ -356,12 +236,11 @@ class _Lowering:
             return self._builder.constant(found.astype(dtype.numpy()), f"onnxgen/{value.name}")
         return self._builder.op("Cast", [value], {"to": int(dtype)})
 
-    def _checked(self, inputs: Mapping[str, ir.Value]) -> ir.Value:
-        """The pasts, int32 [B], read only where no sequence is longer than the tables."""
+    def _checked(self, inputs: Mapping[str, ir.Value], rows: int) -> ir.Value:
+        """The pasts, int32 [B], read only where no sequence is longer than so many tokens."""
         op, ints = self._builder.op, self._builder.ints
         past, edges = inputs["past_seqlens"], inputs["cumulative_sequence_length"]
-        if past not in self._past:
-            rows = int(inputs["cos_cache"].shape[0])  # type: ignore[index, arg-type]
+        if (past, rows) not in self._past:
             starts = op("Slice", [edges, ints(0), ints(-1)])
             ends = op("Slice", [edges, ints(1), ints(1 << 30)])
             total = op("Add", [past, op("Sub", [ends, starts])], name="total_lengths")
@@ -372,8 +251,8 @@ class _Lowering:
             over = op("Min", [op("Max", [op("Sub", [longest, most]), zero]), one])
             sentence = f"contract: this model was written for at most {rows} tokens a sequence"
             guard = op("Gather", [zero, over], {"axis": 0}, name=sentence)
-            self._past[past] = op("Add", [past, guard], name="past_lengths")
-        return self._past[past]
+            self._past[past, rows] = op("Add", [past, guard], name="past_lengths")
+        return self._past[past, rows]
 
 
 def take_place(old: ir.Value, new: ir.Value) -> None:
@@ -390,9 +269,3 @@ def _keys_of(node: ir.Node) -> ir.Node:
     assert keys is not None
     assert keys.op_type == paged_plan.KEYS
     return keys
-
-
-def _turned(rows: ir.Value) -> ir.Node | None:
-    """The RotaryEmbedding that makes rows [N, heads * D]."""
-    node = producer(rows, "Reshape")
-    return None if node is None else producer(node.inputs[0], "RotaryEmbedding")

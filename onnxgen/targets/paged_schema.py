@@ -6,6 +6,8 @@ import functools
 from dataclasses import dataclass
 
 DOMAIN, NAME = "com.microsoft", "PagedAttention"
+WIDTH = 8
+"""Of a head, and of half of what is rotated of it: a multiple of this."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.edges import COMPARISONS, FARTHEST, LIMITS, OFFSETS, integer
 from onnxgen.analysis.feeds import RunShape, forced_shape, misfit, nearest_shape
+from onnxgen.analysis.graph import names
 from onnxgen.analysis.roles import Roles
 
 LONGEST = 8192
@@ -28,9 +29,12 @@ _LONGEST_PREFILL = 1024
 _MOST_FOUND = 6
 
 # Through these a length or a position is followed back to the constants that it meets.
-_PASSED = frozenset(
-    ["Cast", "Unsqueeze", "Squeeze", "Reshape", "Expand", "Identity", "Transpose", "Concat"]
-) | frozenset(["Where", "Floor", "Abs", "Neg", "Range", "ReduceMax", "ReduceMin", "Mul"])
+_PASSED = names(
+    """
+    Abs Cast Concat Expand Floor Identity Mul Neg Range ReduceMax ReduceMin Reshape Squeeze
+    Transpose Unsqueeze Where
+    """
+)
 _WINDOWS = ("local_window_size", "left_window_size")
 
 

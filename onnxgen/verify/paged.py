@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from onnxgen.targets.paged import PagedModel
 from onnxgen.verify.cases import find_edges, too_large
 from onnxgen.verify.compare import TOLERANCES, compute_type
 from onnxgen.verify.difference import NotANumberError, scaled_difference
+from onnxgen.verify.paged_program import Event, program
 from onnxgen.verify.paged_sides import Contiguous, PagedSide
 from onnxgen.verify.precision import NOTE, rounds_activations
 from onnxgen.verify.side import Side
@@ -42,52 +43,6 @@ Array = npt.NDArray[Any]
 _MOST_SPECIAL = 4
 _SPARE = 6
 """Places of a static cache that a prompt leaves to what comes after it."""
-
-
-@dataclass(frozen=True)
-class Event:
-    """One step of the program that both models go through.
-
-    Attributes:
-        joins: sequences that come, by name: (prompt tokens, past tokens, the sequence whose
-            beginning it shares or "").
-        counts: how many waiting tokens of each sequence run; single ones are the likeliest next.
-        leaves: sequences that go before the run.
-    """
-
-    joins: Mapping[str, tuple[int, int, str]] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)
-    leaves: tuple[str, ...] = ()
-
-
-def program(block_size: int, edges: Sequence[int], *, sharing: bool = True) -> list[Event]:
-    """What is run for a block size.
-
-    Args:
-        edges: lengths at which a mask starts to hide keys, or tables switch.
-        sharing: whether one sequence takes another's block as its beginning.
-    """
-    size = block_size
-    near = [edge for edge in edges if edge <= 64]
-    events = [
-        Event({"a": (5, 0, "")}, {"a": 5}),
-        Event({"b": (size + 1, 0, "")}, {"a": 1, "b": size + 1}),
-        Event({"c": (size + 3, 0, "")}, {"c": 3, "b": 0, "a": 1}),
-        Event({}, {"a": 1, "b": 1, "c": size}),
-        Event({"d": (size + 4, 0, "b" if sharing else "")}, {"d": 4, "a": 1, "c": 1}),
-        Event({"e": (2 * size, 0, "")}, {"b": 1, "e": 2 * size, "c": 1, "d": 1}, ("a",)),
-    ]
-    events += [Event({}, {"e": 1, "d": 1, "c": 1, "b": 1})] * 2
-    for edge in near:
-        events.append(Event({f"n{edge}": (edge + 2, 0, "")}, {f"n{edge}": edge + 2, "c": 1}))
-        events.append(Event({}, {"c": 1, f"n{edge}": 1}))
-    for edge in edges:
-        past = max(edge - 2, 0)
-        name = f"p{edge}"
-        events.append(Event({name: (4, past, "")}, {name: 1, "d": 1}))
-        events += [Event({}, {name: 1}), Event({}, {"d": 1, name: 2}), Event({}, {name: 1})]
-        events.append(Event({}, {"d": 1}, (name,)))
-    return events
 
 
 def prove_paged(

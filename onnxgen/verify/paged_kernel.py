@@ -31,7 +31,8 @@ from onnxgen.report.values import Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.paged import PagedModel
 from onnxgen.targets.paged_schema import DOMAIN, NAME, live_schema
-from onnxgen.verify.paged import compare_steps, program, prove_paged
+from onnxgen.verify.paged import compare_steps, prove_paged
+from onnxgen.verify.paged_program import program
 from onnxgen.verify.paged_twin import staged_twins
 from onnxgen.verify.precision import rounds_activations
 from onnxgen.verify.side import Side

@@ -28,7 +28,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import given, other_input, producer
-from onnxgen.analysis.shape_rules import slice_bounds
+from onnxgen.analysis.view_shapes import slice_bounds
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import Rewrite, Rule
 

@@ -1,0 +1,115 @@
+"""The data file of a model: its large tensors behind one another, and its content's hash as name.
+
+    data = DataFile(folder, created)
+    offset, length = data.add(tensor)      # any number of them
+    name = data.finish("model.fused")      # model.fused.3c95c0305701.data
+
+Tensors that come from files are copied in pieces: none is in memory as a whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import onnx_ir as ir
+
+ALIGNMENT = 4096  # of each tensor, so that it can be mapped
+CHUNK = 4 * 1024 * 1024
+
+
+class DataFile:
+    """The one data file of an output, written tensor by tensor; equal tensors once.
+
+    Args:
+        folder: where it goes.
+        created: gets every path that was created, so that it can be removed.
+    """
+
+    def __init__(self, folder: Path, created: list[Path]) -> None:
+        self._folder = folder
+        self._created = created
+        self._file: BinaryIO | None = None
+        self._path = folder / f".{secrets.token_hex(6)}.data"
+        self._hash = hashlib.sha256()
+        self._size = 0
+        self._places: dict[object, tuple[int, int]] = {}
+
+    def add(self, tensor: ir.TensorProtocol) -> tuple[int, int]:
+        """Append a tensor's bytes and return their offset and length."""
+        key: object = id(tensor)
+        if isinstance(tensor, ir.ExternalTensor):
+            key = (tensor.path, tensor.offset, tensor.nbytes)
+        if key not in self._places:
+            self._append(bytes(-self._size % ALIGNMENT))
+            start = self._size
+            for chunk in _content(tensor):
+                self._append(chunk)
+            if self._size - start != tensor.nbytes:
+                raise OSError(
+                    None,
+                    f"tensor '{tensor.name}' has {self._size - start} bytes, not {tensor.nbytes}",
+                )
+            self._places[key] = (start, tensor.nbytes)
+        return self._places[key]
+
+    def finish(self, stem: str) -> str:
+        """Give the file its name, which holds the hash of its content; "" when it is empty."""
+        if self._file is None:
+            return ""
+        with self._file as file:
+            sync(file)
+        digest = self._hash.hexdigest()
+        for name in (f"{stem}.{digest[:12]}.data", f"{stem}.{digest}.data"):
+            final = self._folder / name
+            if not os.path.lexists(final):
+                self._created.append(final)
+                os.rename(self._path, final)
+                return name
+            if _holds(final, digest):
+                self._path.unlink()
+                return name
+        raise OSError(None, f"{final} is there already and holds something else")
+
+    def _append(self, content: bytes) -> None:
+        if self._file is None:
+            self._file = create(self._path, self._created)
+        self._file.write(content)
+        self._hash.update(content)
+        self._size += len(content)
+
+
+def _content(tensor: ir.TensorProtocol) -> Iterator[bytes]:
+    """A tensor's bytes, in pieces where they come from a file."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        yield tensor.tobytes()
+        return
+    left = tensor.nbytes
+    with open(tensor.path, "rb") as file:
+        file.seek(tensor.offset or 0)
+        while left and (chunk := file.read(min(CHUNK, left))):
+            left -= len(chunk)
+            yield chunk
+
+
+def _holds(path: Path, digest: str) -> bool:
+    if path.is_symlink() or not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() == digest
+
+
+def create(path: Path, created: list[Path]) -> BinaryIO:
+    """Open a new file for writing; never an existing one, never through a link."""
+    created.append(path)
+    return os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb")
+
+
+def sync(file: BinaryIO) -> None:
+    """Have a file's content on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
