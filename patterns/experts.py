@@ -77,7 +77,10 @@ class Experts(Rule):
             raise Declined(self, "experts", str(error), error.node or node) from None
         if mixture is None:
             return None
-        routing = next(routings(facts, mixture), None)
+        found = list(routings(facts, mixture))
+        # A matrix of weights that is scattered from a few for each token is one spelling of them.
+        chosen = (each for each in found if each.indices is not None)
+        routing = next(chosen, found[0] if found else None)
         if routing is None:
             reason = "it is not found which experts a token goes to and what they weigh"
             raise Declined(self, "routing", reason, node, mixture.output.producer())

@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnxgen.analysis.expert_weights import Product, Source, bias_of, product_of
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import FLOATS, attribute, given, names, optional, producer, scalar
-from onnxgen.analysis.shape_rules import slice_bounds
+from onnxgen.analysis.view_shapes import slice_bounds
 from onnxgen.functions.activation import NAMES, OPERATORS, Activation, Term
 
 # Which features of a product: all, or every `step`th of them from `start` on, `count` in all.

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import FLOATS, attribute, constant, given, producer
-from onnxgen.analysis.shape_rules import slice_bounds
+from onnxgen.analysis.view_shapes import slice_bounds
 
 MAX_STEPS = 12
 

@@ -9,7 +9,7 @@ as a user would feed them. Parts of one structure are run once.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -253,14 +253,19 @@ class _Part:
         )
         old = [old for old, _ in rewrite.outputs]
         # Masks, tables and sizes are computed from the graph's inputs inside the part; sizes read
-        # off activations, and large constants, are fed.
+        # off activations from outside of it, and large constants, are fed.
+        inside = _following(facts, stop)
         for node in ancestors(read + old, frozenset(stop)):
             for each in node.inputs:
                 if each is None or each in stop:
                     continue
                 if each.is_graph_input() or _elements(each) > SMALL:
                     stop[each] = None
-                elif node.op_type in ("Shape", "Size") and facts.is_activation(each):
+                elif (
+                    node.op_type in ("Shape", "Size")
+                    and facts.is_activation(each)
+                    and each not in inside
+                ):
                     stop[node.outputs[0]] = None
         opsets = facts.graph.opset_imports
         new = [new for _, new in rewrite.outputs]
@@ -281,6 +286,19 @@ class _Part:
             for v in self.free.values()
         ]
         return "".join([_structure(self.before), _structure(self.after), *sizes])
+
+
+def _following(facts: Facts, stop: Collection[ir.Value]) -> set[ir.Value]:
+    """The activations that follow from these values and from no other activation."""
+    found = {value for value in stop if facts.is_activation(value)}
+    pending = list(found)
+    while pending:
+        for use in pending.pop().uses():
+            new = [v for v in use.node.outputs if v not in found]
+            if new and all(v in found for v in use.node.inputs if facts.is_activation(v)):
+                found.update(new)
+                pending.extend(new)
+    return found
 
 
 def _chosen(rng: np.random.Generator, shape: Sequence[int], experts: int) -> Any:
