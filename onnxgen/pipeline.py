@@ -48,7 +48,7 @@ from onnxgen.targets.contract import Contract, Padding, read_contract, write_con
 from onnxgen.targets.genai import genai_config
 from onnxgen.targets.genai_files import READ
 from onnxgen.targets.ort.config import context_length
-from onnxgen.twin import holds_bfloat16
+from onnxgen.twin import unrunnable_types
 from onnxgen.verify.compare import TOLERANCES, verify_models
 from onnxgen.verify.rewrites import RewriteChecker
 
@@ -122,7 +122,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     roles = find_roles(model, options.roles)
     contract = Contract()
 
-    with Runtime(twins=holds_bfloat16(model)) as runtime:
+    with Runtime(twins=unrunnable_types(model)) as runtime:
         checkers: list[RewriteChecker] = []
         parts = split_branches(model)
         for part in parts:

@@ -48,7 +48,7 @@ from onnxgen.targets.ort.config import context_length
 from onnxgen.targets.paged import PagedModel, PagedOptions, check_paged_options
 from onnxgen.targets.paged_ort import CODE as PAGED_ORT
 from onnxgen.targets.paged_ort import lower_paged
-from onnxgen.twin import holds_bfloat16
+from onnxgen.twin import unrunnable_types
 from onnxgen.verify.compare import TOLERANCES
 from onnxgen.verify.paged import prove_paged
 from onnxgen.verify.paged_kernel import prove_operator
@@ -113,7 +113,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
     report.opset_before = model.graph.opset_imports.get("", 0)
     opset = onnx_target.opset_for(report.opset_before, None)
 
-    with Runtime(twins=holds_bfloat16(model)) as runtime:
+    with Runtime(twins=unrunnable_types(model)) as runtime:
         part, roles = continuing(model, options.roles)
         clock.start("normalize", "normalizing")
         report.warnings += normalize(part.model, opset, runtime, roles)

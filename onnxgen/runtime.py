@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from onnxgen.ort_worker import read_message, write_message
-from onnxgen.twin import float32_twin, widened
+from onnxgen.twin import Types, float32_twin, widened
 
 
 class RuntimeFailure(Exception):
@@ -43,7 +43,7 @@ class Runtime:
     Args:
         timeout: seconds one load or one run may take.
         threads: threads of one run; 0 lets the runtime choose.
-        twins: run models that hold bfloat16 as their float32 twins; what is fed as bfloat16 is
+        twins: types of which models are run as their float32 twins; what is fed of them is
             widened, what comes out is float32.
         webgpu: run on ONNX Runtime's WebGPU plugin provider, where that is installed and has a
             device, and on CPU what it does not take.
@@ -54,7 +54,7 @@ class Runtime:
         *,
         timeout: float = 600.0,
         threads: int = 0,
-        twins: bool = False,
+        twins: Types = frozenset(),
         webgpu: bool = False,
     ) -> None:
         self.timeout = timeout
@@ -86,7 +86,7 @@ class Runtime:
         """
         self._sessions += 1
         with tempfile.TemporaryDirectory(prefix="onnxgen-") as scratch:
-            source = float32_twin(model, Path(scratch)) if self.twins else model
+            source = float32_twin(model, Path(scratch), self.twins) if self.twins else model
             request = {
                 "model": source if isinstance(source, bytes) else str(source),
                 "optimize": optimize,
@@ -112,7 +112,7 @@ class Runtime:
         if session not in self._alive:
             raise RuntimeFailure("the session was lost when ONNX Runtime crashed")
         if self.twins:
-            feeds = {name: widened(array) for name, array in feeds.items()}
+            feeds = {name: widened(array, self.twins) for name, array in feeds.items()}
         request = {
             "feeds": dict(feeds),
             "outputs": list(outputs) if outputs else None,

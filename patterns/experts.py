@@ -226,9 +226,7 @@ def _leaf(features: Sequence[Features], number: int) -> _Linear:
     found = [each.leaves[number][0] for each in features]
     if len(found[0].products) > 1:  # joined rows of all experts, the same for each of them
         one = found[0]
-        return _linear(
-            [Biased((p,), (b,)) for p, b in zip(one.products, one.biases, strict=True)]
-        )
+        return _linear([Biased((p,), (b,)) for p, b in zip(one.products, one.biases, strict=True)])
     return _Linear(
         tuple(each.products[0].source for each in found), tuple(each.biases[0] for each in found)
     )
@@ -236,9 +234,7 @@ def _leaf(features: Sequence[Features], number: int) -> _Linear:
 
 def _layout(selections: Sequence[Selection | None]) -> tuple[bool, bool] | None:
     """(whether they take turns, whether the second comes first) for two halves of the features."""
-    ordered = sorted(
-        (each for each in selections if each is not None), key=lambda each: each.start
-    )
+    ordered = sorted((each for each in selections if each is not None), key=lambda each: each.start)
     if len(ordered) != 2:
         return None
     a, b = ordered

@@ -44,7 +44,7 @@ from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
 from onnxgen.report.values import Decline, Site
 from onnxgen.runtime import Runtime
-from onnxgen.twin import holds_bfloat16, widen, widened
+from onnxgen.twin import BFLOAT16, unrunnable_types, widen, widened
 from onnxgen.verify.rewrites import RewriteChecker
 
 Array = np.ndarray[Any, Any]
@@ -247,9 +247,9 @@ def run(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:
 def runnable(model: onnx.ModelProto) -> onnx.ModelProto:
     """The model, or its float32 twin where it holds bfloat16."""
     as_ir = ir.from_proto(model)
-    if not holds_bfloat16(as_ir):
+    if not unrunnable_types(as_ir):
         return model
-    widen(as_ir)
+    widen(as_ir, BFLOAT16)
     return ir.to_proto(as_ir)
 
 

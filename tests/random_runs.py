@@ -13,6 +13,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, given, seed, settings
 
+from onnxgen.twin import Types
 from tests.graphs import runtime
 from tests.random_spec import Spec, specs
 
@@ -22,7 +23,7 @@ SEED = int(os.environ.get("ONNXGEN_SEED", "0"))
 class Shared:
     """The tests' ONNX Runtime in the place of one that is started for each model."""
 
-    def __init__(self, twins: bool) -> None:
+    def __init__(self, twins: Types) -> None:
         runtime().twins = twins
 
     def __enter__(self) -> Any:

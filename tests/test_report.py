@@ -208,5 +208,5 @@ def test_report_files_are_refused_early(tmp_path: Path) -> None:
 
 
 def test_a_proof_on_twins_says_so() -> None:
-    assert "float32 twins" in said(proof(twins=True))
+    assert "float32 twins" in said(proof(twins=("bfloat16",)))
     assert "twins" not in said(proof())

@@ -14,7 +14,7 @@ from onnx import helper
 from onnxgen import twin
 from onnxgen.passes.normalize import normalize
 from onnxgen.runtime import Runtime
-from onnxgen.twin import float32_twin, holds_bfloat16, widen, widened
+from onnxgen.twin import BFLOAT16, float32_twin, unrunnable_types, widen, widened
 from tests.graphs import parse
 
 NARROW = ir.DataType.BFLOAT16.numpy()
@@ -51,9 +51,9 @@ def everywhere() -> onnx.ModelProto:
 
 def test_nothing_stays_bfloat16() -> None:
     model = ir.from_proto(everywhere())
-    assert holds_bfloat16(model)
-    widen(model)
-    assert not holds_bfloat16(model)
+    assert unrunnable_types(model)
+    widen(model, BFLOAT16)
+    assert not unrunnable_types(model)
     text = onnx.printer.to_text(ir.to_proto(model))
     assert "bfloat16" not in text
     assert "= 16" not in text
@@ -62,7 +62,7 @@ def test_nothing_stays_bfloat16() -> None:
 
 def test_models_without_it_are_left_alone() -> None:
     model = parse("(float[n,8] x) => (float16[n,8] y) { y = Cast<to = 10>(x) }")
-    assert not holds_bfloat16(ir.from_proto(model))
+    assert not unrunnable_types(ir.from_proto(model))
 
 
 @pytest.mark.parametrize("embedded", [twin.EMBEDDED, 0], ids=["embedded", "in a file"])
@@ -73,14 +73,14 @@ def test_a_twin_runs(
     monkeypatch.setattr(twin, "EMBEDDED", embedded)
     (tmp_path / "model.onnx").write_bytes(everywhere().SerializeToString())
     source = tmp_path / "model.onnx" if as_path else everywhere().SerializeToString()
-    made = float32_twin(source, tmp_path)
+    made = float32_twin(source, tmp_path, BFLOAT16)
     assert isinstance(made, Path) == (embedded == 0)
     x = np.random.default_rng(0).standard_normal((3, 8)).astype(NARROW)
     wide = widened(x)
     mean = (2 * wide).mean(-1, keepdims=True)
     spread = np.sqrt((2 * wide).var(-1, keepdims=True) + 1e-5)
     normed = (2 * wide - mean) / spread * np.arange(1, 9, dtype=np.float32)
-    with Runtime(threads=1, twins=True) as runtime:
+    with Runtime(threads=1, twins=BFLOAT16) as runtime:
         session = runtime.load(source)
         for taken, wanted in ((True, normed * [1, 1, 1, 1, 1, 1, 1, 2]), (False, normed + 3)):
             found = runtime.run(session, {"x": x, "c": np.array(taken)})
@@ -111,7 +111,7 @@ def test_constants_are_folded_where_nothing_is_rounded(made: str, folded: float 
             else {"two": np.array(2, NARROW)},
         )
     )
-    with Runtime(threads=1, twins=True) as runtime:
+    with Runtime(threads=1, twins=BFLOAT16) as runtime:
         normalize(model, 24, runtime)
     (mul,) = [node for node in model.graph if node.outputs[0].name == "y"]
     constant = mul.inputs[1]

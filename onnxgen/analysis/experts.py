@@ -22,14 +22,12 @@ import onnx_ir as ir
 from onnxgen.analysis.expert_features import (
     Biased,
     Features,
-    Selection,
     Unread,
     biased_of,
     features_of,
 )
-from onnxgen.analysis.expert_weights import Source
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, ancestors, attribute, given, producer
+from onnxgen.analysis.graph import FLOATS, attribute, given, producer
 from onnxgen.analysis.symbols import Dim, product
 from onnxgen.analysis.views import scalar_factor
 
@@ -168,9 +166,7 @@ def _scales(value: ir.Value) -> bool:
     return node is not None and scalar_factor(node) is not None
 
 
-def _mixture(
-    facts: Facts, output: ir.Value, ends: Sequence[tuple[Biased, ir.Value]]
-) -> Mixture:
+def _mixture(facts: Facts, output: ir.Value, ends: Sequence[tuple[Biased, ir.Value]]) -> Mixture:
     shape = facts.shapes.of(output) or ()
     ends = list(ends)
     ends.sort(key=lambda found: facts.order(found[0].products[0].node.outputs[0]))
@@ -226,9 +222,9 @@ def routings(facts: Facts, mixture: Mixture) -> Iterator[Routing]:
             weights, slots = floats[0], open_values[floats[0]]
             if not others and slots == mixture.count:
                 yield Routing(weights, None, slots)
-            if len(others) == 1 and others[0].dtype in _INTEGERS:
-                if open_values[others[0]] == slots:
-                    yield Routing(weights, others[0], slots)
+            match = len(others) == 1 and open_values[others[0]] == slots
+            if match and others[0].dtype in _INTEGERS:
+                yield Routing(weights, others[0], slots)
         last = max(open_values, key=lambda value: (facts.order(value), value.index() or 0))
         del open_values[last]
         pending.append(last)
@@ -240,9 +236,9 @@ def _slots(facts: Facts, value: ir.Value, rows: Dim, experts: int) -> int | None
     if not shape:
         return None
     last = shape[-1]
-    if isinstance(last, int) and 1 <= last <= experts:
-        if facts.shapes.same(product(shape[:-1]), rows):
-            return last
+    few = last if isinstance(last, int) and 1 <= last <= experts else None
+    if few is not None and facts.shapes.same(product(shape[:-1]), rows):
+        return few
     return 1 if facts.shapes.same(product(shape), rows) else None
 
 
@@ -321,9 +317,7 @@ _MOVES = (
 )
 
 
-def _tokens(
-    facts: Facts, rows: ir.Value, shape: Sequence[Dim]
-) -> tuple[ir.Value, bool] | None:
+def _tokens(facts: Facts, rows: ir.Value, shape: Sequence[Dim]) -> tuple[ir.Value, bool] | None:
     """The tokens that rows are taken from, and whether weights multiplied them on the way."""
     tokens, width = product(shape[:-1]), shape[-1]
     scaled = False
@@ -358,9 +352,7 @@ def _flat(facts: Facts, value: ir.Value, tokens: Dim, width: Dim) -> ir.Value:
 
 
 def _is_tokens(facts: Facts, shape: Sequence[Dim] | None, tokens: Dim, width: Dim) -> bool:
-    return bool(
-        shape and shape[-1] == width and facts.shapes.same(product(shape[:-1]), tokens)
-    )
+    return bool(shape and shape[-1] == width and facts.shapes.same(product(shape[:-1]), tokens))
 
 
 def _weighed(facts: Facts, node: ir.Node) -> ir.Value | None:

@@ -28,13 +28,39 @@ from onnxscript import OpBuilder
 OPERATORS: Mapping[str, tuple[str, int]] = {
     **{
         name.lower(): (name, 1)
-        for name in """
-        Sigmoid Tanh Erf Relu Exp Log Neg Sqrt Abs Reciprocal Softplus Softsign Sign Mish HardSwish
-        """.split()
+        for name in [
+            "Sigmoid",
+            "Tanh",
+            "Erf",
+            "Relu",
+            "Exp",
+            "Log",
+            "Neg",
+            "Sqrt",
+            "Abs",
+            "Reciprocal",
+            "Softplus",
+            "Softsign",
+            "Sign",
+            "Mish",
+            "HardSwish",
+        ]
     },
     **{
         name.lower(): (name, 2)
-        for name in "Add Sub Mul Div Pow Min Max Greater Less GreaterOrEqual LessOrEqual".split()
+        for name in [
+            "Add",
+            "Sub",
+            "Mul",
+            "Div",
+            "Pow",
+            "Min",
+            "Max",
+            "Greater",
+            "Less",
+            "GreaterOrEqual",
+            "LessOrEqual",
+        ]
     },
     "where": ("Where", 3),
     "float": ("Cast", 1),
@@ -82,7 +108,7 @@ class Activation:
 
     @property
     def term(self) -> Term:
-        return self._term  # type: ignore[attr-defined, no-any-return]
+        return self._term
 
     @property
     def gated(self) -> bool:
@@ -191,10 +217,10 @@ def _emitted(op: OpBuilder, term: Term, given: Mapping[str, ir.Value | None]) ->
         for each, value in zip(operands, made, strict=True)
     ]
     if word == "float":
-        return op.Cast(*values, to=ir.DataType.FLOAT.value)  # type: ignore[no-any-return]
+        return op.Cast(*values, to=ir.DataType.FLOAT.value)
     if word == "narrow":
         values.append(first)
-    return getattr(op, OPERATORS[word][0])(*values)  # type: ignore[no-any-return]
+    return getattr(op, OPERATORS[word][0])(*values)
 
 
 def _computed(term: Term, given: Mapping[str, Any]) -> Any:

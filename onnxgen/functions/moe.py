@@ -147,11 +147,9 @@ class _Body:
         total = op.Scan(
             zeros, *turns, *self.experts.values(), body=body, num_scan_inputs=len(names) - 1
         )
-        return op.CastLike(total, self.x)  # type: ignore[no-any-return]
+        return op.CastLike(total, self.x)
 
-    def _turn(
-        self, op: OpBuilder, total: ir.Value, turn: ir.Value, *weights: ir.Value
-    ) -> ir.Value:
+    def _turn(self, op: OpBuilder, total: ir.Value, turn: ir.Value, *weights: ir.Value) -> ir.Value:
         """One expert's turn: nothing but a question where no token chose it."""
         hit = turn if self.indices is None else op.Equal(self.chosen, turn)
         rows = op.Squeeze(op.NonZero(hit), ints(op, 0))
@@ -159,11 +157,9 @@ class _Body:
         then = op.builder.subgraph(
             lambda op: self._added(op, total, turn, rows, expert), [], [ir.Value(name="added")]
         )
-        other = op.builder.subgraph(
-            lambda op: op.Identity(total), [], [ir.Value(name="kept")]
-        )
+        other = op.builder.subgraph(lambda op: op.Identity(total), [], [ir.Value(name="kept")])
         chosen = op.Cast(op.Size(rows), to=ir.DataType.BOOL.value)
-        return op.If(chosen, then_branch=then, else_branch=other)  # type: ignore[no-any-return]
+        return op.If(chosen, then_branch=then, else_branch=other)
 
     def _added(
         self,
@@ -187,7 +183,7 @@ class _Body:
             y = op.Mul(y, weighs)
         at = op.Unsqueeze(tokens, ints(op, 1))
         # Not ScatterND's own "add": ONNX Runtime's CPU has it for float32 only.
-        return op.ScatterND(total, at, op.Add(op.Gather(total, tokens, axis=0), y))  # type: ignore[no-any-return]
+        return op.ScatterND(total, at, op.Add(op.Gather(total, tokens, axis=0), y))
 
     def _features(
         self, op: OpBuilder, x: ir.Value, expert: dict[int, ir.Value]
@@ -210,4 +206,4 @@ def _product(
     op: OpBuilder, x: ir.Value, weight: ir.Value, bias: ir.Value | None, turned: bool
 ) -> ir.Value:
     operands = [x, weight] if bias is None else [x, weight, bias]
-    return op.Gemm(*operands, transB=0 if turned else 1)  # type: ignore[no-any-return]
+    return op.Gemm(*operands, transB=0 if turned else 1)

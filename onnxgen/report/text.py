@@ -76,7 +76,10 @@ def render_proof(proof: Proof | None) -> RenderableType:
     said = f"{_many(len(ran), 'case')} run, {_largest(proof)}" if ran else "no case was run"
     lines.append(_labelled(status, said, _STYLES[proof.status]))
     if proof.twins:
-        lines.append(Text("  run as float32 twins: ONNX Runtime's CPU cannot run bfloat16"))
+        why = "ONNX Runtime's CPU cannot run bfloat16"
+        if "float16" in proof.twins:
+            why = "which experts are chosen would hang on how float16 is rounded"
+        lines.append(Text(f"  compared as float32 twins: {why}"))
     if proof.rewrites:
         lines.append(
             Text(

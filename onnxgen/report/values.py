@@ -100,7 +100,7 @@ class Proof:
         rewrite_difference: the largest difference seen in those checks.
         reason: one sentence where the status is not "proven".
         note: one sentence where the compared models are not what is written, bit for bit.
-        twins: whether float32 twins were run in the place of models that hold bfloat16.
+        twins: the types for which float32 was run in the whole models' comparison.
     """
 
     status: Literal["proven", "differs", "unproven", "unverifiable"]
@@ -111,7 +111,7 @@ class Proof:
     rewrite_difference: float = 0.0
     reason: str = ""
     note: str = ""
-    twins: bool = False
+    twins: tuple[str, ...] = ()
 
     @property
     def worst(self) -> Case | None:

@@ -9,7 +9,7 @@ Shapes: B batch, S new tokens, P past tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from onnxgen.model_io import read_model
 from onnxgen.report.values import Case, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.contract import Contract, read_contract
-from onnxgen.twin import holds_bfloat16
+from onnxgen.twin import twin_types, unrunnable_types
 from onnxgen.verify.cases import Run, find_edges, plan
 from onnxgen.verify.difference import NotANumberError, output_difference
 from onnxgen.verify.precision import NOTE, rounds_activations
@@ -56,7 +56,8 @@ def verify_models(
 
     The tolerance follows the type that most of the original's floating point weights have,
     whatever the outputs have: a float16 model with float32 logits is held to 1e-2. Models that
-    hold bfloat16, which ONNX Runtime's CPU cannot run, are compared as float32 twins. A case on
+    hold bfloat16, and float16 ones that choose experts, are compared as float32 twins
+    (`onnxgen.twin`); the latter must run as they are, too. A case on
     which the original itself fails is skipped and says so; one on which only the rewritten
     model fails counts as different. Outside the contract that stands in the rewritten model's
     metadata it must fail, or answer as the original does.
@@ -83,8 +84,8 @@ def verify_models(
                 original, rewritten, roles=roles, edges=edges, runtime=own, progress=progress
             )
     model, other = _read(original), _read(rewritten)
-    runtime.twins = holds_bfloat16(model) or holds_bfloat16(other)
-    proof = Proof("unverifiable", TOLERANCES[compute_type(model)], twins=runtime.twins)
+    runtime.twins = twin_types(model) | twin_types(other)
+    proof = Proof("unverifiable", tolerance(model, runtime), twins=names_of(runtime.twins))
     mismatch = _mismatch(model, other)
     if mismatch:
         proof.status, proof.reason = "differs", mismatch
@@ -125,6 +126,9 @@ def verify_models(
     finally:
         for side in sides:
             side.unload()
+    if not comparison.failures and (why := _fails_as_it_is(comparison, model, runs)):
+        proof.status, proof.reason = "differs", f"the rewritten model fails as it is: {why}"
+        return proof
     far = [edge for edge in unrun if edge not in edges]
     if far:
         name = "lengths around " + ", ".join(map(str, far))
@@ -132,6 +136,28 @@ def verify_models(
         proof.cases.append(Case(name, 1, 1, 0, "none", skipped=note))
     _conclude(proof, comparison.failures)
     return proof
+
+
+def _fails_as_it_is(comparison: _Comparison, model: ir.Model, runs: Sequence[Run]) -> str:
+    """Why a model that was compared by its twin cannot be run itself; "" where it can, or need not."""
+    runtime, twins = comparison.original.runtime, comparison.original.runtime.twins
+    runtime.twins = unrunnable_types(model)
+    if runtime.twins == twins:
+        return ""
+    sides = (comparison.original, comparison.rewritten)
+    try:
+        for side in sides:
+            side.load()
+        for run in runs:
+            if not run.steps and comparison.case(run).compared:
+                break
+        return next(iter(comparison.failures.values()), "")
+    except RuntimeFailure as error:
+        return str(error)
+    finally:
+        for side in sides:
+            side.unload()
+        runtime.twins = twins
 
 
 def _conclude(proof: Proof, failures: Mapping[str, str]) -> None:
@@ -285,6 +311,17 @@ def _mismatch(original: ir.Model, rewritten: ir.Model) -> str:
             if a.shape is not None and b.shape is not None and len(a.shape) != len(b.shape):
                 return f"{kind} {a.name!r} had {len(a.shape)} dims and has {len(b.shape)}"
     return ""
+
+
+def tolerance(model: ir.Model, runtime: Runtime) -> float:
+    """The largest allowed difference for a model, as the runtime runs it."""
+    kind = compute_type(model)
+    return TOLERANCES[ir.DataType.BFLOAT16 if kind in runtime.twins else kind]
+
+
+def names_of(types: Iterable[ir.DataType]) -> tuple[str, ...]:
+    """Types in words, for the report."""
+    return tuple(sorted(each.name.lower() for each in types))
 
 
 def compute_type(model: ir.Model) -> ir.DataType:

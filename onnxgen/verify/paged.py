@@ -31,8 +31,9 @@ from onnxgen.model_io import read_model
 from onnxgen.report.values import Case, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.paged import PagedModel
+from onnxgen.twin import twin_types
 from onnxgen.verify.cases import find_edges, too_large
-from onnxgen.verify.compare import TOLERANCES, compute_type
+from onnxgen.verify.compare import TOLERANCES, compute_type, names_of
 from onnxgen.verify.difference import NotANumberError, scaled_difference
 from onnxgen.verify.paged_program import Event, program
 from onnxgen.verify.paged_sides import Contiguous, PagedSide
@@ -66,8 +67,11 @@ def prove_paged(
         "proven", "differs" (with step, sequence and tensor) or "unverifiable".
     """
     model = read_model(original)
+    runtime.twins = twin_types(model)
     kinds = [compute_type(model), *(pool.dtype for pool in results[0].pools)]
-    proof = Proof("unverifiable", max(TOLERANCES.get(k, 0.0) for k in kinds), twins=runtime.twins)
+    kinds = [ir.DataType.BFLOAT16 if kind in runtime.twins else kind for kind in kinds]
+    tolerance, twins = max(TOLERANCES.get(k, 0.0) for k in kinds), names_of(runtime.twins)
+    proof = Proof("unverifiable", tolerance, twins=twins)
     near, _ = find_edges(model, roles)
     sizes = [family.size for family in results[0].families if family.size]
     edges = [edge for edge in dict.fromkeys([*sizes, *near]) if not too_large(roles, edge)]

@@ -153,8 +153,8 @@ class PagedSide:
         self.sequences = Sequences(blocks, self.options.block_size, order)
         for pool in self.result.pools:
             shape = (blocks, self.options.block_size, pool.heads, pool.size)
-            half = pool.dtype == ir.DataType.FLOAT16
-            kind = np.float16 if half else np.float32  # bfloat16 runs as a float32 twin
+            half = pool.dtype == ir.DataType.FLOAT16 and pool.dtype not in self._side.runtime.twins
+            kind = np.float16 if half else np.float32  # a twin's are float32
             self.pools[pool.name] = np.full(shape, self._free, kind)
 
     def flat(self, name: str) -> Array:

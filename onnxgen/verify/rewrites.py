@@ -172,7 +172,9 @@ class RewriteChecker:
                 continue
             if value in choices:
                 shaped = [int(size) for size in sizes if size is not None]
-                feeds[name] = _chosen(rng, shaped, choices[value]).astype(value.dtype.numpy())
+                wide = value.dtype != ir.DataType.INT32
+                chosen = _chosen(rng, shaped, choices[value])
+                feeds[name] = chosen.astype(np.int64 if wide else np.int32)
                 continue
             if value.dtype in (ir.DataType.INT8, ir.DataType.UINT8):  # quantized activations
                 info = np.iinfo(value.dtype.numpy())

@@ -45,7 +45,7 @@ from torch import nn
 
 from onnxgen import testing
 from onnxgen.testing import CORPUS, GROW, Growth
-from onnxgen.twin import holds_bfloat16, widen, widened
+from onnxgen.twin import BFLOAT16, unrunnable_types, widen, widened
 
 HERE = Path(__file__).resolve().parent
 FAILURES = HERE / "failures.json"
@@ -906,8 +906,8 @@ def compress(model: onnx.ModelProto) -> bytes:
 def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     """A session; of a model that holds bfloat16, its float32 twin's."""
     as_ir = onnx_ir.from_proto(model)
-    if holds_bfloat16(as_ir):
-        widen(as_ir)
+    if unrunnable_types(as_ir):
+        widen(as_ir, BFLOAT16)
         model = onnx_ir.to_proto(as_ir)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
