@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations import moe
 
 from onnxgen.testing import Growth
 
@@ -34,7 +34,7 @@ class Expert(nn.Module):
             `is_transposed`, or without a gate `up_proj` [E,I,H]; `down_proj` likewise; biases
             [E,2I] and [E,H] if `has_bias`.
         which: which of its experts.
-        apart: gate and up as two layers, where the stack has one after the other.
+        apart: gate and up as two layers, unless the gate is a formula of the model's own.
     """
 
     def __init__(self, stacked: Any, which: int, apart: bool) -> None:
@@ -43,7 +43,8 @@ class Expert(nn.Module):
         self.act_fn: Any = getattr(stacked, "act_fn", None)
         self.apply_gate = stacked._apply_gate
         self.gated = stacked.has_gate
-        self.apart = apart and self.gated and stacked.is_concatenated
+        plain = type(stacked)._apply_gate is moe._default_apply_gate
+        self.apart = apart and self.gated and plain
         inner = stacked.down_proj.shape[1 if stacked.is_transposed else 2]
         if self.apart:
             self.add("gate_proj", stacked, "gate_up_proj", which, f":{inner}")
@@ -127,7 +128,7 @@ FORMS: Mapping[str, Callable[..., torch.Tensor]] = {"looped": looped, "dense": d
 
 def swap(module: Any, form: str, growths: dict[str, Growth]) -> None:
     """Let every stack of experts run as `form`, in place; add how its new parameters are grown."""
-    ALL_EXPERTS_FUNCTIONS.register(form, FORMS[form])
+    moe.ALL_EXPERTS_FUNCTIONS.register(form, FORMS[form])
     module.set_experts_implementation(form)
     for path, stacked in list(module.named_modules()):
         if form == "bmm" or not hasattr(stacked, "is_concatenated"):
