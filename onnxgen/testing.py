@@ -110,11 +110,12 @@ class CorpusEntry:
     """One stored export: a model in a form, for instance llama as `dynamo20`.
 
     A form is an exporter (`torchscript`, `dynamo18`, `dynamo20`, `dynamo23`, `transformers`,
-    `builder`, which is onnxruntime-genai's),
-    followed by what is special about the export: `-eager`, `-decode` (one new token), `-static`
-    (a cache of fixed length), `-prefill` (no past), `-fp16`, `-cropped` (sliding layers keep the
-    last W-1 tokens), `-sliding` (a cache that knows its window, not cropped), `-batched`, `-looped`,
-    `-dense`, `-bmm` (how experts run), `-optimized` (by ONNX Runtime's transformers optimizer).
+    `builder`, which is onnxruntime-genai's), followed by what is special about the export:
+    `-eager`, `-decode` (one new token), `-static` (a cache of fixed length), `-prefill` (no past),
+    `-fp16`, `-cropped` (sliding layers keep the last W-1 tokens), `-sliding` (a cache that knows
+    its window, not cropped), `-batched`, `-looped`, `-dense`, `-bmm` (how experts run),
+    `-unsqueezed` (Llama 4's rotary table), `-optimized` (by ONNX Runtime's transformers
+    optimizer).
     """
 
     model: str

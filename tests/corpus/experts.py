@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations import moe
 
 from onnxgen.testing import Growth
 
@@ -31,9 +31,10 @@ class Expert(nn.Module):
 
     Args:
         stacked: a transformers experts module: `gate_up_proj` [E,2I,H], or [E,H,2I] if
-            `is_transposed`; `down_proj` likewise; biases [E,2I] and [E,H] if `has_bias`.
+            `is_transposed`, or without a gate `up_proj` [E,I,H]; `down_proj` likewise; biases
+            [E,2I] and [E,H] if `has_bias`.
         which: which of its experts.
-        apart: gate and up as two layers, where the stack has one after the other.
+        apart: gate and up as two layers, unless the gate is a formula of the model's own.
     """
 
     def __init__(self, stacked: Any, which: int, apart: bool) -> None:
@@ -41,11 +42,16 @@ class Expert(nn.Module):
         self.parts: dict[str, tuple[str, str]] = {}  # own parameter: stacked one, its part
         self.act_fn: Any = getattr(stacked, "act_fn", None)
         self.apply_gate = stacked._apply_gate
-        self.apart = apart and stacked.is_concatenated
+        self.gated = stacked.has_gate
+        plain = type(stacked)._apply_gate is moe._default_apply_gate
+        self.apart = apart and self.gated and plain
         inner = stacked.down_proj.shape[1 if stacked.is_transposed else 2]
-        rows = {"gate_proj": f":{inner}", "up_proj": f"{inner}:"}
-        for name in ("gate_proj", "up_proj") if self.apart else ("gate_up_proj",):
-            self.add(name, stacked, "gate_up_proj", which, rows.get(name, ":"))
+        if self.apart:
+            self.add("gate_proj", stacked, "gate_up_proj", which, f":{inner}")
+            self.add("up_proj", stacked, "gate_up_proj", which, f"{inner}:")
+        else:
+            name = "gate_up_proj" if self.gated else "up_proj"
+            self.add(name, stacked, name, which, ":")
         self.add("down_proj", stacked, "down_proj", which, ":")
 
     def add(self, name: str, stacked: Any, source: str, which: int, rows: str) -> None:
@@ -66,8 +72,10 @@ class Expert(nn.Module):
         """[T,H] → [T,H]."""
         if self.apart:
             hidden = self.act_fn(self.gate_proj(hidden)) * self.up_proj(hidden)
-        else:
+        elif self.gated:
             hidden = self.apply_gate(self.gate_up_proj(hidden))
+        else:
+            hidden = self.act_fn(self.up_proj(hidden))
         return self.down_proj(hidden)
 
 
@@ -101,7 +109,10 @@ def bmm(
     experts, tokens = self.num_experts, hidden.shape[0]
     spread = torch.zeros(tokens, experts, dtype=weights.dtype).scatter(1, index, weights)
     states = hidden.repeat(experts, 1).view(experts, tokens, -1)
-    states = self._apply_gate(_product(self, states, "gate_up_proj"))
+    if self.has_gate:
+        states = self._apply_gate(_product(self, states, "gate_up_proj"))
+    else:
+        states = self.act_fn(_product(self, states, "up_proj"))
     states = _product(self, states, "down_proj")
     return (states * spread.transpose(0, 1).unsqueeze(-1)).sum(dim=0).to(hidden.dtype)
 
@@ -117,7 +128,7 @@ FORMS: Mapping[str, Callable[..., torch.Tensor]] = {"looped": looped, "dense": d
 
 def swap(module: Any, form: str, growths: dict[str, Growth]) -> None:
     """Let every stack of experts run as `form`, in place; add how its new parameters are grown."""
-    ALL_EXPERTS_FUNCTIONS.register(form, FORMS[form])
+    moe.ALL_EXPERTS_FUNCTIONS.register(form, FORMS[form])
     module.set_experts_implementation(form)
     for path, stacked in list(module.named_modules()):
         if form == "bmm" or not hasattr(stacked, "is_concatenated"):

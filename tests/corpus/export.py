@@ -32,6 +32,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import experts
 import numpy as np
@@ -252,8 +253,14 @@ MODELS = (
     Model("glm4_moe", "Glm4MoeForCausalLM", lambda d: {**common(d), "n_routed_experts": d.experts, "num_experts_per_tok": 3, "moe_intermediate_size": 76, "n_shared_experts": 3, "first_k_dense_replace": 1, "routed_scaling_factor": 1.6, "use_qk_norm": True, "attention_bias": True}, SOME_EXPERTS),
     Model("minimax_m2", "MiniMaxM2ForCausalLM", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 3}, SOME_EXPERTS),
     Model("jetmoe", "JetMoeForCausalLM", lambda d: {k: v for k, v in common(d).items() if k not in ("head_dim", "num_attention_heads")} | {"kv_channels": d.head_size, "num_local_experts": d.experts, "num_experts_per_tok": 2}, ("torchscript", "dynamo20", "transformers")),
-    Model("llama4_text", "Llama4ForCausalLM", lambda d: {**common(d), "intermediate_size_mlp": 104, "num_local_experts": d.experts, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "attention_chunk_size": d.positions, "floor_scale": 4}, ("torchscript", "dynamo20", "dynamo23", "transformers")),
+    Model("llama4_text", "Llama4ForCausalLM", lambda d: {**common(d), "intermediate_size_mlp": 104, "num_local_experts": d.experts, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "no_rope_layer_interval": 2, "attention_chunk_size": d.positions, "floor_scale": 4}, ("torchscript", "dynamo20", "dynamo23", "transformers", "transformers-unsqueezed")),
     Model("llama4_nope", "Llama4ForCausalLM", lambda d: {**common(d), "intermediate_size_mlp": 104, "num_local_experts": d.experts, "num_experts_per_tok": 1, "interleave_moe_layer_step": 2, "no_rope_layers": [0] * d.layers, "attention_chunk_size": d.positions, "floor_scale": 4}, ("torchscript", "dynamo20", "dynamo23", "transformers")),
+    Model("nemotron_h", "NemotronHForCausalLM", lambda d: {k: v for k, v in common(d).items() if k != "num_hidden_layers"} | {"layers_block_type": ["full_attention", "moe"] * d.layers, "moe_latent_size": 60, "moe_intermediate_size": 76, "moe_shared_expert_intermediate_size": 104, "n_routed_experts": d.experts, "num_experts_per_tok": 3, "routed_scaling_factor": 1.6}, (*SOME_EXPERTS, "torchscript-looped", "torchscript-dense", "torchscript-bmm"), dims=Dims(layers=1)),
+    Model("mixtral_gelu", "MixtralForCausalLM", lambda d: {**common(d), "hidden_act": "gelu", "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": None}, ("torchscript-batched", "dynamo20-batched")),
+    Model("mixtral_gelu_tanh", "MixtralForCausalLM", lambda d: {**common(d), "hidden_act": "gelu_pytorch_tanh", "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": None}, ("torchscript-batched", "dynamo20-batched")),
+    Model("gpt_oss_clamped", "GptOssForCausalLM", lambda d: {**common(d), "swiglu_limit": 1.5, "num_local_experts": d.experts, "num_experts_per_tok": 2, "sliding_window": d.window, "layer_types": layer_types(d)}, ("torchscript-batched", "dynamo20-batched", "transformers", "torchscript-looped"), attention="eager"),
+    Model("aria_text", "AriaTextForCausalLM", lambda d: {**common(d), "moe_num_experts": d.experts, "moe_topk": 2, "moe_num_shared_experts": 3}, (*SOME_EXPERTS, "torchscript-looped", "torchscript-bmm")),
+    Model("privacy_filter", "OpenAIPrivacyFilterModel", lambda d: {**common(d), "num_local_experts": d.experts, "num_experts_per_tok": 3, "sliding_window": d.window, "swiglu_alpha": 1.3, "swiglu_limit": 1.5}, (*SOME_EXPERTS, "torchscript-bmm"), "encoder", attention="eager"),
     Model("phi3_longrope", "Phi3ForCausalLM", lambda d: {**common(d), "hidden_size": d.width, "original_max_position_embeddings": 12, "rope_parameters": {"rope_theta": 10000.0, "rope_type": "longrope", "short_factor": [1 + i / 100 for i in range(24)], "long_factor": [1.5 + i / 10 for i in range(24)], "original_max_position_embeddings": 12}}, ("dynamo20",)),
     Model("bert", "BertModel", wide, (*BASIC, OPTIMIZED), "encoder"),
     Model("distilbert", "DistilBertModel", lambda d: {"n_layers": d.layers, "n_heads": d.heads, "dim": d.width, "hidden_dim": d.inner, "vocab_size": d.vocab, "max_position_embeddings": d.positions}, BASIC, "encoder"),
@@ -1097,10 +1104,26 @@ def export_full(
         export_with = {"transformers": by_transformers, "builder": by_builder}.get(
             exporter, by_torch
         )
-        exported = export_with(model, dims, mods, module, exporter)
+        with unsqueezed() if "unsqueezed" in mods else contextlib.nullcontext():
+            exported = export_with(model, dims, mods, module, exporter)
         if "optimized" in mods:
             exported = optimized(exported, model)
     return exported.model, module, growths, exported
+
+
+@contextlib.contextmanager
+def unsqueezed() -> Iterator[None]:
+    """Let Llama 4 unsqueeze its complex rotary table, where `[:, :, None]` is in no exporter."""
+    from transformers.models.llama4 import modeling_llama4
+
+    def apply(
+        query: torch.Tensor, key: torch.Tensor, table: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        pairs = [torch.view_as_complex(x.float().unflatten(-1, (-1, 2))) for x in (query, key)]
+        return tuple(torch.view_as_real(x * table.unsqueeze(2)).flatten(3) for x in pairs)
+
+    with mock.patch.object(modeling_llama4, "apply_rotary_emb", apply):
+        yield
 
 
 def main() -> None:
@@ -1212,8 +1235,12 @@ Graphs that real exporters wrote, from transformers *configurations* with random
   layers that have one, `-prefill` no past, `-fp16`, `-bf16`, `-cropped` a cache whose sliding
   layers keep W-1 tokens,
   `-sliding` such a cache as transformers' exporter takes it: not cropped, the window an input,
-  `-optimized` by onnxruntime.transformers' optimizer, `-batched` experts by `batched_mm` (without it the transformers exporter writes one branch for
-  each expert, and the others fail); `-looped`, `-dense` and `-bmm` are other ways, of `experts.py`.
+  `-optimized` by onnxruntime.transformers' optimizer.
+- Experts: `-batched` by `batched_mm`, their weights gathered for each token; without it the
+  transformers exporter writes one branch for each expert, and the others fail. `-looped`, `-dense`
+  and `-bmm` are how older and other code runs them, written anew in `experts.py` and compared with
+  the model's own code.
+- `-unsqueezed`: Llama 4's rotary table indexed in a way that the exporter takes.
 - Decoders of encoder-decoders take both caches; their `-prefill` makes both.
 - Each export was run by ONNX Runtime at several sizes and compared with torch, on the same weights.
   Where it agrees stands in its metadata (`onnxgen.corpus`: `runs`, `fails`).
