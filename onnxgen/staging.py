@@ -31,6 +31,7 @@ from typing import Any, BinaryIO
 import onnx
 import onnx_ir as ir
 
+from onnxgen.derived import bytes_of
 from onnxgen.errors import FileError, UsageError
 from onnxgen.places import check_place, same_place
 from onnxgen.tensor_slots import EmbeddedTensor, TensorSlot, tensor_slots
@@ -292,6 +293,7 @@ class DataFile:
         if self._file is None:
             return ""
         with self._file as file:
+            file.truncate(self._size)  # a hole at the end is part of it too
             _sync(file)
         digest = self._hash.hexdigest()
         for name in (f"{stem}.{digest[:12]}.data", f"{stem}.{digest}.data"):
@@ -308,15 +310,18 @@ class DataFile:
     def _append(self, content: bytes) -> None:
         if self._file is None:
             self._file = _create(self._path, self._created)
-        self._file.write(content)
+        if len(content) >= LARGE and content == bytes(len(content)):
+            self._file.seek(len(content), os.SEEK_CUR)  # a hole: it reads as zeros
+        else:
+            self._file.write(content)
         self._hash.update(content)
         self._size += len(content)
 
 
 def _content(tensor: ir.TensorProtocol) -> Iterator[bytes]:
-    """A tensor's bytes, in pieces where they come from a file."""
+    """A tensor's bytes, in pieces where they come from a file or are derived."""
     if not isinstance(tensor, ir.ExternalTensor):
-        yield tensor.tobytes()
+        yield from bytes_of(tensor)
         return
     left = tensor.nbytes
     with open(tensor.path, "rb") as file:

@@ -146,9 +146,7 @@ class _Body:
         )
         return op.CastLike(total, self.x)  # type: ignore[no-any-return]
 
-    def _turn(
-        self, op: OpBuilder, total: ir.Value, turn: ir.Value, *weights: ir.Value
-    ) -> ir.Value:
+    def _turn(self, op: OpBuilder, total: ir.Value, turn: ir.Value, *weights: ir.Value) -> ir.Value:
         """One expert's turn: nothing but a question where no token chose it."""
         hit = turn if self.indices is None else op.Equal(self.chosen, turn)
         rows = op.Squeeze(op.NonZero(hit), ints(op, 0))
@@ -156,9 +154,7 @@ class _Body:
         then = op.builder.subgraph(
             lambda op: self._added(op, total, turn, rows, expert), [], [ir.Value(name="added")]
         )
-        other = op.builder.subgraph(
-            lambda op: op.Identity(total), [], [ir.Value(name="kept")]
-        )
+        other = op.builder.subgraph(lambda op: op.Identity(total), [], [ir.Value(name="kept")])
         chosen = op.Cast(op.Size(rows), to=ir.DataType.BOOL.value)
         return op.If(chosen, then_branch=then, else_branch=other)  # type: ignore[no-any-return]
 
