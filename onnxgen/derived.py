@@ -155,7 +155,7 @@ class _Joined(Rows):
         return found[0] if len(found) == 1 else np.concatenate(found)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Each(Rows):
     """Each row rearranged, independently of the others."""
 

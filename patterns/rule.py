@@ -44,6 +44,9 @@ class Rewrite:
         repairs: what it replaces runs for one sequence only; it is compared there.
         counts: for a cache that is written, int64 [B]: tokens of each row. Places of the cache,
             [B,K,L,D], behind them are nobody's.
+        choices: computed indices that the new nodes read, [..,k], and how many there are to choose
+            from, E: compared for any k different numbers below E in a row.
+        nonnegative: computed values that the new nodes read, none of which is ever below zero.
     """
 
     node: ir.Node
@@ -52,6 +55,8 @@ class Rewrite:
     mask: ir.Value | None = None
     repairs: bool = False
     counts: ir.Value | None = None
+    choices: Mapping[ir.Value, int] = field(default_factory=dict)
+    nonnegative: frozenset[ir.Value] = frozenset()
 
 
 class Declined(Exception):

@@ -113,7 +113,7 @@ class RewriteChecker:
         failures: list[str] = []
         shapes = self._single if rewrite.repairs else self._shapes
         for seed, shape in enumerate(shapes):
-            feeds = self._feeds(facts, shape, part, np.random.default_rng(seed))
+            feeds = self._feeds(facts, rewrite, shape, part, np.random.default_rng(seed))
             if isinstance(feeds, str):
                 failures.append(feeds)
                 continue
@@ -143,6 +143,7 @@ class RewriteChecker:
     def _feeds(
         self,
         facts: Facts,
+        rewrite: Rewrite,
         shape: RunShape,
         part: _Part,
         rng: np.random.Generator,
@@ -169,14 +170,19 @@ class RewriteChecker:
             if numbers is not None and None not in numbers:
                 feeds[name] = np.array(numbers, dtype=np.int64).reshape(content.shape)  # type: ignore[union-attr]
                 continue
+            shaped = [int(size) for size in sizes if size is not None]
+            if value in rewrite.choices:
+                feeds[name] = _chosen(rng, shaped, rewrite.choices[value])
+                continue
             if value.dtype in (ir.DataType.INT8, ir.DataType.UINT8):  # quantized activations
                 info = np.iinfo(value.dtype.numpy())
-                shaped = [int(size) for size in sizes if size is not None]
                 feeds[name] = rng.integers(info.min, info.max, shaped, value.dtype.numpy())
                 continue
             if value.dtype is None or not value.dtype.is_floating_point():
                 return f"{name!r} holds integers that are computed from activations"
-            array = rng.standard_normal([int(size) for size in sizes if size is not None])
+            array = rng.standard_normal(shaped)
+            if value in rewrite.nonnegative:
+                array = np.abs(array)
             feeds[name] = array.astype(value.dtype.numpy())
         return feeds
 
@@ -326,6 +332,12 @@ def _rows_like(attended: Any, output: Any) -> Any:
         return np.ones(output.shape, bool)
     full = np.broadcast_to(attended, (batch, heads, rows, 1)).reshape(*output.shape[:-1], 1)
     return np.broadcast_to(full, output.shape)
+
+
+def _chosen(rng: np.random.Generator, shape: Sequence[int], count: int) -> Any:
+    """Indices below `count`, int64 of a shape; those of a row differ."""
+    rows = np.tile(np.arange(count, dtype=np.int64), (*shape[:-1], 1))
+    return rng.permuted(rows, axis=-1)[..., : shape[-1]]
 
 
 def _given(part: onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[str, Any]:
