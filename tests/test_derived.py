@@ -20,7 +20,7 @@ from onnxgen.model_io import read_model, staged
 from onnxgen.staging import DataFile
 
 Array = np.ndarray[Any, Any]
-E, I, H = 5, 3, 4
+E, INNER, H = 5, 3, 4
 DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16, np.uint8)
 
 
@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Callable[[Any], Rows], Callable[[Any], Array]]] = {
     ),
     "exchanged": (
         lambda t: whole(t[0]).interleaved().exchanged(),
-        lambda a: woven(np.concatenate([a[0][:, I:], a[0][:, :I]], axis=1)),
+        lambda a: woven(np.concatenate([a[0][:, INNER:], a[0][:, :INNER]], axis=1)),
     ),
     "joined in front": (
         lambda t: joined([whole(t[0]), whole(t[1]).reversed(), whole(t[2])], 0),
@@ -76,7 +76,7 @@ def test_its_bytes_are_numpys(
 ) -> None:
     monkeypatch.setattr(derived, "PIECE", piece)
     rng = np.random.default_rng(0)
-    arrays = [rng.integers(0, 200, (E, 2 * I, H)).astype(dtype) for _ in range(3)]
+    arrays = [rng.integers(0, 200, (E, 2 * INNER, H)).astype(dtype) for _ in range(3)]
     rows, wanted = CASES[case][0]([ir.tensor(each) for each in arrays]), CASES[case][1](arrays)
     tensor = DerivedTensor(rows, "weight")
     assert tuple(tensor.shape.numpy()) == wanted.shape

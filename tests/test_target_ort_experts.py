@@ -96,7 +96,7 @@ def mixture(
     """What the kernel's documentation says, in float64; equal probabilities: the last one first."""
     p = np.exp(logits - logits.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
-    y = np.zeros((len(x), H))
+    y, zeros = np.zeros((len(x), H)), np.zeros((len(weights["fc1"]), 1))
     for t, row in enumerate(p):
         chosen = sorted(range(len(row)), key=lambda e: (row[e], e), reverse=True)[:slots]
         total = row[chosen].sum() if normalize else 1.0
@@ -105,9 +105,7 @@ def mixture(
                 weights["fc1"][e] @ x[t]
                 + weights.get("bias1", np.zeros(1))[e % 1 if "bias1" not in weights else e]
             )
-            out = weights["fc2"][e] @ function(h)
-            if "bias2" in weights:
-                out = out + weights["bias2"][e]
+            out = weights["fc2"][e] @ function(h) + weights.get("bias2", zeros)[e]
             y[t] += row[e] / total * out
     return y
 
@@ -198,7 +196,11 @@ def test_the_kernel_takes_no_more_slots_than_experts() -> None:
 
 def test_the_sparse_mixer_is_ignored() -> None:
     """Why it is never emitted: phimoe's router is another function."""
-    feeds = {name: np.random.default_rng(1).standard_normal((T, n)).astype(np.float32) for name, n in (("x", H), ("logits", E))}  # fmt: skip
+    rng = np.random.default_rng(1)
+    feeds = {
+        name: rng.standard_normal((T, size)).astype(np.float32)
+        for name, size in (("x", H), ("logits", E))
+    }
     plain, mixer = (kernel("silu", use_sparse_mixer=each)[0].run(None, feeds)[0] for each in (0, 1))
     assert (plain == mixer).all()
 
@@ -350,7 +352,7 @@ def model_of(
         f"({kind}[t,{H}] y) <{kind}[{H},{experts}] R, {said}{extra}> "
         f"{{ l = MatMul(x, R) {nodes} y = onnxgen.MoE (x, w, i, {given.rstrip(', ')}) }}"
     )
-    model = parse(text.replace("float16", "float16"), weights=weights)
+    model = parse(text, weights=weights)
     model.graph.node[-1].overload = overload
     own = ir.node(moe.NAME, [], domain=functions.DOMAIN, overload=overload)
     model.functions.extend(functions.called([own], 24))
@@ -479,14 +481,21 @@ def test_tokens_that_nobody_wants_are_zero() -> None:
 
 
 def test_experts_that_are_named_twice_add_up() -> None:
-    """All but one of equal indices weigh nothing: whichever it is."""
+    """Whatever each of them weighs, and whichever comes first."""
     router = (
-        "p = Sigmoid(l) v, j = TopK(p, [1]) i = Concat<axis=1>(j, j) n = Mul(v, 0.0)"
-        " w = Concat<axis=1>({})"
+        "p = Sigmoid(l) v, j = TopK(p, [1]) i = Concat<axis=1>(j, j) a = Mul(v, {}) b = Mul(v, {})"
+        " w = Concat<axis=1>(a, b)"
     )
-    for order in ("v, n", "n, v"):
-        result = lowered("swiglu", router.format(order))
+    models = [
+        model_of("swiglu", router.format(*each)) for each in ((0.0, 1.0), (1.0, 0.0), (0.25, 0.75))
+    ]
+    x = np.random.default_rng(0).standard_normal((T, H)).astype(np.float32)
+    wanted = run(models[0], {"x": x})["y"]
+    assert np.abs(wanted).max() > 0.01
+    for model in models:
+        result = lowered_proto(model)
         assert result.sites[0].status == "fused", result.sites
+        assert np.allclose(run(result.after, {"x": x})["y"], wanted, atol=1e-6)
 
 
 def test_no_expert_and_all_experts() -> None:

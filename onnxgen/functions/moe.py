@@ -130,7 +130,9 @@ class _Body:
 
     def output(self) -> ir.Value:
         op = self.op
-        zeros = op.Expand(op.CastLike(op.Constant(value_float=0.0), self.weights), op.Shape(self.x))
+        zero = op.CastLike(op.Constant(value_float=0.0), self.weights)
+        # The Reshape changes nothing: it tells ONNX Runtime the rank, which a Scan must know.
+        zeros = op.Reshape(op.Expand(zero, op.Shape(self.x)), ints(op, 0, 0))
         count = op.Squeeze(op.Shape(self.experts[FC1], start=0, end=1))
         turns = [
             op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))
@@ -146,7 +148,9 @@ class _Body:
         )
         return op.CastLike(total, self.x)  # type: ignore[no-any-return]
 
-    def _turn(self, op: OpBuilder, total: ir.Value, turn: ir.Value, *weights: ir.Value) -> ir.Value:
+    def _turn(
+        self, op: OpBuilder, total: ir.Value, turn: ir.Value, *weights: ir.Value
+    ) -> ir.Value:
         """One expert's turn: nothing but a question where no token chose it."""
         hit = turn if self.indices is None else op.Equal(self.chosen, turn)
         rows = op.Squeeze(op.NonZero(hit), ints(op, 0))
@@ -154,7 +158,9 @@ class _Body:
         then = op.builder.subgraph(
             lambda op: self._added(op, total, turn, rows, expert), [], [ir.Value(name="added")]
         )
-        other = op.builder.subgraph(lambda op: op.Identity(total), [], [ir.Value(name="kept")])
+        other = op.builder.subgraph(
+            lambda op: op.Identity(total), [], [ir.Value(name="kept")]
+        )
         chosen = op.Cast(op.Size(rows), to=ir.DataType.BOOL.value)
         return op.If(chosen, then_branch=then, else_branch=other)  # type: ignore[no-any-return]
 
