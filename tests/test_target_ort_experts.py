@@ -443,6 +443,20 @@ def test_logits_of_float32_beside_tokens_of_float16_are_not_rounded() -> None:
     result.compare(x, 2e-3)
 
 
+def test_logits_of_float16_beside_tokens_of_float32() -> None:
+    router = (
+        "g = Cast<to=10>(x) q = Cast<to=10>(R) m = MatMul(g, q) v, i = TopK(m, [2])"
+        " u = Softmax(v) w = Cast<to=1>(u)"
+    )
+    model = model_of("swiglu", router)
+    del model.graph.node[0]  # l is not read
+    result = lowered_proto(model)
+    assert result.sites[0].status == "fused", result.sites
+    assert result.sites[0].details["router"] == "inside"
+    x = np.random.default_rng(0).standard_normal((50, H)).astype(np.float32)
+    result.compare(x, 2e-3)  # the original rounds its weights
+
+
 def lowered_proto(proto: onnx.ModelProto) -> Lowered:
     model, roles = normalized(proto)
     checker = RewriteChecker(runtime(), roles)
@@ -473,6 +487,7 @@ def test_of_equal_logits_the_first_experts_win(overload: str, router: str) -> No
 
 def test_tokens_that_nobody_wants_are_zero() -> None:
     result = lowered("swiglu", "zeros")
+    assert "Where" in result.ops()  # no kernel is given a row of nothing but -inf
     x = np.zeros((3, H), np.float32)
     x[1] = np.random.default_rng(0).standard_normal(H)
     y = result.compare(x)
