@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from onnxgen.functions import moe
 from onnxgen.functions.activation import Activation
 from onnxgen.passes.lower import lower_model
 from onnxgen.passes.tidy import tidy
+from onnxgen.pipeline import FuseOptions, fuse
 from onnxgen.report.values import Site
 from onnxgen.targets.ort.experts import Experts
 from onnxgen.verify.rewrites import RewriteChecker
@@ -575,3 +577,20 @@ def test_computed_weights_stay() -> None:
     result = lowered_proto(model)
     assert result.sites[0].decline is not None
     assert result.sites[0].decline.code == "weights"
+
+
+@pytest.mark.parametrize("external", [False, True])
+def test_a_file_is_written_and_proven(external: bool, tmp_path: Path) -> None:
+    proto = model_of("swiglu_separate", "softmax, top-k, renormalised")
+    path, output = tmp_path / "model.onnx", tmp_path / "ort.onnx"
+    onnx.save(proto, path, save_as_external_data=external, location="m.data", size_threshold=512)
+    report = fuse(path, FuseOptions(output=output, target="ort"), lambda message: None)
+    assert report.proof is not None
+    assert report.proof.worst is not None
+    assert [site.rule for site in report.lowered] == ["ORT004"]
+    written = onnx.load(output)
+    assert [node.op_type for node in written.graph.node][-1] == "MoE"
+    x = np.random.default_rng(0).standard_normal((T, H)).astype(np.float32)
+    assert np.allclose(run(proto, {"x": x})["y"], run(written, {"x": x})["y"], atol=1e-6)
+    again = fuse(output, FuseOptions(output=tmp_path / "again.onnx"), lambda message: None)
+    assert again.proof is not None
