@@ -4,7 +4,8 @@
     offset, length = data.add(tensor)      # any number of them
     name = data.finish("model.fused")      # model.fused.3c95c0305701.data
 
-Tensors that come from files are copied in pieces: none is in memory as a whole.
+Tensors that come from files are copied in pieces, and derived ones made in pieces: none is in
+memory as a whole.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from typing import BinaryIO
 
 import onnx_ir as ir
 
+from onnxgen.derived import bytes_of
+
 ALIGNMENT = 4096  # of each tensor, so that it can be mapped
 CHUNK = 4 * 1024 * 1024
+HOLE = 64 * 1024  # zeros are left out of the file from here
 
 
 class DataFile:
@@ -62,6 +66,7 @@ class DataFile:
         if self._file is None:
             return ""
         with self._file as file:
+            file.truncate(self._size)  # a hole at the end is part of it too
             sync(file)
         digest = self._hash.hexdigest()
         for name in (f"{stem}.{digest[:12]}.data", f"{stem}.{digest}.data"):
@@ -78,15 +83,18 @@ class DataFile:
     def _append(self, content: bytes) -> None:
         if self._file is None:
             self._file = create(self._path, self._created)
-        self._file.write(content)
+        if len(content) >= HOLE and content == bytes(len(content)):
+            self._file.seek(len(content), os.SEEK_CUR)  # it reads as zeros
+        else:
+            self._file.write(content)
         self._hash.update(content)
         self._size += len(content)
 
 
 def _content(tensor: ir.TensorProtocol) -> Iterator[bytes]:
-    """A tensor's bytes, in pieces where they come from a file."""
+    """A tensor's bytes, in pieces where they come from a file or are derived."""
     if not isinstance(tensor, ir.ExternalTensor):
-        yield tensor.tobytes()
+        yield from bytes_of(tensor)
         return
     left = tensor.nbytes
     with open(tensor.path, "rb") as file:

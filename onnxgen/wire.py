@@ -15,6 +15,8 @@ from typing import BinaryIO
 import onnx
 import onnx_ir as ir
 
+from onnxgen.derived import bytes_of
+
 # Field numbers of onnx.proto; every field met here is of wire type 2, length-delimited.
 _GRAPH = 7  # ModelProto.graph
 _INITIALIZER = 5  # GraphProto.initializer
@@ -184,12 +186,11 @@ class Serializer:
         for prefix, raw, tensor in self._initializers:
             file.write(prefix + raw)
             if tensor is not None:
-                content = tensor.tobytes()
-                if len(content) != tensor.nbytes:
+                size = sum(map(file.write, bytes_of(tensor)))
+                if size != tensor.nbytes:
                     raise WireError(
-                        f"tensor '{tensor.name}' holds {len(content)} bytes, not {tensor.nbytes}"
+                        f"tensor '{tensor.name}' holds {size} bytes, not {tensor.nbytes}"
                     )
-                file.write(content)
 
 
 def _size(entry: tuple[bytes, bytes, ir.TensorProtocol | None]) -> int:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnxgen.analysis.dtypes import output_dtypes
 from onnxgen.analysis.shapes import Shapes
 from onnxgen.analysis.symbols import Dim, Poly
+from onnxgen.derived import DerivedTensor, Rows
 
 
 class Builder:
@@ -120,40 +121,14 @@ class Builder:
             self._constants[key] = found
         return found
 
-    def joined(
-        self, parts: Sequence[ir.Value], axis: int, name: str = "onnxgen/packed"
-    ) -> ir.Value:
-        """An initializer that joins initializers along an axis; read when it is written."""
-        tensors = [part.const_value for part in parts if part.const_value is not None]
-        assert len(tensors) == len(parts)
-        sizes = list(tensors[0].shape.numpy())
-        sizes[axis] = sum(int(tensor.shape.numpy()[axis]) for tensor in tensors)
+    def derived(self, rows: Rows, name: str = "onnxgen/packed") -> ir.Value:
+        """An initializer that is made from others when the model is written."""
+        tensor = DerivedTensor(rows, self.unique(name))
         value = ir.Value(
-            name=self.unique(name), shape=ir.Shape(sizes), type=ir.TensorType(tensors[0].dtype)
-        )
-        value.const_value = ir.LazyTensor(
-            lambda: ir.tensor(
-                np.concatenate([tensor.numpy() for tensor in tensors], axis=axis),
-                dtype=tensors[0].dtype,
-            ),
-            dtype=tensors[0].dtype,
-            shape=ir.Shape(sizes),
-            name=value.name,
-        )
-        self.graph.register_initializer(value)
-        return value
-
-    def stacked(self, parts: Sequence[ir.Value], name: str = "onnxgen/stacked") -> ir.Value:
-        tensors = [part.const_value for part in parts if part.const_value is not None]
-        sizes = [len(tensors), *tensors[0].shape.numpy()]
-        value = ir.Value(
-            name=self.unique(name), shape=ir.Shape(sizes), type=ir.TensorType(tensors[0].dtype)
-        )
-        value.const_value = ir.LazyTensor(
-            lambda: ir.tensor(np.stack([t.numpy() for t in tensors]), dtype=tensors[0].dtype),
-            dtype=tensors[0].dtype,
-            shape=ir.Shape(sizes),
-            name=value.name,
+            name=tensor.name,
+            shape=ir.Shape(rows.shape),
+            type=ir.TensorType(rows.dtype),
+            const_value=tensor,
         )
         self.graph.register_initializer(value)
         return value

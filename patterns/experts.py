@@ -34,7 +34,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxgen import functions
+from onnxgen import derived, functions
 from onnxgen.analysis.expert_features import Biased, Features, Selection, Unread
 from onnxgen.analysis.expert_weights import Source
 from onnxgen.analysis.experts import CHOOSING, Mixture, Routing, mixture_of, routings
@@ -279,4 +279,8 @@ def _whole(sources: Sequence[Source]) -> ir.Value | None:
 def _joined(builder: Builder, sources: Sequence[Source]) -> ir.Value | None:
     if any(each.expert is not None or each.whole for each in sources):
         return None
-    return builder.stacked([each.value for each in sources])
+    tensors = [each.value.const_value for each in sources]
+    given = [each for each in tensors if each is not None]
+    if len({(tuple(each.shape.numpy()), each.dtype) for each in given}) != 1:
+        return None
+    return builder.derived(derived.stacked(given), "onnxgen/experts")

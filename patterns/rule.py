@@ -42,9 +42,11 @@ class Rewrite:
         mask: for attention: the mask, bool or additive. Rows that it masks everywhere are
             nobody's answer: runtimes and decompositions give them zeros, a mean, or NaN.
         repairs: what it replaces runs for one sequence only; it is compared there.
-        choices: integers that a router chose, and of how many experts each is one.
         counts: for a cache that is written, int64 [B]: tokens of each row. Places of the cache,
             [B,K,L,D], behind them are nobody's.
+        choices: computed indices that the new nodes read, [..,k], and how many there are to choose
+            from, E: compared for any k different numbers below E in a row.
+        nonnegative: computed values that the new nodes read, none of which is ever below zero.
     """
 
     node: ir.Node
@@ -54,6 +56,7 @@ class Rewrite:
     repairs: bool = False
     counts: ir.Value | None = None
     choices: Mapping[ir.Value, int] = field(default_factory=dict)
+    nonnegative: frozenset[ir.Value] = frozenset()
 
 
 class Declined(Exception):

@@ -113,7 +113,7 @@ class RewriteChecker:
         failures: list[str] = []
         shapes = self._single if rewrite.repairs else self._shapes
         for seed, shape in enumerate(shapes):
-            feeds = self._feeds(facts, shape, part, np.random.default_rng(seed), rewrite.choices)
+            feeds = self._feeds(facts, rewrite, shape, part, np.random.default_rng(seed))
             if isinstance(feeds, str):
                 failures.append(feeds)
                 continue
@@ -143,10 +143,10 @@ class RewriteChecker:
     def _feeds(
         self,
         facts: Facts,
+        rewrite: Rewrite,
         shape: RunShape,
         part: _Part,
         rng: np.random.Generator,
-        choices: Mapping[ir.Value, int],
     ) -> dict[str, Any] | str:
         """Arrays for the values that a part is cut off at; the reason as text where one fails."""
         inputs, binding = self._inputs(shape)
@@ -170,22 +170,23 @@ class RewriteChecker:
             if numbers is not None and None not in numbers:
                 feeds[name] = np.array(numbers, dtype=np.int64).reshape(content.shape)  # type: ignore[union-attr]
                 continue
-            if value in choices:
-                shaped = [int(size) for size in sizes if size is not None]
+            shaped = [int(size) for size in sizes if size is not None]
+            if value in rewrite.choices:
                 wide = value.dtype != ir.DataType.INT32
-                chosen = _chosen(rng, shaped, choices[value])
+                chosen = _chosen(rng, shaped, rewrite.choices[value])
                 feeds[name] = chosen.astype(np.int64 if wide else np.int32)
                 continue
             if value.dtype in (ir.DataType.INT8, ir.DataType.UINT8):  # quantized activations
                 info = np.iinfo(value.dtype.numpy())
-                shaped = [int(size) for size in sizes if size is not None]
                 feeds[name] = rng.integers(info.min, info.max, shaped, value.dtype.numpy())
                 continue
             if value.dtype is None or not value.dtype.is_floating_point():
                 return f"{name!r} holds integers that are computed from activations"
-            array = rng.standard_normal([int(size) for size in sizes if size is not None])
+            array = rng.standard_normal(shaped)
             if value in part.weights and array.ndim > 1:
                 array /= np.sqrt(array.shape[-1])  # so that activations behind it are not saturated
+            if value in rewrite.nonnegative:
+                array = np.abs(array)
             feeds[name] = array.astype(value.dtype.numpy())
         return feeds
 

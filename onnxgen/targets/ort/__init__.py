@@ -1,7 +1,7 @@
 """The target `ort`: what onnxruntime-genai's model builder writes by hand, from any export.
 
 GroupQueryAttention with the rotary embedding inside, packed queries, keys and values, norms that
-add the residual. Its contract says what these kernels take (`onnxgen.targets.contract`).
+add the residual, experts with their router inside. Its contract says what these kernels take (`onnxgen.targets.contract`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from onnxgen.analysis.masks import MaskFamily
 from onnxgen.patterns.rule import Rule
 from onnxgen.targets.contract import Contract, Padding
 from onnxgen.targets.ort.attention import GroupQuery
+from onnxgen.targets.ort.experts import Experts
 from onnxgen.targets.ort.lengths import name_guards
 from onnxgen.targets.ort.norms import SkipNorm
 from onnxgen.targets.ort.packing import PackedProjections
@@ -42,7 +43,7 @@ class Settings:
 # Raising rules that are left out: their operator is this target's own.
 KEPT = frozenset({"MSA001"})
 
-RULES: tuple[type[Rule], ...] = (GroupQuery, PackedProjections, SkipNorm)
+RULES: tuple[type[Rule], ...] = (GroupQuery, PackedProjections, SkipNorm, Experts)
 CODES = tuple(rule.code for rule in RULES)
 
 
@@ -62,7 +63,12 @@ class Lowering:
         """
         length = settings.max_length or DEFAULT_LENGTH
         self._attention = GroupQuery(settings.padding, length, families)
-        self.rules: tuple[Rule, ...] = (self._attention, PackedProjections(), SkipNorm())
+        self.rules: tuple[Rule, ...] = (
+            self._attention,
+            PackedProjections(),
+            SkipNorm(),
+            Experts(),
+        )
         limit = None if length < FEWEST else length  # no caches are made that would end there
         self.assumed = Contract(settings.padding, limit, chunked_batches=False)
 

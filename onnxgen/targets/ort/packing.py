@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxgen import derived
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import given, other_input, producer
 from onnxgen.analysis.view_shapes import slice_bounds
@@ -139,7 +140,7 @@ def _joined(builder: Builder, projections: Sequence[_Projection]) -> ir.Value | 
     if any(each.x is not x or each.weight.dtype != dtype for each in projections):
         return None
     weights = [each.weight for each in projections]
-    packed = builder.op("MatMul", [x, builder.joined(weights, axis=1)])
+    packed = builder.op("MatMul", [x, _side_by_side(builder, weights, axis=1)])
     if any(each.bias is not None for each in projections):
         biases = [
             each.bias
@@ -147,8 +148,13 @@ def _joined(builder: Builder, projections: Sequence[_Projection]) -> ir.Value | 
             else builder.constant(np.zeros(_columns(each), dtype=_kind(each)))
             for each in projections
         ]
-        packed = builder.op("Add", [packed, builder.joined(biases, axis=0)])
+        packed = builder.op("Add", [packed, _side_by_side(builder, biases, axis=0)])
     return packed
+
+
+def _side_by_side(builder: Builder, values: Sequence[ir.Value], axis: int) -> ir.Value:
+    tensors = [each.const_value for each in values if each.const_value is not None]
+    return builder.derived(derived.joined([derived.whole(each) for each in tensors], axis))
 
 
 def _columns(each: _Projection) -> int:

@@ -1,0 +1,297 @@
+"""ORT004: onnxgen::MoE becomes com.microsoft MoE, its router inside where the kernel has it.
+
+Replaces
+    MoE(x, w, i, ...), w and i of a router as in `routing`
+    -> com.microsoft MoE(x, logits from the last expert to the first, ...) * factor
+    MoE(x, w, i, ...), any other router whose weights are never below zero
+    -> com.microsoft MoE(x, Log(W / its row), ...) * its row, W = w scattered to [T, E]
+
+    Weights are brought into the kernel's layout when the model is written, one expert at a time:
+    [E, 2I, H] with the features of a gate in turns, or [E, I, H]; [E, H, I].
+
+    Of equal probabilities the kernel takes the expert with the larger index, TopK the one with
+    the smaller: with its own router the kernel is given experts and logits from the last to the
+    first. Logits are turned and not the router's weights, so that they are the same to the last
+    bit. Any other router's choice is made outside: the softmax of Log(W) is W over its row's sum,
+    and where W is zero nobody sees which expert the kernel takes. A row of nothing but zeros is
+    given ones, and multiplied by zero. Numbers are scattered by addition, as the base operator
+    lets an expert be named twice.
+
+Declines
+    activation: the kernel has silu, relu, identity, gelu with tanh, and
+        (max(min(b, L), -L) + beta) * min(a, L) * sigmoid(alpha * min(a, L)).
+    form: no indices, or weights that multiply the input.
+    weights: they are computed, or of a type that the kernel does not take.
+    router: weights that may be below zero, or whose number of slots is not fixed.
+
+Numerics
+    The same products. Probabilities of logits that differ by less than float32 tells apart count
+    as equal, as they may in the original's own Softmax. Float16 is computed in float32.
+
+Seen in
+    every mixture of experts, after raising.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from onnxgen import derived, functions
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import CONTRIB
+from onnxgen.analysis.signs import nonnegative
+from onnxgen.derived import Rows
+from onnxgen.functions import moe
+from onnxgen.functions.activation import Activation
+from onnxgen.patterns.building import Builder
+from onnxgen.patterns.rule import Declined, Rewrite, Rule
+from onnxgen.targets.ort.routing import Routed, routed
+
+FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+_PLAIN = {"silu": "silu", "relu": "relu", "identity": "identity", "gelutanh": "gelu"}
+
+
+@dataclass(frozen=True)
+class _Swiglu:
+    """(max(min(b, L), -L) + beta) * min(a, L) * sigmoid(alpha * min(a, L)); L may be infinite.
+
+    Attributes:
+        swapped: whether it is the activation's second feature that is the gate a.
+    """
+
+    alpha: float
+    beta: float
+    limit: float
+    swapped: bool
+
+    def attributes(self) -> dict[str, float]:
+        found = {"activation_alpha": self.alpha, "activation_beta": self.beta}
+        return found if np.isinf(self.limit) else {**found, "swiglu_limit": self.limit}
+
+
+class Experts(Rule):
+    """Anchored at onnxgen::MoE."""
+
+    code = "ORT004"
+    kind = "experts"
+    anchors = frozenset({moe.NAME})
+
+    def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
+        if node.domain != functions.DOMAIN:
+            return None
+        activation, parts = moe.parts_of(node.overload)
+        if parts & {"dense", "scaled"}:
+            reason = "it has no indices" if "dense" in parts else "its weights multiply the input"
+            raise Declined(self, "form", f"{reason}, and the kernel's multiply the output", node)
+        kind: dict[str, str | int | float]
+        gate = None
+        if activation.gated:
+            gate = _swiglu(activation)
+            if gate is None:
+                raise self._no_activation(activation, node)
+            kind = {"activation_type": "swiglu", "swiglu_fusion": 1, **gate.attributes()}
+        else:
+            name = _PLAIN.get(activation.named().text)
+            if name is None:
+                raise self._no_activation(activation, node)
+            kind = {"activation_type": name}
+        given = [*node.inputs, *[None] * (moe.BIAS3 + 1 - len(node.inputs))]
+        x, weights, indices = given[: moe.FC1]
+        assert x is not None
+        assert weights is not None
+        assert indices is not None
+        rows = {at: self._weight(given[at], x, node) for at in range(moe.FC1, len(given))}
+        values = {each: value for at, each in rows.items() if each and (value := given[at])}
+        experts = _arranged(rows, parts, gate)
+        assert experts[0] is not None
+        count = experts[0].shape[0]
+        slots = (facts.shapes.of(weights) or (None,))[-1]
+        if not isinstance(slots, int) or not 0 < slots <= count:
+            raise Declined(self, "router", f"{slots} of {count} experts are chosen", node)
+        kernel = _Kernel(builder, x, experts, values, {**kind, "k": slots})
+        details: dict[str, str | int | float | bool] = {
+            "experts": count,
+            "activation": str(kind["activation_type"]),
+        }
+        router = routed(facts, weights, indices, count)
+        if router is not None and router.logits.dtype in (FLOAT, HALF):
+            y = kernel.folded(router, count)
+            assert kernel.node is not None
+            return Rewrite(kernel.node, ((node.outputs[0], y),), {**details, "router": "inside"})
+        if indices.dtype != ir.DataType.INT64:
+            raise Declined(self, "router", f"its indices are {indices.dtype}", node)
+        if not nonnegative(weights):
+            reason = f"its weights {weights.name!r} may be below zero, and the kernel's are not"
+            raise Declined(self, "router", reason, node)
+        y = kernel.routed_outside(weights, indices, count)
+        assert kernel.node is not None
+        return Rewrite(
+            kernel.node,
+            ((node.outputs[0], y),),
+            {**details, "router": "outside"},
+            choices={indices: count},
+            nonnegative=frozenset({weights}),
+        )
+
+    def _no_activation(self, activation: Activation, node: ir.Node) -> Declined:
+        text = activation.named().text
+        return Declined(self, "activation", f"the CPU kernel has no activation {text!r}", node)
+
+    def _weight(self, value: ir.Value | None, x: ir.Value, node: ir.Node) -> Rows | None:
+        if value is None:
+            return None
+        if value.const_value is None or value.is_graph_input():
+            raise Declined(self, "weights", f"{value.name!r} is computed", node)
+        if value.dtype != x.dtype or value.dtype not in (FLOAT, HALF):
+            kinds = f"{value.name!r} is {value.dtype} and the input {x.dtype}"
+            raise Declined(self, "weights", kinds, node)
+        return derived.whole(value.const_value)
+
+
+def _swiglu(activation: Activation) -> _Swiglu | None:
+    """The kernel's gated activation that this one is, told by its numbers; None for any other."""
+    for each, swapped in ((activation, False), (activation.swapped(), True)):
+        found = _fitted(each, swapped)
+        if found is not None and _is(each, found):
+            return found
+    return None
+
+
+def _fitted(activation: Activation, swapped: bool) -> _Swiglu | None:
+    """The only constants that it can be."""
+    small, far = 2.0**-8, 2.0**40
+    with np.errstate(all="ignore"):
+        at_zero = float(activation(small, 0.0))
+        gate = (float(activation(small, small)) - at_zero) / small  # min(a, L) * sigmoid(...)
+        if not 0 < gate < small:
+            return None
+        alpha = -float(np.log(small / gate - 1)) / small
+        beta = at_zero / gate
+        limit = float(activation(small, far)) / gate - beta
+        if not np.isfinite([alpha, beta, limit]).all() or limit <= small:
+            return None
+    constants = [float(f"{each:.7g}") for each in (alpha, beta, limit)]
+    return _Swiglu(constants[0], constants[1], np.inf if limit > far / 2 else constants[2], swapped)
+
+
+def _is(activation: Activation, found: _Swiglu) -> bool:
+    grid = np.concatenate([np.linspace(-12, 12, 97), [-60.0, 60.0, -1e3, 1e3, -1e5, 1e5]])
+    if np.isfinite(found.limit):
+        grid = np.concatenate([grid, found.limit * np.array([-1.01, -0.99, 0.99, 1.01])])
+    a, b = np.meshgrid(grid, grid)
+    with np.errstate(all="ignore"):
+        gate = np.minimum(a, found.limit)
+        wanted = gate / (1 + np.exp(-found.alpha * gate))
+        wanted = wanted * (np.clip(b, -found.limit, found.limit) + found.beta)
+        own = activation(a, b)
+    return bool(np.allclose(own, wanted, rtol=2e-6, atol=1e-12))
+
+
+def _arranged(
+    rows: dict[int, Rows | None], parts: frozenset[str], gate: _Swiglu | None
+) -> list[Rows | None]:
+    """fc1, its bias, fc2, its bias as the kernel has them."""
+
+    def features(first: int, second: int) -> Rows | None:
+        one, other = rows[first], rows[second]
+        if one is None:
+            return None
+        if first == moe.FC1 and "fc1t" in parts:
+            one, other = one.transposed(), None if other is None else other.transposed()
+        if other is not None:
+            one = derived.joined([one, other], axis=1)
+        if gate is not None and "interleaved" not in parts:
+            one = one.interleaved()
+        return one.exchanged() if gate is not None and gate.swapped else one
+
+    fc2 = rows[moe.FC2]
+    assert fc2 is not None
+    if "fc2t" in parts:
+        fc2 = fc2.transposed()
+    biased = features(moe.BIAS1, moe.BIAS3)
+    return [features(moe.FC1, moe.FC3), biased, fc2, rows[moe.BIAS2]]
+
+
+class _Kernel:
+    """The nodes around one com.microsoft MoE.
+
+    Args:
+        x: tokens [T, H].
+        experts: fc1, its bias, fc2, its bias in the kernel's layout.
+        values: the initializers that some of them are, just as they are.
+        kind: the node's attributes but for its router.
+    """
+
+    def __init__(
+        self,
+        builder: Builder,
+        x: ir.Value,
+        experts: Sequence[Rows | None],
+        values: Mapping[Rows, ir.Value],
+        kind: Mapping[str, str | int | float],
+    ) -> None:
+        self._builder, self._x, self._kind = builder, x, kind
+        self._experts, self._values = experts, values
+        self.node: ir.Node | None = None
+
+    def folded(self, router: Routed, count: int) -> ir.Value:
+        """The kernel's own router, its experts from the last to the first."""
+        op, ints = self._builder.op, self._builder.ints
+        logits = op(
+            "Slice", [router.logits, ints(-1), ints(-count - 1), ints(-1), ints(-1)], name="turned"
+        )
+        logits = op("Reshape", [logits, ints(-1, count)], name="logits")
+        kind = HALF if self._x.dtype == router.logits.dtype == HALF else FLOAT
+        experts = [None if each is None else each.reversed() for each in self._experts]
+        y = self._run(kind, self._as(logits, kind), experts, normalize=router.normalized)
+        if router.factor != 1.0:
+            factor = np.array(router.factor, dtype=kind.numpy())
+            y = op("Mul", [y, self._builder.constant(factor)], name="scaled")
+        assert self._x.dtype is not None
+        return self._as(y, self._x.dtype)
+
+    def routed_outside(self, weights: ir.Value, indices: ir.Value, count: int) -> ir.Value:
+        """Weights of whatever router, [T, k], as logits."""
+        op, ints, constant = self._builder.op, self._builder.ints, self._builder.constant
+        weights = self._as(weights, FLOAT)
+        tokens = op("Shape", [weights], {"start": 0, "end": 1}, name="tokens")
+        sizes = op("Concat", [tokens, ints(count)], {"axis": 0}, name="sizes")
+        everyone = op("ConstantOfShape", [sizes], name="weights")
+        attributes = {"axis": 1, "reduction": "add"}
+        everyone = op("ScatterElements", [everyone, indices, weights], attributes, name="weights")
+        total = op("ReduceSum", [weights, ints(-1)], {"keepdims": 1}, name="total")
+        zero, one = (constant(np.array(each, dtype=np.float32)) for each in (0, 1))
+        some = op("Greater", [total, zero], name="any")
+        logits = op("Log", [op("Where", [some, everyone, one], name="weights")], name="logits")
+        y = self._run(FLOAT, logits, self._experts, normalize=True)
+        assert self._x.dtype is not None
+        return self._as(op("Mul", [y, total], name="weighted"), self._x.dtype)
+
+    def _run(
+        self,
+        kind: ir.DataType,
+        logits: ir.Value,
+        experts: Sequence[Rows | None],
+        *,
+        normalize: bool,
+    ) -> ir.Value:
+        made = [None if each is None else self._initializer(each) for each in experts]
+        given = [None if each is None else self._as(each, kind) for each in made]
+        attributes = {**self._kind, "normalize_routing_weights": int(normalize)}
+        tokens = self._as(self._x, kind)
+        y = self._builder.op("MoE", [tokens, logits, *given], attributes, domain=CONTRIB)
+        self.node = y.producer()
+        return y
+
+    def _initializer(self, rows: Rows) -> ir.Value:
+        found = self._values.get(rows)
+        return self._builder.derived(rows, "onnxgen/experts") if found is None else found
+
+    def _as(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
+        if value.dtype == kind:
+            return value
+        return self._builder.op("Cast", [value], {"to": int(kind)})
