@@ -57,6 +57,10 @@ class Rows(ABC):
         assert self.shape[1] % 2 == 0
         return _Each(self, self.shape, "exchanged")
 
+    def reshaped(self, *sizes: int) -> Rows:
+        """Each row in another shape of as many elements: [E, *sizes]."""
+        return _Each(self, (self.shape[0], *sizes), "reshaped")
+
     def reversed(self) -> Rows:
         """The last row first."""
         return _Reversed(self)
@@ -170,6 +174,8 @@ class _Each(Rows):
         rows = self.source.read(start, stop)
         if self.how == "transposed":
             return rows.swapaxes(-1, -2)
+        if self.how == "reshaped":
+            return rows.reshape(len(rows), *self.shape[1:])
         half, rest = self.shape[1] // 2, self.shape[2:]
         if self.how == "interleaved":
             turned = rows.reshape(len(rows), 2, half, *rest).swapaxes(1, 2)

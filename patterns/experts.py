@@ -37,7 +37,7 @@ import onnx_ir as ir
 from onnxgen import derived, functions
 from onnxgen.analysis.expert_features import Biased, Features, Selection, Unread
 from onnxgen.analysis.expert_weights import Source
-from onnxgen.analysis.experts import CHOOSING, Mixture, Routing, mixture_of, routings
+from onnxgen.analysis.experts import CHOOSING, Mixture, Routing, closest, mixture_of, routings
 from onnxgen.analysis.facts import Facts
 from onnxgen.functions import moe
 from onnxgen.functions.activation import Activation, written
@@ -77,10 +77,7 @@ class Experts(Rule):
             raise Declined(self, "experts", str(error), error.node or node) from None
         if mixture is None:
             return None
-        found = list(routings(facts, mixture))
-        # A matrix of weights that is scattered from a few for each token is one spelling of them.
-        chosen = (each for each in found if each.indices is not None)
-        routing = next(chosen, found[0] if found else None)
+        routing = closest(list(routings(facts, mixture)))
         if routing is None:
             reason = "it is not found which experts a token goes to and what they weigh"
             raise Declined(self, "routing", reason, node, mixture.output.producer())
@@ -258,7 +255,13 @@ def _stacked_biases(builder: Builder, linear: _Linear) -> ir.Value | None:
     given = [each for each in linear.biases if each is not None]
     if len(given) != len(linear.biases):
         return None
-    return _whole(given) or _joined(builder, given)
+    made = _whole(given) or _joined(builder, given)
+    tensor = None if made is None else made.const_value
+    if tensor is None or tensor.shape.rank() == 2:
+        return made
+    experts, *sizes = tensor.shape.numpy()
+    rows = derived.whole(tensor).reshaped(tensor.size // experts)
+    return builder.derived(rows, "onnxgen/experts") if max(sizes) > 1 else None
 
 
 def _whole(sources: Sequence[Source]) -> ir.Value | None:

@@ -81,7 +81,10 @@ def product_of(facts: Facts, node: ir.Node | None) -> Product | None:
 
 
 def bias_of(facts: Facts, value: ir.Value | None) -> Source | None:
-    """Where a vector for each expert comes from: [E, N], or [N] of one expert alone."""
+    """Where a vector for each expert comes from: [E, N], or [N] of one expert alone.
+
+    Axes of size 1 may lie between.
+    """
     if value is None:
         return None
     rank = facts.shapes.rank(value)
@@ -89,11 +92,12 @@ def bias_of(facts: Facts, value: ir.Value | None) -> Source | None:
     if traced is None:
         return None
     source, labels, expert, chosen = traced
-    size = facts.shapes.rank(source)
-    if size == 1 and expert is None and not chosen:
+    shape = facts.shapes.of(source) or ()
+    rows = len(shape) > 1 and (expert is not None or chosen)
+    long = [axis for axis, size in enumerate(shape) if size != 1 or (rows and axis == 0)]
+    if len(long) == 1 and expert is None and not chosen:
         return Source(source, None, whole=False)
-    long = [axis for axis, label in enumerate(labels) if label is not None]
-    if size != 2 or (expert is None and not chosen and 0 not in long):
+    if len(long) != 2 or long[0] != 0:
         return None
     return Source(source, expert, whole=expert is None)
 

@@ -27,7 +27,7 @@ from onnxgen.analysis.expert_features import (
     features_of,
 )
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, attribute, given, producer
+from onnxgen.analysis.graph import FLOATS, attribute, given, producer, uniform
 from onnxgen.analysis.symbols import Dim, product
 from onnxgen.analysis.views import scalar_factor
 
@@ -141,12 +141,12 @@ def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
             break  # what follows is more than the sum: the residual, another layer
         if not found or not any(_of_many(biased, len(found)) for biased, _ in found):
             continue
-        ends = nodes
         try:
             mixture = _mixture(facts, value, found)
         except Unread as error:
             unread = error
             continue
+        ends = nodes
         if best is None or len(shape) <= 2 or (facts.shapes.rank(best.output) or 0) > 2:
             best = mixture
     if best is None and unread is not None:
@@ -230,6 +230,20 @@ def routings(facts: Facts, mixture: Mixture) -> Iterator[Routing]:
         pending.append(last)
 
 
+def closest(found: Sequence[Routing]) -> Routing | None:
+    """The routing to take: a matrix of weights that a few are scattered into is these few."""
+    first = found[0] if found else None
+    if first is None or first.indices is not None:
+        return first
+    scatter = producer(first.weights, "ScatterElements")
+    for each in found[1:] if scatter is not None else ():
+        assert scatter is not None
+        zeros = uniform(scatter.inputs[0]) == 0.0
+        if zeros and [each.indices, each.weights] == list(scatter.inputs[1:]):
+            return each
+    return first
+
+
 def _slots(facts: Facts, value: ir.Value, rows: Dim, experts: int) -> int | None:
     """How many numbers a value holds for each token, if it holds a few for each."""
     shape = facts.shapes.of(value)
@@ -263,6 +277,8 @@ def _ends(
         if ending is not None:
             for product_, bias in zip(ending[0].products, ending[0].biases, strict=True):
                 found[product_.node] = (Biased((product_,), (bias,)), product_.rows)
+            continue
+        if value not in reached and node.op_type not in (*_MOVES, "Cast"):
             continue
         weighs = node.op_type in _WEIGHING or value not in reached
         summands = [v for v in _summands(facts, node) if _has(facts, v, width)]

@@ -115,6 +115,20 @@ def _arg(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [(*source[:axis], *kept, *source[axis + 1 :])]
 
 
+def _non_zero(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    rank = shapes.rank(node.inputs[0])
+    return [None if rank is None else (rank, shapes.unknown("found"))]
+
+
+def _one_hot(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    indices, depth = shapes.of(node.inputs[0]), scalar(node.inputs[1])
+    if indices is None:
+        return [None]
+    axis = attribute(node, "axis", -1) % (len(indices) + 1)
+    size = shapes.unknown("depth") if depth is None else int(depth)
+    return [(*indices[:axis], size, *indices[axis:])]
+
+
 def _range(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     numbers = [scalar(value) for value in node.inputs]
     known = [number for number in numbers if number is not None]
@@ -227,6 +241,8 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "TopK": _top_k,
     "ArgMax": _arg,
     "ArgMin": _arg,
+    "NonZero": _non_zero,
+    "OneHot": _one_hot,
     "Attention": _attention,
     "SinkAttention": _attention,
     **dict.fromkeys(

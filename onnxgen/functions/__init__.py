@@ -14,7 +14,7 @@ body cannot ask what it was given. To add an operator: a file with a function
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import onnx
 import onnx_ir as ir
@@ -110,11 +110,24 @@ def _outline(function: onnx.FunctionProto) -> list[object]:
     known: dict[str, int] = {"": 0}
     for name in function.input:
         known[name] = len(known)
-    lines: list[object] = [len(function.input)]
-    for node in function.node:
+    lines: list[object] = [len(function.input), *_lines(function.node, known)]
+    return [*lines, [known.get(name) for name in function.output]]
+
+
+def _lines(nodes: Iterable[onnx.NodeProto], known: dict[str, int]) -> Iterator[object]:
+    """What nodes do; `known` numbers the names that they may read, and gets those they make."""
+    for node in nodes:
         inputs = [known.get(name) for name in node.input]
+        given: list[object] = []
+        for each in sorted(node.attribute, key=lambda attribute: attribute.name):
+            if not each.HasField("g"):
+                given.append(each.SerializeToString(deterministic=True))
+                continue
+            for value in each.g.input:
+                known[value.name] = len(known)
+            body = list(_lines(each.g.node, known))
+            made = [known.get(value.name) for value in each.g.output]
+            given.append((each.name, len(each.g.input), len(each.g.initializer), body, made))
         for name in node.output:
             known[name] = len(known)
-        given = sorted(each.SerializeToString(deterministic=True) for each in node.attribute)
-        lines.append((node.domain, node.op_type, node.overload, inputs, len(node.output), given))
-    return [*lines, [known.get(name) for name in function.output]]
+        yield node.domain, node.op_type, node.overload, inputs, len(node.output), given

@@ -104,11 +104,11 @@ class Activation:
     text: str
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_term", _parsed(_KNOWN.get(self.text, self.text)))
+        _parsed(_KNOWN.get(self.text, self.text))
 
     @property
     def term(self) -> Term:
-        return self._term
+        return _parsed(_KNOWN.get(self.text, self.text))
 
     @property
     def gated(self) -> bool:

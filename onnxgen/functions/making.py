@@ -50,6 +50,7 @@ def made(
             if output.name not in taken:  # a builder of a subgraph counts from the start again
                 output.name = f"{node.op_type}_{number}" + (f"_{index}" if index else "")
     function.overload = overload
+    function.sort()  # as a model's functions are when it is tidied
     return function
 
 
