@@ -91,7 +91,7 @@ def bias_of(facts: Facts, value: ir.Value | None) -> Source | None:
     traced = _traced(facts, value, None if rank is None else list(range(rank)))
     if traced is None:
         return None
-    source, labels, expert, chosen = traced
+    source, _, expert, chosen = traced
     shape = facts.shapes.of(source) or ()
     rows = len(shape) > 1 and (expert is not None or chosen)
     long = [axis for axis, size in enumerate(shape) if size != 1 or (rows and axis == 0)]
