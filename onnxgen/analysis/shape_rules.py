@@ -129,6 +129,13 @@ def _one_hot(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     return [(*indices[:axis], size, *indices[axis:])]
 
 
+def _grouped_matmul(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
+    weights, indices = shapes.of(node.inputs[1]), shapes.of(node.inputs[2])
+    if weights is None or indices is None:
+        return [None]
+    return [(*indices, weights[1 if "turned" in node.overload else 2])]
+
+
 def _range(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
     numbers = [scalar(value) for value in node.inputs]
     known = [number for number in numbers if number is not None]
@@ -242,6 +249,7 @@ _SHAPE_RULES: dict[str, Callable[[Shapes, ir.Node], Sequence[Shape | None]]] = {
     "ArgMax": _arg,
     "ArgMin": _arg,
     "NonZero": _non_zero,
+    "GroupedMatMul": _grouped_matmul,
     "OneHot": _one_hot,
     "Attention": _attention,
     "SinkAttention": _attention,

@@ -21,7 +21,7 @@ import onnx_ir as ir
 from onnx_ir import serde
 from onnx_ir.passes import common
 
-from onnxgen.functions import moe, paged_attention, paged_plan, sink_attention
+from onnxgen.functions import grouped_matmul, moe, paged_attention, paged_plan, sink_attention
 from onnxgen.functions.making import DOMAIN, VERSION
 
 __all__ = ["DEFINITIONS", "DOMAIN", "VERSION", "called", "declare", "expand", "is_ours"]
@@ -30,6 +30,7 @@ __all__ = ["DEFINITIONS", "DOMAIN", "VERSION", "called", "declare", "expand", "i
 DEFINITIONS: dict[str, Callable[[str, int], ir.Function]] = {
     sink_attention.NAME: sink_attention.build,
     moe.NAME: moe.build,
+    grouped_matmul.NAME: grouped_matmul.build,
     paged_plan.TOKENS: paged_plan.build_tokens,
     paged_plan.KEYS: paged_plan.build_keys,
     paged_attention.NAME: paged_attention.build,
