@@ -6,6 +6,7 @@ shows what the rule may now say otherwise.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -487,6 +488,17 @@ def test_of_equal_logits_the_first_experts_win(overload: str, router: str) -> No
     result.compare(tokens)
 
 
+@pytest.mark.parametrize("kind", ["float", "float16"])
+@pytest.mark.parametrize("overload", ["swiglu_scaled", "gelutanh_fc1t_bias1_scaled"])
+def test_one_expert_whose_input_is_weighed(overload: str, kind: str) -> None:
+    """Llama 4; the weight may be of either sign."""
+    result = lowered(overload, "v, i = TopK(l, [1]) w = Tanh(v)", kind=kind)
+    (site,) = result.sites
+    assert site.status == "fused", site
+    assert site.details["router"] == "outside"
+    assert "Log" in result.ops()
+
+
 def test_tokens_that_nobody_wants_are_zero() -> None:
     result = lowered("swiglu", "zeros")
     assert "Where" in result.ops()  # no kernel is given a row of nothing but -inf
@@ -583,7 +595,8 @@ def test_computed_weights_stay() -> None:
 def test_a_file_is_written_and_proven(external: bool, tmp_path: Path) -> None:
     proto = model_of("swiglu_separate", "softmax, top-k, renormalised")
     path, output = tmp_path / "model.onnx", tmp_path / "ort.onnx"
-    onnx.save(proto, path, save_as_external_data=external, location="m.data", size_threshold=512)
+    saved = copy.deepcopy(proto)  # its tensors are moved out
+    onnx.save(saved, path, save_as_external_data=external, location="m.data", size_threshold=512)
     report = fuse(path, FuseOptions(output=output, target="ort"), lambda message: None)
     assert report.proof is not None
     assert report.proof.worst is not None
