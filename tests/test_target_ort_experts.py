@@ -607,3 +607,30 @@ def test_a_file_is_written_and_proven(external: bool, tmp_path: Path) -> None:
     assert np.allclose(run(proto, {"x": x})["y"], run(written, {"x": x})["y"], atol=1e-6)
     again = fuse(output, FuseOptions(output=tmp_path / "again.onnx"), lambda message: None)
     assert again.proof is not None
+
+
+def test_layers_that_are_alike_are_checked_once() -> None:
+    """Their weights are derived in the same way; a layer whose features take turns is another."""
+    overloads = ["swiglu", "swiglu", "swiglu_interleaved", "swiglu"]
+    said, body, x, experts = "", "", "x", 16
+    for at, _ in enumerate(overloads):
+        said += f", float[{H},{experts}] R{at}, float[{experts},{2 * INNER},{H}] W{at}, float[{experts},{H},{INNER}] V{at}"
+        body += (
+            f" l{at} = MatMul({x}, R{at}) p{at} = Softmax(l{at}) w{at}, i{at} = TopK(p{at}, [2])"
+            f" y{at} = onnxgen.MoE ({x}, w{at}, i{at}, W{at}, , V{at}) x{at} = Add({x}, y{at})"
+        )
+        x = f"x{at}"
+    model = parse(
+        f'<ir_version: 10, opset_import: ["" : 24, "onnxgen" : 1]> g (float[t,{H}] x) => '
+        f"(float[t,{H}] {x}) <{said.lstrip(', ')}> {{ {body} }}"
+    )
+    calls = [node for node in model.graph.node if node.op_type == "MoE"]
+    for node, overload in zip(calls, overloads, strict=True):
+        node.overload = overload
+    own = [ir.node(moe.NAME, [], domain="onnxgen", overload=each) for each in overloads]
+    model.functions.extend(functions.called(own, 24))
+    lowered_model, roles = normalized(model)
+    checker = RewriteChecker(runtime(), roles)
+    sites = lower_model(lowered_model, [Experts()], roles, check=checker)
+    assert [site.status for site in sites] == ["fused"] * 4, sites
+    assert (checker.rewrites, checker.structures) == (4, 2)
