@@ -31,7 +31,7 @@ from typing import Any, BinaryIO
 import onnx
 import onnx_ir as ir
 
-from onnxgen.derived import bytes_of
+from onnxgen.derived import DerivedTensor, bytes_of
 from onnxgen.errors import FileError, UsageError
 from onnxgen.places import check_place, same_place
 from onnxgen.tensor_slots import EmbeddedTensor, TensorSlot, tensor_slots
@@ -268,13 +268,11 @@ class DataFile:
         self._path = folder / f".{secrets.token_hex(6)}.data"
         self._hash = hashlib.sha256()
         self._size = 0
-        self._places: dict[object, tuple[int, int]] = {}
+        self._places: dict[str, tuple[int, int]] = {}
 
     def add(self, tensor: ir.TensorProtocol) -> tuple[int, int]:
         """Append a tensor's bytes and return their offset and length."""
-        key: object = id(tensor)
-        if isinstance(tensor, ir.ExternalTensor):
-            key = (tensor.path, tensor.offset, tensor.nbytes)
+        key = _identity(tensor)
         if key not in self._places:
             self._append(bytes(-self._size % ALIGNMENT))
             start = self._size
@@ -316,6 +314,15 @@ class DataFile:
             self._file.write(content)
         self._hash.update(content)
         self._size += len(content)
+
+
+def _identity(tensor: ir.TensorProtocol) -> str:
+    """A text that is equal for tensors of equal bytes: the same one, place in a file, or origin."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return f"{tensor.path}:{tensor.offset}:{tensor.nbytes}"
+    if isinstance(tensor, DerivedTensor):
+        return tensor.rows.outline(_identity)
+    return str(id(tensor))
 
 
 def _content(tensor: ir.TensorProtocol) -> Iterator[bytes]:
