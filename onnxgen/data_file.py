@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import onnx_ir as ir
 
-from onnxgen.derived import bytes_of
+from onnxgen.derived import DerivedTensor, bytes_of
 
 ALIGNMENT = 4096  # of each tensor, so that it can be mapped
 CHUNK = 4 * 1024 * 1024
@@ -41,13 +41,11 @@ class DataFile:
         self._path = folder / f".{secrets.token_hex(6)}.data"
         self._hash = hashlib.sha256()
         self._size = 0
-        self._places: dict[object, tuple[int, int]] = {}
+        self._places: dict[str, tuple[int, int]] = {}
 
     def add(self, tensor: ir.TensorProtocol) -> tuple[int, int]:
         """Append a tensor's bytes and return their offset and length."""
-        key: object = id(tensor)
-        if isinstance(tensor, ir.ExternalTensor):
-            key = (tensor.path, tensor.offset, tensor.nbytes)
+        key = _identity(tensor)
         if key not in self._places:
             self._append(bytes(-self._size % ALIGNMENT))
             start = self._size
@@ -89,6 +87,15 @@ class DataFile:
             self._file.write(content)
         self._hash.update(content)
         self._size += len(content)
+
+
+def _identity(tensor: ir.TensorProtocol) -> str:
+    """A text that is equal for tensors of equal bytes: the same one, place in a file, or origin."""
+    if isinstance(tensor, ir.ExternalTensor):
+        return f"{tensor.path}:{tensor.offset}:{tensor.nbytes}"
+    if isinstance(tensor, DerivedTensor):
+        return tensor.rows.outline(_identity)
+    return str(id(tensor))
 
 
 def _content(tensor: ir.TensorProtocol) -> Iterator[bytes]:

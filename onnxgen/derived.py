@@ -13,7 +13,7 @@ derived itself.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -40,6 +40,10 @@ class Rows(ABC):
     @abstractmethod
     def read(self, start: int, stop: int) -> Array:
         """Rows start to stop-1, [stop - start, *shape[1:]]."""
+
+    @abstractmethod
+    def outline(self, name: Callable[[ir.TensorProtocol], str]) -> str:
+        """How it is made, of tensors by these names."""
 
     def transposed(self) -> Rows:
         """Each row's last two axes exchanged: [E, N, K] of [E, K, N]."""
@@ -124,6 +128,9 @@ class _Whole(Rows):
         array: Array = self._tensor.numpy()  # a view of the file, where it is read from one
         return array[start:stop]
 
+    def outline(self, name: Callable[[ir.TensorProtocol], str]) -> str:
+        return name(self._tensor)
+
 
 class _Stacked(Rows):
     def __init__(self, tensors: Sequence[ir.TensorProtocol]) -> None:
@@ -134,6 +141,9 @@ class _Stacked(Rows):
 
     def read(self, start: int, stop: int) -> Array:
         return np.stack([each.numpy() for each in self._tensors[start:stop]])
+
+    def outline(self, name: Callable[[ir.TensorProtocol], str]) -> str:
+        return f"stacked({','.join(map(name, self._tensors))})"
 
 
 class _Joined(Rows):
@@ -157,6 +167,9 @@ class _Joined(Rows):
                 found.append(each.read(first, last))
             at += size
         return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def outline(self, name: Callable[[ir.TensorProtocol], str]) -> str:
+        return f"joined({self._axis},{','.join(each.outline(name) for each in self._parts)})"
 
 
 @dataclass(eq=False)
@@ -183,6 +196,9 @@ class _Each(Rows):
             turned = rows.reshape(len(rows), half, 2, *rest)[:, :, ::-1]
         return turned.reshape(len(rows), *self.shape[1:])
 
+    def outline(self, name: Callable[[ir.TensorProtocol], str]) -> str:
+        return f"{self.how}{list(self.shape)}({self.source.outline(name)})"
+
 
 class _Reversed(Rows):
     def __init__(self, source: Rows) -> None:
@@ -192,6 +208,9 @@ class _Reversed(Rows):
     def read(self, start: int, stop: int) -> Array:
         count = self.shape[0]
         return self._source.read(count - stop, count - start)[::-1]
+
+    def outline(self, name: Callable[[ir.TensorProtocol], str]) -> str:
+        return f"reversed({self._source.outline(name)})"
 
 
 def _sizes(tensor: ir.TensorProtocol) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ class Builder:
         self._taken |= {value.name or "" for node in graph.all_nodes() for value in node.outputs}
         self._taken |= {value.name or "" for value in graph.inputs} | set(graph.initializers)
         self._constants: dict[tuple[Any, ...], ir.Value] = {}
+        self._derived: dict[str, ir.Value] = {}
 
     def take(self) -> list[ir.Node]:
         """The nodes collected since the last call."""
@@ -122,7 +123,11 @@ class Builder:
         return found
 
     def derived(self, rows: Rows, name: str = "onnxgen/packed") -> ir.Value:
-        """An initializer that is made from others when the model is written."""
+        """An initializer that is made from others when the model is written; equal ones once."""
+        key = rows.outline(lambda tensor: str(id(tensor)))
+        found = self._derived.get(key)
+        if found is not None and found.name in self.graph.initializers:
+            return found
         tensor = DerivedTensor(rows, self.unique(name))
         value = ir.Value(
             name=tensor.name,
@@ -131,6 +136,7 @@ class Builder:
             const_value=tensor,
         )
         self.graph.register_initializer(value)
+        self._derived[key] = value
         return value
 
     def ints(self, *numbers: int) -> ir.Value:

@@ -15,8 +15,10 @@ import pytest
 from onnx import helper, numpy_helper
 
 from onnxgen import derived
+from onnxgen.analysis.facts import Facts
 from onnxgen.derived import DerivedTensor, Rows, joined, stacked, whole
 from onnxgen.model_io import read_model, staged
+from onnxgen.patterns.building import Builder
 from onnxgen.staging import DataFile
 
 Array = np.ndarray[Any, Any]
@@ -146,3 +148,18 @@ def test_zeros_are_holes_that_read_as_zeros(tmp_path: Path) -> None:
     content = path.read_bytes()
     assert content[places[1][0] :] == bytes(places[1][1])
     assert content[: places[0][1]] == first.tobytes()
+
+
+def test_what_is_derived_alike_is_written_once(tmp_path: Path) -> None:
+    sources = [ir.tensor(np.ones((4, 8, 2), np.float32) * at) for at in range(2)]
+    made = [whole(sources[0]), whole(sources[0]).interleaved(), whole(sources[1]).interleaved()]
+    data = DataFile(tmp_path, [])
+    places = [data.add(DerivedTensor(rows, "w")) for rows in made]
+    assert len(set(places)) == 3
+    assert [data.add(DerivedTensor(rows, "again")) for rows in made] == places
+    (tmp_path / data.finish("model")).unlink()
+    graph = ir.Graph([], [], nodes=[])
+    builder = Builder(graph, Facts(graph).shapes)
+    values = [builder.derived(rows) for rows in (*made, whole(sources[0]).interleaved())]
+    assert values[3] is values[1]
+    assert len(graph.initializers) == 3

@@ -6,6 +6,7 @@ shows what the rule may now say otherwise.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
@@ -487,6 +488,17 @@ def test_of_equal_logits_the_first_experts_win(overload: str, router: str) -> No
     result.compare(tokens)
 
 
+@pytest.mark.parametrize("kind", ["float", "float16"])
+@pytest.mark.parametrize("overload", ["swiglu_scaled", "gelutanh_fc1t_bias1_scaled"])
+def test_one_expert_whose_input_is_weighed(overload: str, kind: str) -> None:
+    """Llama 4; the weight may be of either sign."""
+    result = lowered(overload, "v, i = TopK(l, [1]) w = Tanh(v)", kind=kind)
+    (site,) = result.sites
+    assert site.status == "fused", site
+    assert site.details["router"] == "outside"
+    assert "Log" in result.ops()
+
+
 def test_tokens_that_nobody_wants_are_zero() -> None:
     result = lowered("swiglu", "zeros")
     assert "Where" in result.ops()  # no kernel is given a row of nothing but -inf
@@ -583,7 +595,8 @@ def test_computed_weights_stay() -> None:
 def test_a_file_is_written_and_proven(external: bool, tmp_path: Path) -> None:
     proto = model_of("swiglu_separate", "softmax, top-k, renormalised")
     path, output = tmp_path / "model.onnx", tmp_path / "ort.onnx"
-    onnx.save(proto, path, save_as_external_data=external, location="m.data", size_threshold=512)
+    saved = copy.deepcopy(proto)  # its tensors are moved out
+    onnx.save(saved, path, save_as_external_data=external, location="m.data", size_threshold=512)
     report = fuse(path, FuseOptions(output=output, target="ort"), lambda message: None)
     assert report.proof is not None
     assert report.proof.worst is not None
@@ -594,3 +607,30 @@ def test_a_file_is_written_and_proven(external: bool, tmp_path: Path) -> None:
     assert np.allclose(run(proto, {"x": x})["y"], run(written, {"x": x})["y"], atol=1e-6)
     again = fuse(output, FuseOptions(output=tmp_path / "again.onnx"), lambda message: None)
     assert again.proof is not None
+
+
+def test_layers_that_are_alike_are_checked_once() -> None:
+    """Their weights are derived in the same way; a layer whose features take turns is another."""
+    overloads = ["swiglu", "swiglu", "swiglu_interleaved", "swiglu"]
+    said, body, x, experts = "", "", "x", 16
+    for at, _ in enumerate(overloads):
+        said += f", float[{H},{experts}] R{at}, float[{experts},{2 * INNER},{H}] W{at}, float[{experts},{H},{INNER}] V{at}"
+        body += (
+            f" l{at} = MatMul({x}, R{at}) p{at} = Softmax(l{at}) w{at}, i{at} = TopK(p{at}, [2])"
+            f" y{at} = onnxgen.MoE ({x}, w{at}, i{at}, W{at}, , V{at}) x{at} = Add({x}, y{at})"
+        )
+        x = f"x{at}"
+    model = parse(
+        f'<ir_version: 10, opset_import: ["" : 24, "onnxgen" : 1]> g (float[t,{H}] x) => '
+        f"(float[t,{H}] {x}) <{said.lstrip(', ')}> {{ {body} }}"
+    )
+    calls = [node for node in model.graph.node if node.op_type == "MoE"]
+    for node, overload in zip(calls, overloads, strict=True):
+        node.overload = overload
+    own = [ir.node(moe.NAME, [], domain="onnxgen", overload=each) for each in overloads]
+    model.functions.extend(functions.called(own, 24))
+    lowered_model, roles = normalized(model)
+    checker = RewriteChecker(runtime(), roles)
+    sites = lower_model(lowered_model, [Experts()], roles, check=checker)
+    assert [site.status for site in sites] == ["fused"] * 4, sites
+    assert (checker.rewrites, checker.structures) == (4, 2)

@@ -68,9 +68,7 @@ def build(overload: str, opset: int) -> ir.Function:
                 return op.ScatterND(rows, op.Unsqueeze(hit, ints(op, 1)), y)
 
             then = op.builder.subgraph(put, [], [ir.Value(name="put")])
-            other = op.builder.subgraph(
-                lambda op: op.Identity(rows), [], [ir.Value(name="kept")]
-            )
+            other = op.builder.subgraph(lambda op: op.Identity(rows), [], [ir.Value(name="kept")])
             some = op.Cast(op.Size(hit), to=ir.DataType.BOOL.value)
             return op.If(some, then_branch=then, else_branch=other)
 

@@ -24,6 +24,7 @@ from onnxgen.analysis.graph import ancestors
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.scores import MASKED
 from onnxgen.analysis.symbols import evaluate
+from onnxgen.derived import DerivedTensor
 from onnxgen.patterns.rule import Rewrite
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.contract import Contract
@@ -283,12 +284,29 @@ class _Part:
         return cls(before, after, {v.name or "": v for v in stop if v.name in used}, shared)
 
     def structure(self, facts: Facts) -> str:
-        """A key that is equal for parts that differ in names and in weights only."""
-        sizes = [
-            f"{facts.shapes.of(v)}{v.name if v.const_value is not None and v not in self.weights else ''}"
-            for v in self.free.values()
-        ]
-        return "".join([_structure(self.before), _structure(self.after), *sizes])
+        """A key that is equal for parts that differ in names and in weights only.
+
+        Weights that new ones are derived from count by how these are made.
+        """
+        places = {id(v.const_value): f"#{at}" for at, v in enumerate(self.free.values())}
+        sources: set[str] = set()
+
+        def source(tensor: ir.TensorProtocol) -> str:
+            place = places.get(id(tensor), tensor.name or "")
+            sources.add(place)
+            return place
+
+        made = {
+            value: value.const_value.rows.outline(source)
+            for value in self.free.values()
+            if isinstance(value.const_value, DerivedTensor)
+        }
+        keys = [_structure(self.before), _structure(self.after)]
+        for at, value in enumerate(self.free.values()):
+            kept = value.const_value is None or value in self.weights or f"#{at}" in sources
+            name = "" if kept else value.name
+            keys.append(f"{facts.shapes.of(value)}{made.get(value, name)}")
+        return "".join(keys)
 
 
 def _following(facts: Facts, stop: Collection[ir.Value]) -> set[ir.Value]:

@@ -4,7 +4,9 @@ Replaces
     MoE(x, w, i, ...), w and i of a router as in `routing`
     -> com.microsoft MoE(x, logits from the last expert to the first, ...) * factor
     MoE(x, w, i, ...), any other router whose weights are never below zero
-    -> com.microsoft MoE(x, Log(W / its row), ...) * its row, W = w scattered to [T, E]
+    -> com.microsoft MoE(x, Log(W), ...) * ReduceSum(w), W = w scattered to [T, E]
+    MoE(x, w, i, ...) of one expert a token, w multiplying its input
+    -> com.microsoft MoE(x * w, Log(W), ...), W = 1 scattered to [T, E]
 
     Weights are brought into the kernel's layout when the model is written, one expert at a time:
     [E, 2I, H] with the features of a gate in turns, or [E, I, H]; [E, H, I].
@@ -20,7 +22,7 @@ Replaces
 Declines
     activation: the kernel has silu, relu, identity, gelu with tanh, and
         (max(min(b, L), -L) + beta) * min(a, L) * sigmoid(alpha * min(a, L)).
-    form: no indices, or weights that multiply the input.
+    form: no indices, or weights of several experts that multiply the input.
     weights: they are computed, or of a type that the kernel does not take.
     router: weights that may be below zero, or whose number of slots is not fixed.
 
@@ -84,21 +86,9 @@ class Experts(Rule):
         if node.domain != functions.DOMAIN:
             return None
         activation, parts = moe.parts_of(node.overload)
-        if parts & {"dense", "scaled"}:
-            reason = "it has no indices" if "dense" in parts else "its weights multiply the input"
-            raise Declined(self, "form", f"{reason}, and the kernel's multiply the output", node)
-        kind: dict[str, str | int | float]
-        gate = None
-        if activation.gated:
-            gate = _swiglu(activation)
-            if gate is None:
-                raise self._no_activation(activation, node)
-            kind = {"activation_type": "swiglu", "swiglu_fusion": 1, **gate.attributes()}
-        else:
-            name = _PLAIN.get(activation.named().text)
-            if name is None:
-                raise self._no_activation(activation, node)
-            kind = {"activation_type": name}
+        if "dense" in parts:
+            raise Declined(self, "form", "every expert has a weight for every token", node)
+        gate, kind = self._activation(activation, node)
         given = [*node.inputs, *[None] * (moe.BIAS3 + 1 - len(node.inputs))]
         x, weights, indices = given[: moe.FC1]
         assert x is not None
@@ -113,33 +103,49 @@ class Experts(Rule):
         if not isinstance(slots, int) or not 0 < slots <= count:
             raise Declined(self, "router", f"{slots} of {count} experts are chosen", node)
         kernel = _Kernel(builder, x, experts, values, {**kind, "k": slots})
-        details: dict[str, str | int | float | bool] = {
-            "experts": count,
-            "activation": str(kind["activation_type"]),
-        }
-        router = routed(facts, weights, indices, count)
-        if router is not None and router.logits.dtype in (FLOAT, HALF):
+        scaled = "scaled" in parts
+        router = None if scaled else routed(facts, weights, indices, count)
+        outside = router is None or router.logits.dtype not in (FLOAT, HALF)
+        if router is not None and not outside:
             y = kernel.folded(router, count)
-            assert kernel.node is not None
-            return Rewrite(kernel.node, ((node.outputs[0], y),), {**details, "router": "inside"})
-        if indices.dtype != ir.DataType.INT64:
+        elif indices.dtype != ir.DataType.INT64:
             raise Declined(self, "router", f"its indices are {indices.dtype}", node)
-        if not nonnegative(weights):
+        elif scaled and slots > 1:
+            raise Declined(self, "form", "weights of several experts multiply the input", node)
+        elif scaled:
+            y = kernel.chosen_outside(weights, indices, count)
+        elif nonnegative(weights):
+            y = kernel.routed_outside(weights, indices, count)
+        else:
             reason = f"its weights {weights.name!r} may be below zero, and the kernel's are not"
             raise Declined(self, "router", reason, node)
-        y = kernel.routed_outside(weights, indices, count)
         assert kernel.node is not None
         return Rewrite(
             kernel.node,
             ((node.outputs[0], y),),
-            {**details, "router": "outside"},
-            choices={indices: count},
-            nonnegative=frozenset({weights}),
+            {
+                "experts": count,
+                "activation": str(kind["activation_type"]),
+                "router": "outside" if outside else "inside",
+            },
+            choices={indices: count} if outside else {},
+            nonnegative=frozenset({weights} if outside and not scaled else ()),
         )
 
-    def _no_activation(self, activation: Activation, node: ir.Node) -> Declined:
+    def _activation(
+        self, activation: Activation, node: ir.Node
+    ) -> tuple[_Swiglu | None, dict[str, str | int | float]]:
+        """The gated activation, if it is one, and how the kernel is told the activation."""
+        if activation.gated:
+            gate = _swiglu(activation)
+            if gate is not None:
+                return gate, {"activation_type": "swiglu", "swiglu_fusion": 1, **gate.attributes()}
+        else:
+            name = _PLAIN.get(activation.named().text)
+            if name is not None:
+                return None, {"activation_type": name}
         text = activation.named().text
-        return Declined(self, "activation", f"the CPU kernel has no activation {text!r}", node)
+        raise Declined(self, "activation", f"the CPU kernel has no activation {text!r}", node)
 
     def _weight(self, value: ir.Value | None, x: ir.Value, node: ir.Node) -> Rows | None:
         if value is None:
@@ -270,6 +276,16 @@ class _Kernel:
         y = self._run(FLOAT, logits, self._experts, normalize=True)
         assert self._x.dtype is not None
         return self._as(op("Mul", [y, total], name="weighted"), self._x.dtype)
+
+    def chosen_outside(self, weights: ir.Value, indices: ir.Value, count: int) -> ir.Value:
+        """One expert a token, [T, 1], whose input is multiplied by the weight."""
+        op, x = self._builder.op, self._x
+        assert x.dtype is not None
+        scaled = op("Mul", [self._as(x, FLOAT), self._as(weights, FLOAT)], name="scaled")
+        self._x = self._as(scaled, x.dtype)
+        one = ir.tensor(np.ones(1, np.float32))
+        ones = op("ConstantOfShape", [op("Shape", [weights])], {"value": one}, name="ones")
+        return self.routed_outside(ones, indices, count)
 
     def _run(
         self,
