@@ -36,8 +36,9 @@ import onnx_ir as ir
 
 from onnxgen import derived, functions
 from onnxgen.analysis.expert_features import Biased, Features, Selection, Unread
+from onnxgen.analysis.expert_routing import CHOOSING, Routing, closest, routings
 from onnxgen.analysis.expert_weights import Source
-from onnxgen.analysis.experts import CHOOSING, Mixture, Routing, closest, mixture_of, routings
+from onnxgen.analysis.experts import Mixture, mixture_of
 from onnxgen.analysis.facts import Facts
 from onnxgen.functions import moe
 from onnxgen.functions.activation import Activation, written
@@ -77,7 +78,7 @@ class Experts(Rule):
             raise Declined(self, "experts", str(error), error.node or node) from None
         if mixture is None:
             return None
-        routing = closest(list(routings(facts, mixture)))
+        routing = closest(list(routings(facts, mixture.output, mixture.tokens, mixture.count)))
         if routing is None:
             reason = "it is not found which experts a token goes to and what they weigh"
             raise Declined(self, "routing", reason, node, mixture.output.producer())

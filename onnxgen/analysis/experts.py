@@ -13,8 +13,7 @@ is not read. What it computes is shown to be the mixture by running it (`verify.
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -26,30 +25,13 @@ from onnxgen.analysis.expert_features import (
     biased_of,
     features_of,
 )
+from onnxgen.analysis.expert_routing import MAX_NODES, joins
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, attribute, given, producer, uniform
+from onnxgen.analysis.graph import FLOATS, attribute, given, producer
 from onnxgen.analysis.symbols import Dim, product
 from onnxgen.analysis.views import scalar_factor
 
-MAX_NODES = 20_000
 MAX_JOINS = 60
-CHOOSING = frozenset({"TopK", "ArgMax"})
-_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What a router says of each token.
-
-    Attributes:
-        weights: float [T, k], [.., S, k] or [T]; [T, E] where there are no indices.
-        indices: int alike, None where every expert has a weight.
-        slots: k, or E.
-    """
-
-    weights: ir.Value
-    indices: ir.Value | None
-    slots: int
 
 
 @dataclass(frozen=True)
@@ -73,54 +55,6 @@ class Mixture:
     scaled: bool
 
 
-def joins(facts: Facts, node: ir.Node, reached: set[ir.Value]) -> Iterator[ir.Value]:
-    """The values that all that follows from a node goes through, nearest first.
-
-    Graph outputs that show the routing itself do not count.
-
-    Args:
-        reached: gets what follows from the node, so far.
-    """
-    left = {v: len(v.uses()) for v in node.outputs if v.uses()}
-    reached.update(left)
-    queue: list[tuple[int, int]] = []
-    met: dict[int, ir.Node] = {}
-
-    def push(value: ir.Value) -> bool:
-        for use in value.uses():
-            if not facts.known(use.node):
-                return False  # a subgraph reads it
-            key = id(use.node)
-            if key not in met:
-                met[key] = use.node
-                heapq.heappush(queue, (facts.order(use.node.outputs[0]), key))
-        return True
-
-    if not all(push(value) for value in left):
-        return
-    for _ in range(MAX_NODES):
-        if not queue:
-            return
-        current = met[heapq.heappop(queue)[1]]
-        if current.op_type in CHOOSING:
-            return  # the last one to choose, or to sort by what was chosen, tells of the mixture
-        for value in current.inputs:
-            if value in left:
-                left[value] -= 1
-                if not left[value]:
-                    del left[value]
-        for output in current.outputs:
-            if output.uses():
-                reached.add(output)
-                left[output] = len(output.uses())
-                if not push(output):
-                    return
-            elif output.is_graph_output():
-                return
-        if len(left) == 1:
-            yield next(iter(left))
-
-
 def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
     """The mixture that a TopK or ArgMax chooses the experts of, as much of the sum as there is.
 
@@ -131,7 +65,7 @@ def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
     unread: Unread | None = None
     ends: frozenset[ir.Node] = frozenset()
     reached: set[ir.Value] = set()
-    for number, value in enumerate(joins(facts, node, reached)):
+    for number, value in enumerate(joins(facts, node.outputs, reached)):
         shape = facts.shapes.of(value)
         if value.dtype not in FLOATS or not shape or not isinstance(shape[-1], int):
             continue
@@ -187,73 +121,6 @@ def _mixture(facts: Facts, output: ir.Value, ends: Sequence[tuple[Biased, ir.Val
     if len(counts) != 1 or (count := counts.pop()) is None:
         raise Unread("how many experts there are is not known", output.producer())
     return Mixture(output, tokens[0][0], count, first, second, tokens[0][1])
-
-
-def routings(facts: Facts, mixture: Mixture) -> Iterator[Routing]:
-    """What the sum needs to know beside the tokens, nearest to it first."""
-    rows = product((facts.shapes.of(mixture.tokens) or ())[:-1])
-    stop = mixture.tokens
-    open_values: dict[ir.Value, int] = {}
-    pending = [mixture.output]
-    seen = {mixture.output, stop}
-    for _ in range(200):
-        while pending:
-            node = pending.pop().producer()
-            if node is None:
-                return
-            for value in node.inputs:
-                if value is None or value in seen or not facts.is_activation(value):
-                    continue
-                seen.add(value)
-                if node.op_type in ("Shape", "Size"):
-                    continue
-                slots = _slots(facts, value, rows, mixture.count)
-                if slots is not None:
-                    open_values[value] = slots
-                else:
-                    pending.append(value)
-            if len(seen) > MAX_NODES:
-                return
-        floats = [v for v in open_values if v.dtype in FLOATS]
-        others = [v for v in open_values if v.dtype not in FLOATS]
-        if not floats:
-            return
-        if len(floats) == 1:
-            weights, slots = floats[0], open_values[floats[0]]
-            if not others and slots == mixture.count:
-                yield Routing(weights, None, slots)
-            match = len(others) == 1 and open_values[others[0]] == slots
-            if match and others[0].dtype in _INTEGERS:
-                yield Routing(weights, others[0], slots)
-        last = max(open_values, key=lambda value: (facts.order(value), value.index() or 0))
-        del open_values[last]
-        pending.append(last)
-
-
-def closest(found: Sequence[Routing]) -> Routing | None:
-    """The routing to take: a matrix of weights that a few are scattered into is these few."""
-    first = found[0] if found else None
-    if first is None or first.indices is not None:
-        return first
-    scatter = producer(first.weights, "ScatterElements")
-    for each in found[1:] if scatter is not None else ():
-        assert scatter is not None
-        zeros = uniform(scatter.inputs[0]) == 0.0
-        if zeros and [each.indices, each.weights] == list(scatter.inputs[1:]):
-            return each
-    return first
-
-
-def _slots(facts: Facts, value: ir.Value, rows: Dim, experts: int) -> int | None:
-    """How many numbers a value holds for each token, if it holds a few for each."""
-    shape = facts.shapes.of(value)
-    if not shape:
-        return None
-    last = shape[-1]
-    few = last if isinstance(last, int) and 1 <= last <= experts else None
-    if few is not None and facts.shapes.same(product(shape[:-1]), rows):
-        return few
-    return 1 if facts.shapes.same(product(shape), rows) else None
 
 
 def _ends(

@@ -1,0 +1,194 @@
+"""What a router says, and where what follows from it comes together again.
+
+    joins(facts, values, reached)           one value after the other that all of it goes through
+    frontiers(facts, output, tokens, ...)   what the output needs to know of each token, beside it
+
+Neither asks how tokens are brought to their experts: only which values that takes.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import FLOATS, attribute, given, producer, uniform
+from onnxgen.analysis.symbols import Dim, product
+
+MAX_NODES = 20_000
+CHOOSING = frozenset({"TopK", "ArgMax"})
+_INTEGERS = (ir.DataType.INT64, ir.DataType.INT32)
+_MOVES = ("Identity", "Squeeze", "Unsqueeze", "Reshape", "Flatten", "Cast", "Expand")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router says of each token.
+
+    Attributes:
+        weights: float [T, k], [.., S, k] or [T]; [T, E] where there are no indices.
+        indices: int alike, None where every expert has a weight.
+        slots: k, or E.
+    """
+
+    weights: ir.Value
+    indices: ir.Value | None
+    slots: int
+
+
+def joins(
+    facts: Facts, values: Collection[ir.Value], reached: set[ir.Value], *, choosing: bool = False
+) -> Iterator[ir.Value]:
+    """The values that all that follows from some values goes through, nearest first.
+
+    Graph outputs that show these values themselves do not count.
+
+    Args:
+        reached: gets what follows from them, so far.
+        choosing: whether to go past nodes that choose.
+    """
+    left = {v: len(v.uses()) for v in values if v.uses()}
+    reached.update(left)
+    queue: list[tuple[int, int]] = []
+    met: dict[int, ir.Node] = {}
+
+    def push(value: ir.Value) -> bool:
+        for use in value.uses():
+            if not facts.known(use.node):
+                return False  # a subgraph reads it
+            key = id(use.node)
+            if key not in met:
+                met[key] = use.node
+                heapq.heappush(queue, (facts.order(use.node.outputs[0]), key))
+        return True
+
+    if not all(push(value) for value in left):
+        return
+    for _ in range(MAX_NODES):
+        if not queue:
+            return
+        current = met[heapq.heappop(queue)[1]]
+        if current.op_type in CHOOSING and not choosing:
+            return  # the last one to choose, or to sort by what was chosen, tells of the mixture
+        for value in current.inputs:
+            if value in left:
+                left[value] -= 1
+                if not left[value]:
+                    del left[value]
+        for output in current.outputs:
+            if output.uses():
+                reached.add(output)
+                left[output] = len(output.uses())
+                if not push(output):
+                    return
+            elif output.is_graph_output():
+                return
+        if len(left) == 1:
+            yield next(iter(left))
+
+
+def routings(facts: Facts, output: ir.Value, tokens: ir.Value, experts: int) -> Iterator[Routing]:
+    """What a mixture's sum needs to know beside the tokens, nearest to it first."""
+    rows = product((facts.shapes.of(tokens) or ())[:-1])
+    for found in frontiers(facts, output, tokens, rows, experts):
+        floats = [v for v in found if v.dtype in FLOATS]
+        others = [v for v in found if v.dtype not in FLOATS]
+        if not floats:
+            return
+        if len(floats) > 1:
+            continue
+        weights, slots = floats[0], found[floats[0]]
+        if not others and slots == experts:
+            yield Routing(weights, None, slots)
+        match = len(others) == 1 and found[others[0]] == slots
+        if match and others[0].dtype in _INTEGERS:
+            yield Routing(weights, others[0], slots)
+
+
+def frontiers(
+    facts: Facts, output: ir.Value, tokens: ir.Value, rows: Dim, most: int
+) -> Iterator[Mapping[ir.Value, int]]:
+    """Sets of values that an output follows from, with the tokens, and from nothing else computed.
+
+    Each holds for every row a few numbers; the sets come in the order of how near they are.
+
+    Args:
+        rows: how many rows there are.
+        most: so many numbers at most are few.
+
+    Yields:
+        how many numbers each value holds for a row, by value.
+    """
+    open_values: dict[ir.Value, int] = {}
+    pending = [output]
+    seen = {output, tokens}
+    for _ in range(200):
+        while pending:
+            node = pending.pop().producer()
+            if node is None:
+                return
+            for value in node.inputs:
+                if value is None or value in seen or not facts.is_activation(value):
+                    continue
+                seen.add(value)
+                if node.op_type in ("Shape", "Size"):
+                    continue
+                slots = _slots(facts, value, rows, most)
+                if slots is not None:
+                    open_values[value] = slots
+                else:
+                    pending.append(value)
+            if len(seen) > MAX_NODES:
+                return
+        if not open_values:
+            return
+        yield dict(open_values)
+        last = max(open_values, key=lambda value: (facts.order(value), value.index() or 0))
+        del open_values[last]
+        pending.append(last)
+
+
+def closest(found: Sequence[Routing]) -> Routing | None:
+    """The routing to take: a matrix of weights that a few are scattered into is these few."""
+    first = found[0] if found else None
+    if first is None or first.indices is not None:
+        return first
+    scatter = producer(first.weights, "ScatterElements")
+    for each in found[1:] if scatter is not None else ():
+        assert scatter is not None
+        zeros = uniform(scatter.inputs[0]) == 0.0
+        if zeros and [each.indices, each.weights] == list(scatter.inputs[1:]):
+            return each
+    return first
+
+
+def distinct(facts: Facts, indices: ir.Value) -> bool:
+    """Whether the numbers of a row surely differ: those of one TopK along its last axis do."""
+    value = indices
+    for _ in range(8):
+        node = producer(value)
+        if node is None:
+            return False
+        if node.op_type == "TopK":
+            rank = facts.shapes.rank(given(node))
+            return rank is not None and attribute(node, "axis", -1) % rank == rank - 1
+        if node.op_type not in _MOVES:
+            break
+        value = given(node)
+    shape = facts.shapes.of(indices)
+    return shape is not None and shape[-1] == 1
+
+
+def _slots(facts: Facts, value: ir.Value, rows: Dim, experts: int) -> int | None:
+    """How many numbers a value holds for each token, if it holds a few for each."""
+    shape = facts.shapes.of(value)
+    if not shape:
+        return None
+    last = shape[-1]
+    few = last if isinstance(last, int) and 1 <= last <= experts else None
+    if few is not None and facts.shapes.same(product(shape[:-1]), rows):
+        return few
+    return 1 if facts.shapes.same(product(shape), rows) else None
