@@ -36,7 +36,7 @@ import onnx_ir as ir
 
 from onnxgen import derived, functions
 from onnxgen.analysis.expert_features import Biased, Features, Selection, Unread
-from onnxgen.analysis.expert_routing import CHOOSING, Routing, closest, routings
+from onnxgen.analysis.expert_routing import CHOOSING, Routing, closest, distinct, routings
 from onnxgen.analysis.expert_weights import Source
 from onnxgen.analysis.experts import Mixture, mixture_of
 from onnxgen.analysis.facts import Facts
@@ -151,6 +151,10 @@ class Experts(Rule):
             raise Declined(self, "experts", "one of two features has a bias", node)
         if mixture.scaled and bias2 is not None:
             raise Declined(self, "experts", "weights multiply inputs of experts with a bias", node)
+        repeats = indices is not None and not distinct(facts, indices)
+        if repeats and mixture.scaled:
+            reason = "weights multiply the inputs of experts that a token may name twice"
+            raise Declined(self, "experts", reason, node)
         turned1, turned2 = first.fc1.weights[0].turned, second.weights[0].turned
         if first.fc3 is not None and first.fc3.weights[0].turned != turned1:
             raise Declined(self, "layout", "the experts' weights have different layouts", node)
@@ -163,6 +167,7 @@ class Experts(Rule):
             fc2t=turned2,
             bias1=bias1 is not None,
             bias2=bias2 is not None,
+            repeats=repeats,
             separate=fc3 is not None,
             dense=indices is None,
             scaled=mixture.scaled,
@@ -190,7 +195,7 @@ class Experts(Rule):
             "activation": first.activation.text,
         }
         choices = {} if routing.indices is None else {routing.indices: mixture.count}
-        return Rewrite(fused, ((mixture.output, y),), details, choices=choices)
+        return Rewrite(fused, ((mixture.output, y),), details, choices=choices, repeats=repeats)
 
 
 def _rows(facts: Facts, builder: Builder, value: ir.Value, width: int) -> ir.Value:

@@ -46,6 +46,7 @@ class Rewrite:
             [B,K,L,D], behind them are nobody's.
         choices: computed indices that the new nodes read, [..,k], and how many there are to choose
             from, E: compared for any k different numbers below E in a row.
+        repeats: whether a row of these may hold a number twice, too.
         nonnegative: computed values that the new nodes read, none of which is ever below zero.
     """
 
@@ -56,6 +57,7 @@ class Rewrite:
     repairs: bool = False
     counts: ir.Value | None = None
     choices: Mapping[ir.Value, int] = field(default_factory=dict)
+    repeats: bool = False
     nonnegative: frozenset[ir.Value] = frozenset()
 
 

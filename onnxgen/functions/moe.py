@@ -16,12 +16,12 @@ both features of a gated activation)
     fc1 [E, F, H], fc1_bias [E, F], fc2 [E, H, I], fc2_bias [E, H]; fc3 [E, I, H], fc3_bias [E, I]
     make the second feature where it has weights of its own.
     input and weights are of one float type; router_weights may be wider, and then so are the
-    products with them and their sum. A token's indices differ, or all but one of equal ones weigh 0.
+    products with them and their sum.
 
 Overloads are the activation (`functions.activation`: a name or its text), and what else is special,
 joined by "_": "interleaved" where features take turns in fc1's rows (a0 b0 a1 b1 ..., else all a,
 then all b), "fc1t" and "fc2t" where fc1 and fc3, or fc2, are transposed ([E, H, F], [E, I, H]),
-"bias1", "bias2", "separate" where fc3 is given, "dense" where there are no indices and
+"bias1", "bias2", "repeats" where a token may name an expert twice, "separate" where fc3 is given, "dense" where there are no indices and
 router_weights is [T, E], "scaled" where the weights multiply the expert's input and not its output.
 
 GroupedMatMul. The proposal for the standard (onnx/onnx #8193: input [M, K], weights [G, K, N],
@@ -55,6 +55,7 @@ _PARTS = (
     "fc2t",
     "bias1",
     "bias2",
+    "repeats",
     "separate",
     "dense",
     "scaled",
@@ -78,6 +79,8 @@ def parts_of(overload: str) -> tuple[Activation, frozenset[str]]:
     if parts != [part for part in _PARTS if part in parts] or len(two) > 1:
         raise KeyError(overload)
     if (two and not activation.gated) or {"scaled", "bias2"} <= set(parts):
+        raise KeyError(overload)
+    if "repeats" in parts and {"scaled", "dense"} & set(parts):
         raise KeyError(overload)
     return activation, frozenset(parts)
 
@@ -125,9 +128,12 @@ class _Body:
         self.experts = {at: v for at, v in enumerate(given) if at >= FC1 and v is not None}
         self.op = op
         if self.indices is not None:
-            self.chosen = op.Reshape(self.indices, ints(op, -1))  # [T*k]
+            indices = self.indices
+            if "repeats" in parts:
+                weights, indices = _once(op, weights, indices)
+            self.chosen = op.Reshape(indices, ints(op, -1))  # [T*k]
             self.flat = op.Reshape(weights, ints(op, -1))
-            self.slots = op.Squeeze(op.Shape(self.indices, start=1))
+            self.slots = op.Squeeze(op.Shape(indices, start=1))
 
     def output(self) -> ir.Value:
         op = self.op
@@ -200,6 +206,18 @@ class _Body:
             return a, b
         a, b = op.Split(h, axis=1, num_outputs=2, _outputs=2)
         return a, b
+
+
+def _once(op: OpBuilder, weights: ir.Value, indices: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """Of slots that name one expert the first gets all their weights; the others name none, -1."""
+    same = op.Equal(op.Unsqueeze(indices, ints(op, 2)), op.Unsqueeze(indices, ints(op, 1)))
+    sums = op.MatMul(op.Unsqueeze(weights, ints(op, 1)), op.CastLike(same, weights))
+    number = op.Cast(same, to=ir.DataType.INT32.value)
+    earlier = op.Trilu(number, op.Constant(value_int=-1), upper=0)
+    repeated = op.Cast(
+        op.ReduceMax(earlier, ints(op, 2), keepdims=0), to=ir.DataType.BOOL.value
+    )
+    return op.Squeeze(sums, ints(op, 1)), op.Where(repeated, op.Constant(value_int=-1), indices)
 
 
 def _product(
