@@ -138,6 +138,9 @@ class Rewriter:
                 old.name, new.name = self.builder.unique(f"{old.name}:replaced"), old.name
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         removed = _remove_dead(graph, producers)
+        for node in removed:
+            if node in self._kept_at:  # what another rewrite took along is kept no more
+                self._placed.remove(self._kept_at.pop(node))
         self.facts.views.forget()
         fused = rewrite.node
         # What takes the place of one of ours keeps its name and module: earlier sites speak of it.

@@ -8,6 +8,7 @@ from onnxgen.patterns.contrib_others import OtherAttention
 from onnxgen.patterns.contrib_packed import PackedAttention
 from onnxgen.patterns.experts import Experts
 from onnxgen.patterns.gelu import GeluActivation
+from onnxgen.patterns.grouped_matmul import GroupedProducts
 from onnxgen.patterns.layer_norm import LayerNorm
 from onnxgen.patterns.rms_norm import RMSNorm
 from onnxgen.patterns.rotary import Rotary
@@ -26,6 +27,7 @@ RULES: tuple[Rule, ...] = (
     RMSNorm(),
     GeluActivation(),
     Experts(),
+    GroupedProducts(),
     Rotary(),
     StaticCacheWrite(),
     OneRowRotary(),

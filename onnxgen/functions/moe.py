@@ -214,9 +214,7 @@ def _once(op: OpBuilder, weights: ir.Value, indices: ir.Value) -> tuple[ir.Value
     sums = op.MatMul(op.Unsqueeze(weights, ints(op, 1)), op.CastLike(same, weights))
     number = op.Cast(same, to=ir.DataType.INT32.value)
     earlier = op.Trilu(number, op.Constant(value_int=-1), upper=0)
-    repeated = op.Cast(
-        op.ReduceMax(earlier, ints(op, 2), keepdims=0), to=ir.DataType.BOOL.value
-    )
+    repeated = op.Cast(op.ReduceMax(earlier, ints(op, 2), keepdims=0), to=ir.DataType.BOOL.value)
     return op.Squeeze(sums, ints(op, 1)), op.Where(repeated, op.Constant(value_int=-1), indices)
 
 
