@@ -36,7 +36,7 @@ import onnx_ir as ir
 
 from onnxgen import derived, functions
 from onnxgen.analysis.expert_features import Biased, Features, Selection, Unread
-from onnxgen.analysis.expert_routing import CHOOSING, Routing, closest, distinct, routings
+from onnxgen.analysis.expert_routing import CHOOSING, Routing, chosen_by, closest, routings
 from onnxgen.analysis.expert_weights import Source
 from onnxgen.analysis.experts import Mixture, mixture_of
 from onnxgen.analysis.facts import Facts
@@ -100,6 +100,8 @@ class Experts(Rule):
         if len(texts) != 1:
             raise Declined(self, "experts", "the experts have different activations", node)
         activation = Activation(texts.pop())
+        kind = mixture.output.dtype
+        narrow = kind is not None and kind.bitwidth < 32
         count = len(features[0].leaves)
         if count == 0 or any(len(each.leaves) != count for each in features):
             raise Declined(self, "experts", "an expert's activation reads no product", node)
@@ -111,8 +113,8 @@ class Experts(Rule):
         if count == 1:
             if selections[0] is not None:
                 raise Declined(self, "experts", "an expert reads a part of its features", node)
-            return _First(activation.named(), linears[0], None, interleaved=False)
-        named, swapped = activation.named(), activation.swapped().named()
+            return _First(activation.named(narrow=narrow), linears[0], None, interleaved=False)
+        named, swapped = activation.named(narrow=narrow), activation.swapped().named(narrow=narrow)
         if selections == (None, None):
             if named.text == activation.text and swapped.text in moe.GATED:
                 return _First(swapped, linears[1], linears[0], interleaved=False)
@@ -151,7 +153,11 @@ class Experts(Rule):
             raise Declined(self, "experts", "one of two features has a bias", node)
         if mixture.scaled and bias2 is not None:
             raise Declined(self, "experts", "weights multiply inputs of experts with a bias", node)
-        repeats = indices is not None and not distinct(facts, indices)
+        chosen = None if routing.indices is None else chosen_by(facts, routing.indices)
+        if chosen is not None and chosen.count not in (None, mixture.count):
+            reason = f"{chosen.count} experts are chosen from, and {mixture.count} are found"
+            raise Declined(self, "routing", reason, node)
+        repeats = chosen is not None and not chosen.differ
         if repeats and mixture.scaled:
             reason = "weights multiply the inputs of experts that a token may name twice"
             raise Declined(self, "experts", reason, node)
@@ -195,7 +201,14 @@ class Experts(Rule):
             "activation": first.activation.text,
         }
         choices = {} if routing.indices is None else {routing.indices: mixture.count}
-        return Rewrite(fused, ((mixture.output, y),), details, choices=choices, repeats=repeats)
+        return Rewrite(
+            fused,
+            ((mixture.output, y),),
+            details,
+            choices=choices,
+            repeats=repeats,
+            loose=chosen is not None and chosen.count is None,
+        )
 
 
 def _rows(facts: Facts, builder: Builder, value: ir.Value, width: int) -> ir.Value:

@@ -47,6 +47,7 @@ class Rewrite:
         choices: computed indices that the new nodes read, [..,k], and how many there are to choose
             from, E: compared for any k different numbers below E in a row.
         repeats: whether a row of these may hold a number twice, too.
+        loose: whether one may be below 0.
         nonnegative: computed values that the new nodes read, none of which is ever below zero.
     """
 
@@ -58,6 +59,7 @@ class Rewrite:
     counts: ir.Value | None = None
     choices: Mapping[ir.Value, int] = field(default_factory=dict)
     repeats: bool = False
+    loose: bool = False
     nonnegative: frozenset[ir.Value] = frozenset()
 
 

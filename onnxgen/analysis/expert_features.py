@@ -25,6 +25,7 @@ ROW_MOVES = names(
     Identity Squeeze Unsqueeze Flatten Reshape Transpose Expand Tile Gather GatherND
     """
 )
+_PIECEWISE = {"LeakyRelu": 0.01, "Elu": 1.0}  # and their default alpha
 _WORDS = {op: word for word, (op, _) in OPERATORS.items() if op not in ("Cast", "CastLike")}
 
 
@@ -129,9 +130,12 @@ class _Reading:
             alpha = float(attribute(node, "alpha", 1.0))
             scaled: Term = inner if alpha == 1.0 else ("mul", (alpha, inner))
             return "mul", (inner, ("sigmoid", (scaled,)))
+        elif kind in _PIECEWISE:
+            alpha = float(attribute(node, "alpha", _PIECEWISE[kind]))
+            return _bent(kind, alpha, self.term(given(node), selection))
         elif kind in _WORDS:
             return self._elementwise(node, _WORDS[kind], selection)
-        raise Unread(f"{kind} is no elementwise operator", node)
+        raise Unread(f"{kind} stands between its products, and is no activation", node)
 
     def moves_rows(self, node: ir.Node) -> bool:
         """Whether a node moves whole rows of features and changes none."""
@@ -282,6 +286,14 @@ class _Reading:
         shape = self.facts.shapes.of(value)
         long = [size for size in shape or () if size != 1]
         return long[-1] if long and isinstance(long[-1], int) else None
+
+
+def _bent(kind: str, alpha: float, x: Term) -> Term:
+    """LeakyRelu, PRelu's like: alpha x below zero; Elu: alpha (exp(x) - 1) there."""
+    below: Term = ("min", (x, 0.0))
+    if kind == "Elu":
+        below = ("sub", (("exp", (below,)), 1.0))
+    return "add", (("max", (x, 0.0)), ("mul", (alpha, below)))
 
 
 def _put(term: Term, operand: Term) -> Term:

@@ -84,8 +84,6 @@ def joins(
                 left[output] = len(output.uses())
                 if not push(output):
                     return
-            elif output.is_graph_output():
-                return
         if len(left) == 1:
             yield next(iter(left))
 
@@ -125,7 +123,7 @@ def frontiers(
     open_values: dict[ir.Value, int] = {}
     pending = [output]
     seen = {output, tokens}
-    for _ in range(200):
+    for _ in range(MAX_NODES):
         while pending:
             node = pending.pop().producer()
             if node is None:
@@ -165,21 +163,43 @@ def closest(found: Sequence[Routing]) -> Routing | None:
     return first
 
 
-def distinct(facts: Facts, indices: ir.Value) -> bool:
-    """Whether the numbers of a row surely differ: those of one TopK along its last axis do."""
-    value = indices
+@dataclass(frozen=True)
+class Chosen:
+    """What is known of a router's indices.
+
+    Attributes:
+        count: of how many experts each is one, 0 to count - 1; None where that is not known.
+        differ: whether those of a row surely differ.
+    """
+
+    count: int | None
+    differ: bool
+
+
+def chosen_by(facts: Facts, indices: ir.Value) -> Chosen:
+    """What the nodes that made indices tell of them: a TopK's along its last axis differ."""
+    shape = facts.shapes.of(indices)
+    alone = shape is not None and shape[-1] == 1
+    value, width = indices, None if shape is None else shape[-1]
     for _ in range(8):
         node = producer(value)
         if node is None:
-            return False
-        if node.op_type == "TopK":
-            rank = facts.shapes.rank(given(node))
-            return rank is not None and attribute(node, "axis", -1) % rank == rank - 1
+            break
+        if node.op_type in CHOOSING:
+            source = facts.shapes.of(node.inputs[0])
+            axis = attribute(node, "axis", -1 if node.op_type == "TopK" else 0)
+            if source is None or axis % len(source) != len(source) - 1:
+                break
+            last, made = source[-1], facts.shapes.of(value)
+            row = node.op_type == "TopK" and made is not None and made[-1] == width
+            return Chosen(last if isinstance(last, int) else None, alone or row)
+        if node.op_type == "Concat":
+            each = {chosen_by(facts, v).count for v in node.inputs if v is not None}
+            return Chosen(each.pop() if len(each) == 1 else None, alone)
         if node.op_type not in _MOVES:
             break
         value = given(node)
-    shape = facts.shapes.of(indices)
-    return shape is not None and shape[-1] == 1
+    return Chosen(None, alone)
 
 
 def _slots(facts: Facts, value: ir.Value, rows: Dim, experts: int) -> int | None:

@@ -27,7 +27,7 @@ from onnxgen.analysis.expert_features import (
 )
 from onnxgen.analysis.expert_routing import MAX_NODES, joins
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, attribute, given, producer
+from onnxgen.analysis.graph import FLOATS, attribute, given, producer, uniform
 from onnxgen.analysis.symbols import Dim, product
 from onnxgen.analysis.views import scalar_factor
 
@@ -69,7 +69,12 @@ def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
         shape = facts.shapes.of(value)
         if value.dtype not in FLOATS or not shape or not isinstance(shape[-1], int):
             continue
-        found = _ends(facts, value, reached)
+        try:
+            found = _ends(facts, value, reached)
+        except Unread as error:
+            unread, found = error, []
+            if ends:
+                break
         nodes = frozenset(biased.products[0].node for biased, _ in found)
         if (ends and nodes != ends) or number > MAX_JOINS or (ends and _scales(value)):
             break  # what follows is more than the sum: the residual, another layer
@@ -131,9 +136,13 @@ def _ends(
     Args:
         reached: what follows from the router's choice. Nothing is found where a summand does not,
             and is weighed by nothing that does: a shared expert's, or the residual.
+
+    Raises:
+        Unread: a constant is added to them, or scales them.
     """
     found: dict[ir.Node, tuple[Biased, ir.Value]] = {}
     width = (facts.shapes.of(output) or (1,))[-1]
+    changed: ir.Node | None = None
     pending, seen = [output], {output}
     while pending and len(seen) < MAX_NODES:
         value = pending.pop()
@@ -147,6 +156,7 @@ def _ends(
             continue
         if value not in reached and node.op_type not in (*_MOVES, "Cast"):
             continue
+        changed = changed or (node if _changes(node) else None)
         weighs = node.op_type in _WEIGHING or value not in reached
         summands = [v for v in _summands(facts, node) if _has(facts, v, width)]
         if not weighs and any(each not in reached for each in summands):
@@ -155,7 +165,22 @@ def _ends(
             if follow not in seen:
                 seen.add(follow)
                 pending.append(follow)
+    if changed is not None and found:
+        reason = "a constant changes what an expert's second product gives"
+        raise Unread(reason, changed)
     return list(found.values())
+
+
+def _changes(node: ir.Node) -> bool:
+    """Whether a node adds a constant to the rows of experts, or scales them by one."""
+    neutral = {"Add": 0.0, "Sub": 0.0, "Sum": 0.0, "Mul": 1.0, "Div": 1.0}.get(node.op_type)
+    return neutral is not None and any(
+        value is not None
+        and value.const_value is not None
+        and not value.is_graph_input()
+        and uniform(value) != neutral
+        for value in node.inputs
+    )
 
 
 def _has(facts: Facts, value: ir.Value, size: Dim) -> bool:

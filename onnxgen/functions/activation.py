@@ -86,9 +86,10 @@ GATES: Mapping[str, str] = {
     "geglutanh": NAMES["gelutanh"],
 }
 _KNOWN = {**NAMES, **{name: f"mul({gate},b)" for name, gate in GATES.items()}}
-_TOKEN = re.compile(r"[a-z]+[0-9]?|-?[0-9.]+(?:e[+-]?[0-9]+)?|[(),]")
-# Where activations are compared: both sides of every bend, far out too.
-_GRID = np.concatenate([np.linspace(-12, 12, 241), [-1e3, -60.0, 60.0, 1e3]])
+_TOKEN = re.compile(r"-?inf|[a-z]+[0-9]?|-?[0-9.]+(?:e[+-]?[0-9]+)?|[(),]")
+# Where activations are compared, with both sides of every bend that their constants may make.
+_POINTS = (*np.linspace(-12, 12, 97), -1e5, -1e3, -60.0, 60.0, 1e3, 1e5)
+_BENDS = (-2.0, -1.01, -0.99, -0.5, 0.5, 0.99, 1.01, 2.0)
 
 Term: TypeAlias = "tuple[str, tuple[Term, ...]] | str | float"
 
@@ -123,17 +124,25 @@ class Activation:
         """The numbers it gives, float64."""
         return _computed(self.term, {"a": a, "b": b})
 
-    def named(self) -> Activation:
+    def named(self, *, narrow: bool = False) -> Activation:
         """The same activation by its name, if it has one: told by its numbers, not its spelling.
 
-        Constants that were written as float32 or float16 count as the numbers they stand for.
+        Args:
+            narrow: whether its constants were written in a type narrower than float32, and count
+                as the numbers that they stand for.
         """
-        a, b = self._points()
+        constants = _constants(self.term)
+        points = np.array([*_POINTS, *(c * bend for c in constants for bend in _BENDS)])
+        points = np.unique(points[np.isfinite(points)])
+        a, b = np.meshgrid(points, points) if self.gated else (points, None)
+        tolerance = 2e-3 if narrow else 2e-6
         with np.errstate(all="ignore"):
             own = self(a, b)
             for name, text in _KNOWN.items():
                 known = Activation(text)
-                if known.gated == self.gated and _alike(own, known(a, b)):
+                if known.gated != self.gated:
+                    continue
+                if np.allclose(own, known(a, b), rtol=tolerance, atol=1e-30, equal_nan=True):
                     return Activation(name)
         return self
 
@@ -141,19 +150,14 @@ class Activation:
         """The same function with its two features exchanged."""
         return Activation(written(_swapped(self.term)))
 
-    def _points(self) -> tuple[Any, Any]:
-        if not self.gated:
-            return _GRID, None
-        a, b = np.meshgrid(_GRID, _GRID[::7])
-        return a, b
-
 
 def written(term: Term) -> str:
     """A term as text."""
     if isinstance(term, str):
         return term
     if isinstance(term, float):
-        return str(int(term)) if term == int(term) and abs(term) < 1e9 else str(np.float32(term))
+        whole = abs(term) < 1e9 and term == int(term)
+        return str(int(term)) if whole else str(np.float32(term))
     word, operands = term
     return f"{word}({','.join(map(written, operands))})"
 
@@ -232,19 +236,19 @@ def _computed(term: Term, given: Mapping[str, Any]) -> Any:
     return _NUMBERS[word](*(_computed(each, given) for each in operands))
 
 
-def _alike(a: Any, b: Any) -> bool:
-    """Equal but for how exactly a type narrower than float32 holds the constants."""
-    return bool(np.allclose(a, b, rtol=2e-3, atol=1e-9) and _close_near_zero(a, b))
-
-
-def _close_near_zero(a: Any, b: Any) -> bool:
-    return bool(np.abs(a - b).max(initial=0.0, where=np.abs(b) < 20) < 2e-3)
+def _constants(term: Term) -> list[float]:
+    """The numbers in a term that could make a bend."""
+    if isinstance(term, tuple):
+        return [number for each in term[1] for number in _constants(each)]
+    return [term] if isinstance(term, float) else []
 
 
 _erf = np.vectorize(math.erf, otypes=[float])
 _NUMBERS: Mapping[str, Any] = {
     "sigmoid": lambda x: 1 / (1 + np.exp(-x)),
     "tanh": np.tanh,
+    "sin": np.sin,
+    "cos": np.cos,
     "erf": _erf,
     "relu": lambda x: np.maximum(x, 0),
     "exp": np.exp,

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxgen.analysis.edges import COMPARISONS, LIMITS, edges_among
 from onnxgen.analysis.evaluate import CutError, cut
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.feeds import RunShape, input_sizes, make_feeds, nearest_shape
@@ -49,6 +50,8 @@ COUNTED = (
     RunShape(batch=3, new=1, past=9, padding="right"),
     RunShape(batch=2, new=1, past=7, spare=3),
 )
+MAX_NODES = 20_000  # of a part: a loop over 256 experts, written out
+CROWD = 2048  # tokens: so many may be needed to see what a router does to a crowd
 SMALL = 256  # elements: constants up to here are written into a part, larger ones are fed
 
 
@@ -112,9 +115,17 @@ class RewriteChecker:
         self, facts: Facts, rewrite: Rewrite, part: _Part, sessions: Sequence[int]
     ) -> str | None:
         failures: list[str] = []
-        shapes = self._single if rewrite.repairs else self._shapes
+        shapes = [*(self._single if rewrite.repairs else self._shapes)]
+        if rewrite.choices:
+            if part.farthest > CROWD:
+                return f"it may do otherwise with {part.farthest} tokens: too many to run"
+            shapes += self._crowds(max(8 * max(rewrite.choices.values()), 2 * part.farthest + 16))
+        below = [False] * len(shapes)
+        if rewrite.loose:
+            shapes, below = [*shapes, *shapes[-1:]], [*below, True]
         for seed, shape in enumerate(shapes):
-            feeds = self._feeds(facts, rewrite, shape, part, np.random.default_rng(seed))
+            rng = np.random.default_rng(seed)
+            feeds = self._feeds(facts, rewrite, shape, part, rng, below=below[seed])
             if isinstance(feeds, str):
                 failures.append(feeds)
                 continue
@@ -134,6 +145,13 @@ class RewriteChecker:
             return f"its check cannot be run: {failures[0] if failures else 'no length fits'}"
         return None
 
+    def _crowds(self, tokens: int) -> list[RunShape]:
+        """A run of so many tokens, or as many as the model takes, so that every expert gets some."""
+        wanted = (RunShape(batch=1, new=tokens), RunShape(batch=tokens, new=1))
+        found = [nearest_shape(self._roles, shape) for shape in wanted]
+        fitting = [shape for shape in found if shape is not None]
+        return sorted(fitting, key=lambda shape: shape.batch * shape.new)[-1:]
+
     def _inputs(self, shape: RunShape) -> tuple[dict[str, Any], dict[str, int]]:
         """The model's inputs for a shape, and the sizes of their axes; made once."""
         if shape not in self._fed:
@@ -148,8 +166,14 @@ class RewriteChecker:
         shape: RunShape,
         part: _Part,
         rng: np.random.Generator,
+        *,
+        below: bool,
     ) -> dict[str, Any] | str:
-        """Arrays for the values that a part is cut off at; the reason as text where one fails."""
+        """Arrays for the values that a part is cut off at; the reason as text where one fails.
+
+        Args:
+            below: whether some of a router's choices are below 0.
+        """
         inputs, binding = self._inputs(shape)
         feeds: dict[str, Any] = {}
         for name, value in part.free.items():
@@ -177,6 +201,8 @@ class RewriteChecker:
                 chosen = _chosen(rng, shaped, rewrite.choices[value])
                 if rewrite.repeats and chosen.ndim > 1:
                     chosen[::3] = chosen[::3, ..., :1]
+                if below:
+                    chosen[rng.random(chosen.shape) < 0.1] = -1
                 feeds[name] = chosen.astype(np.int64 if wide else np.int32)
                 continue
             if value.dtype in (ir.DataType.INT8, ir.DataType.UINT8):  # quantized activations
@@ -233,6 +259,7 @@ class _Part:
     Attributes:
         before, after: the old and the new nodes, with what makes their masks and tables.
         free: the values both are cut off at, by name.
+        farthest: the largest number that integers among the old nodes are compared with, 0 for none.
         weights: those of them that the fused node reads directly: any numbers will do, so that
             norms with weights of their own are one structure. Other constants keep theirs.
     """
@@ -241,6 +268,7 @@ class _Part:
     after: onnx.ModelProto
     free: Mapping[str, ir.Value]
     weights: frozenset[ir.Value]
+    farthest: int
 
     @classmethod
     def of(cls, facts: Facts, rewrite: Rewrite, nodes: Sequence[ir.Node]) -> _Part:
@@ -278,12 +306,16 @@ class _Part:
         for each in (rewrite.mask, rewrite.counts):
             if each is not None and each not in new:
                 new.append(each)
-        before = cut(stop, old, opsets, max_nodes=600)
-        after = cut(stop, new, opsets, max_nodes=600)
+        before = cut(stop, old, opsets, max_nodes=MAX_NODES)
+        after = cut(stop, new, opsets, max_nodes=MAX_NODES)
         read_before = {each.name for each in before.graph.input}
         used = read_before | {each.name for each in after.graph.input}
         shared = frozenset(v for v in weights if v.name in read_before)
-        return cls(before, after, {v.name or "": v for v in stop if v.name in used}, shared)
+        compared = {*COMPARISONS, *LIMITS}
+        deciding = (node for node in ancestors(old, frozenset(stop)) if node.op_type in compared)
+        farthest = max((edge for edge in edges_among(deciding)), default=0)
+        free = {v.name or "": v for v in stop if v.name in used}
+        return cls(before, after, free, shared, farthest)
 
     def structure(self, facts: Facts) -> str:
         """A key that is equal for parts that differ in names and in weights only.

@@ -24,7 +24,7 @@ Declines
         (max(min(b, L), -L) + beta) * min(a, L) * sigmoid(alpha * min(a, L)).
     form: no indices, or weights of several experts that multiply the input.
     weights: they are computed, or of a type that the kernel does not take.
-    router: weights that may be below zero, or whose number of slots is not fixed.
+    router: indices that may be no expert's, weights that may be below zero, or whose number of slots is not fixed.
 
 Numerics
     The same products. Probabilities of logits that differ by less than float32 tells apart count
