@@ -36,7 +36,14 @@ import onnx_ir as ir
 
 from onnxgen import derived, functions
 from onnxgen.analysis.expert_features import Biased, Features, Selection, Unread
-from onnxgen.analysis.expert_routing import CHOOSING, Routing, chosen_by, closest, routings
+from onnxgen.analysis.expert_routing import (
+    CHOOSING,
+    Routing,
+    bound_of,
+    closest,
+    distinct,
+    routings,
+)
 from onnxgen.analysis.expert_weights import Source
 from onnxgen.analysis.experts import Mixture, mixture_of
 from onnxgen.analysis.facts import Facts
@@ -153,11 +160,11 @@ class Experts(Rule):
             raise Declined(self, "experts", "one of two features has a bias", node)
         if mixture.scaled and bias2 is not None:
             raise Declined(self, "experts", "weights multiply inputs of experts with a bias", node)
-        chosen = None if routing.indices is None else chosen_by(facts, routing.indices)
-        if chosen is not None and chosen.count not in (None, mixture.count):
-            reason = f"{chosen.count} experts are chosen from, and {mixture.count} are found"
+        bound = bound_of(facts, routing.indices)
+        if bound is not None and bound > mixture.count:
+            reason = f"{bound} experts are chosen from, and {mixture.count} are found"
             raise Declined(self, "routing", reason, node)
-        repeats = chosen is not None and not chosen.differ
+        repeats = routing.indices is not None and not distinct(facts, routing.indices)
         if repeats and mixture.scaled:
             reason = "weights multiply the inputs of experts that a token may name twice"
             raise Declined(self, "experts", reason, node)
@@ -207,7 +214,7 @@ class Experts(Rule):
             details,
             choices=choices,
             repeats=repeats,
-            loose=chosen is not None and chosen.count is None,
+            loose=routing.indices is not None and bound is None,
         )
 
 

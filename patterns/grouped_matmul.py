@@ -25,7 +25,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from onnxgen import functions
-from onnxgen.analysis.expert_routing import chosen_by
+from onnxgen.analysis.expert_routing import bound_of, distinct
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.grouped import Grouped, grouped_at
 from onnxgen.functions import grouped_matmul
@@ -44,8 +44,8 @@ class GroupedProducts(Rule):
         found = grouped_at(facts, node)
         if found is None:
             return None
-        chosen = chosen_by(facts, found.indices)
-        if chosen.count not in (None, found.groups):
+        bound = bound_of(facts, found.indices)
+        if bound is not None and bound > found.groups:
             return None
         op, ints = builder.op, builder.ints
         stack = found.source.value
@@ -95,8 +95,8 @@ class GroupedProducts(Rule):
             ((old, y),),
             details,
             choices={found.indices: found.groups},
-            repeats=not chosen.differ,
-            loose=chosen.count is None,
+            repeats=not distinct(facts, found.indices),
+            loose=bound is None,
         )
 
 

@@ -15,7 +15,16 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, attribute, given, producer, uniform
+from onnxgen.analysis.graph import (
+    FLOATS,
+    attribute,
+    constant,
+    given,
+    optional,
+    producer,
+    scalar,
+    uniform,
+)
 from onnxgen.analysis.symbols import Dim, product
 
 MAX_NODES = 20_000
@@ -163,43 +172,54 @@ def closest(found: Sequence[Routing]) -> Routing | None:
     return first
 
 
-@dataclass(frozen=True)
-class Chosen:
-    """What is known of a router's indices.
+def bound_of(facts: Facts, indices: ir.Value | None, steps: int = 12) -> int | None:
+    """Of how many experts each of some indices surely is one, 0 to bound - 1; None if unknown."""
+    fixed = constant(indices)
+    if fixed is not None and fixed.size and fixed.dtype.kind == "i":
+        return int(fixed.max()) + 1 if fixed.min() >= 0 else None
+    node = producer(indices)
+    if node is None or steps == 0:
+        return None
+    first, number = node.inputs[0], scalar(optional(node, 1))
+    last: Dim | None = None
+    match node.op_type:
+        case "TopK" | "ArgMax":
+            shape = facts.shapes.of(first)
+            axis = attribute(node, "axis", -1 if node.op_type == "TopK" else 0)
+            last = shape[axis] if shape else None
+        case kind if kind in _MOVES:
+            return bound_of(facts, first, steps - 1)
+        case "Concat" | "Where":
+            parts = node.inputs[1:] if node.op_type == "Where" else node.inputs
+            bounds = [bound_of(facts, each, steps - 1) for each in parts]
+            known = [each for each in bounds if each is not None]
+            return max(known) if len(known) == len(bounds) else None
+        case "Gather" | "GatherND" if constant(first) is not None:  # a table of experts
+            return bound_of(facts, first, steps - 1)
+        case "Mod" if number is not None and number >= 1 and not attribute(node, "fmod", 0):
+            return int(number)
+        case "Add" if number is not None and number >= 0:
+            inner = bound_of(facts, first, steps - 1)
+            return None if inner is None else inner + int(number)
+    return last if isinstance(last, int) else None
 
-    Attributes:
-        count: of how many experts each is one, 0 to count - 1; None where that is not known.
-        differ: whether those of a row surely differ.
-    """
 
-    count: int | None
-    differ: bool
-
-
-def chosen_by(facts: Facts, indices: ir.Value) -> Chosen:
-    """What the nodes that made indices tell of them: a TopK's along its last axis differ."""
+def distinct(facts: Facts, indices: ir.Value) -> bool:
+    """Whether the numbers of a row surely differ: one alone does, and those of one TopK do."""
     shape = facts.shapes.of(indices)
-    alone = shape is not None and shape[-1] == 1
-    value, width = indices, None if shape is None else shape[-1]
+    if shape is None or shape[-1] == 1:
+        return shape is not None
+    value = indices
     for _ in range(8):
-        node = producer(value)
+        node = producer(value, *_MOVES)
         if node is None:
             break
-        if node.op_type in CHOOSING:
-            source = facts.shapes.of(node.inputs[0])
-            axis = attribute(node, "axis", -1 if node.op_type == "TopK" else 0)
-            if source is None or axis % len(source) != len(source) - 1:
-                break
-            last, made = source[-1], facts.shapes.of(value)
-            row = node.op_type == "TopK" and made is not None and made[-1] == width
-            return Chosen(last if isinstance(last, int) else None, alone or row)
-        if node.op_type == "Concat":
-            each = {chosen_by(facts, v).count for v in node.inputs if v is not None}
-            return Chosen(each.pop() if len(each) == 1 else None, alone)
-        if node.op_type not in _MOVES:
-            break
         value = given(node)
-    return Chosen(None, alone)
+    node, made = producer(value, "TopK"), facts.shapes.of(value)
+    if node is None or made is None or made[-1] != shape[-1]:
+        return False
+    axis: int = attribute(node, "axis", -1)
+    return axis % len(made) == len(made) - 1
 
 
 def _slots(facts: Facts, value: ir.Value, rows: Dim, experts: int) -> int | None:

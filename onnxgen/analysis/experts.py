@@ -27,7 +27,7 @@ from onnxgen.analysis.expert_features import (
 )
 from onnxgen.analysis.expert_routing import MAX_NODES, joins
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, attribute, given, producer, uniform
+from onnxgen.analysis.graph import FLOATS, attribute, constant, given, producer
 from onnxgen.analysis.symbols import Dim, product
 from onnxgen.analysis.views import scalar_factor
 
@@ -178,9 +178,14 @@ def _changes(node: ir.Node) -> bool:
         value is not None
         and value.const_value is not None
         and not value.is_graph_input()
-        and uniform(value) != neutral
+        and not _all(value, neutral)
         for value in node.inputs
     )
+
+
+def _all(value: ir.Value, number: float) -> bool:
+    found = constant(value)
+    return found is not None and bool((found == number).all())
 
 
 def _has(facts: Facts, value: ir.Value, size: Dim) -> bool:
