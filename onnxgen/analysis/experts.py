@@ -25,6 +25,7 @@ from onnxgen.analysis.expert_features import (
     biased_of,
     features_of,
 )
+from onnxgen.analysis.expert_numbers import number_of
 from onnxgen.analysis.expert_routing import MAX_NODES, joins
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import FLOATS, attribute, constant, given, producer
@@ -93,6 +94,19 @@ def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
     return best
 
 
+def _numbered(
+    facts: Facts, ends: Sequence[tuple[Biased, ir.Value]]
+) -> list[tuple[Biased, ir.Value]]:
+    """Second products in the order of the numbers that experts are chosen by, where these tell."""
+    if any(biased.products[0].source.expert is not None for biased, _ in ends):
+        return list(ends)
+    numbers = [number_of(facts, biased.products[0]) for biased, _ in ends]
+    known = {number for number in numbers if number is not None}
+    if known != set(range(len(ends))):
+        return list(ends)
+    return [ends[numbers.index(number)] for number in range(len(ends))]
+
+
 def _of_many(biased: Biased, products: int) -> bool:
     """Whether a product is one of several experts'."""
     source = biased.products[0].source
@@ -109,6 +123,7 @@ def _mixture(facts: Facts, output: ir.Value, ends: Sequence[tuple[Biased, ir.Val
     shape = facts.shapes.of(output) or ()
     ends = list(ends)
     ends.sort(key=lambda found: facts.order(found[0].products[0].node.outputs[0]))
+    ends = _numbered(facts, ends)
     second = tuple(biased for biased, _ in ends)
     first = tuple(features_of(facts, rows) for _, rows in ends)
     tokens: list[tuple[ir.Value, bool]] = []

@@ -146,11 +146,10 @@ class RewriteChecker:
         return None
 
     def _crowds(self, tokens: int) -> list[RunShape]:
-        """A run of so many tokens, or as many as the model takes, so that every expert gets some."""
-        wanted = (RunShape(batch=1, new=tokens), RunShape(batch=tokens, new=1))
-        found = [nearest_shape(self._roles, shape) for shape in wanted]
-        fitting = [shape for shape in found if shape is not None]
-        return sorted(fitting, key=lambda shape: shape.batch * shape.new)[-1:]
+        """Runs of so many tokens, as far as the model takes them, so that every expert gets some:
+        of one sequence and of many, since what is counted may be counted in each.
+        """
+        return _fitting(self._roles, [RunShape(batch=1, new=tokens), RunShape(batch=tokens, new=1)])
 
     def _inputs(self, shape: RunShape) -> tuple[dict[str, Any], dict[str, int]]:
         """The model's inputs for a shape, and the sizes of their axes; made once."""
@@ -362,7 +361,10 @@ def _chosen(rng: np.random.Generator, shape: Sequence[int], experts: int) -> Any
     """
     slots = shape[-1] if len(shape) > 1 else 1
     rows = int(np.prod(shape)) // max(slots, 1)
-    picked = np.argsort(rng.random((rows, experts)), axis=1)[:, :slots]
+    picked = np.argsort(rng.random((rows, experts)), axis=1)
+    picked = np.take(
+        picked, np.arange(slots) % experts, axis=1
+    )  # again, where slots outnumber them
     picked[1::2] = picked[-1:]
     return picked.reshape(shape)
 
