@@ -134,18 +134,17 @@ class _Body:
         zero = op.CastLike(op.Constant(value_float=0.0), self.weights)
         # The Reshape changes nothing: it tells ONNX Runtime the rank, which a Scan must know.
         zeros = op.Reshape(op.Expand(zero, op.Shape(self.x)), ints(op, 0, 0))
-        count = op.Squeeze(op.Shape(self.experts[FC1], start=0, end=1))
-        turns = [
-            op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))
-            if self.indices is not None
-            else op.Transpose(self.weights, perm=[1, 0])
-        ]
+        if self.indices is None:
+            turns = op.Transpose(self.weights, perm=[1, 0])
+        else:
+            count = op.Squeeze(op.Shape(self.experts[FC1], start=0, end=1))
+            turns = op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))
         names = ["sum", "turn", *(f"expert_{at}" for at in self.experts)]
         body = op.builder.subgraph(
             self._turn, [ir.Value(name=name) for name in names], [ir.Value(name="sum_out")]
         )
         total = op.Scan(
-            zeros, *turns, *self.experts.values(), body=body, num_scan_inputs=len(names) - 1
+            zeros, turns, *self.experts.values(), body=body, num_scan_inputs=len(names) - 1
         )
         return op.CastLike(total, self.x)
 
