@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -87,8 +87,11 @@ GATES: Mapping[str, str] = {
 }
 _KNOWN = {**NAMES, **{name: f"mul({gate},b)" for name, gate in GATES.items()}}
 _TOKEN = re.compile(r"[a-z]+[0-9]?|-?[0-9.]+(?:e[+-]?[0-9]+)?|[(),]")
-# Where activations are compared: both sides of every bend, far out too.
-_GRID = np.concatenate([np.linspace(-12, 12, 241), [-1e3, -60.0, 60.0, 1e3]])
+# Where activations are compared, beside the constants in them: there a function may bend.
+_FAR = np.array([60.0, 1e3, 1e5, 1e9, 1e30])
+_GRID = np.concatenate([-_FAR, np.linspace(-12, 12, 241), _FAR])
+# Numbers in spellings of the names above, which an exporter may have rounded to any float type.
+_IDEAL = (0.5**0.5, 2**0.5, (2 / math.pi) ** 0.5, (8 / math.pi) ** 0.5, 0.044715, 1.702)
 
 Term: TypeAlias = "tuple[str, tuple[Term, ...]] | str | float"
 
@@ -126,11 +129,12 @@ class Activation:
     def named(self) -> Activation:
         """The same activation by its name, if it has one: told by its numbers, not its spelling.
 
-        Constants that were written as float32 or float16 count as the numbers they stand for.
+        Constants that were rounded to float32, float16 or bfloat16 count as the numbers they stand
+        for.
         """
         a, b = self._points()
         with np.errstate(all="ignore"):
-            own = self(a, b)
+            own = _computed(_ideal(self.term), {"a": a, "b": b})
             for name, text in _KNOWN.items():
                 known = Activation(text)
                 if known.gated == self.gated and _alike(own, known(a, b)):
@@ -142,9 +146,10 @@ class Activation:
         return Activation(written(_swapped(self.term)))
 
     def _points(self) -> tuple[Any, Any]:
+        bends = np.array([x * y for x in set(_constants(self.term)) for y in (0.99, 1, 1.01)])
         if not self.gated:
-            return _GRID, None
-        a, b = np.meshgrid(_GRID, _GRID[::7])
+            return np.concatenate([_GRID, bends, -bends]), None
+        a, b = np.meshgrid(*(np.concatenate([x, bends, -bends]) for x in (_GRID, _GRID[::7])))
         return a, b
 
 
@@ -232,13 +237,31 @@ def _computed(term: Term, given: Mapping[str, Any]) -> Any:
     return _NUMBERS[word](*(_computed(each, given) for each in operands))
 
 
+def _constants(term: Term) -> Iterator[float]:
+    if isinstance(term, float):
+        yield term
+    elif isinstance(term, tuple):
+        for each in term[1]:
+            yield from _constants(each)
+
+
+def _ideal(term: Term) -> Term:
+    """A term with the numbers that its constants stand for."""
+    if isinstance(term, tuple):
+        return term[0], tuple(map(_ideal, term[1]))
+    if isinstance(term, float):
+        return next((each for each in _IDEAL if _stands_for(term, each)), term)
+    return term
+
+
+def _stands_for(number: float, exact: float) -> bool:
+    narrow = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    rounded = (float(np.float64(exact).astype(kind.numpy())) for kind in narrow)
+    return math.isclose(number, exact, rel_tol=1e-6) or number in rounded
+
+
 def _alike(a: Any, b: Any) -> bool:
-    """Equal but for how exactly a type narrower than float32 holds the constants."""
-    return bool(np.allclose(a, b, rtol=2e-3, atol=1e-9) and _close_near_zero(a, b))
-
-
-def _close_near_zero(a: Any, b: Any) -> bool:
-    return bool(np.abs(a - b).max(initial=0.0, where=np.abs(b) < 20) < 2e-3)
+    return bool(np.allclose(a, b, rtol=1e-5, atol=1e-9))
 
 
 _erf = np.vectorize(math.erf, otypes=[float])

@@ -16,13 +16,15 @@ both features of a gated activation)
     fc1 [E, F, H], fc1_bias [E, F], fc2 [E, H, I], fc2_bias [E, H]; fc3 [E, I, H], fc3_bias [E, I]
     make the second feature where it has weights of its own.
     input and weights are of one float type; router_weights may be wider, and then so are the
-    products with them and their sum. A token's indices differ, or all but one of equal ones weigh 0.
+    products with them and their sum. A token's indices differ, or all but one of equal ones weigh 0;
+    where weights multiply the input they differ.
 
 Overloads are the activation (`functions.activation`: a name or its text), and what else is special,
 joined by "_": "interleaved" where features take turns in fc1's rows (a0 b0 a1 b1 ..., else all a,
 then all b), "fc1t" and "fc2t" where fc1 and fc3, or fc2, are transposed ([E, H, F], [E, I, H]),
 "bias1", "bias2", "separate" where fc3 is given, "dense" where there are no indices and
 router_weights is [T, E], "scaled" where the weights multiply the expert's input and not its output.
+Experts that weigh 0 are passed over, so a dense and scaled one has to make 0 of 0.
 
 GroupedMatMul. The proposal for the standard (onnx/onnx #8193: input [M, K], weights [G, K, N],
 group_indices [M, k], bias [G, N] -> [M, k, N]) is one product of the two. MoE is
@@ -39,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
@@ -79,7 +82,15 @@ def parts_of(overload: str) -> tuple[Activation, frozenset[str]]:
         raise KeyError(overload)
     if (two and not activation.gated) or {"scaled", "bias2"} <= set(parts):
         raise KeyError(overload)
+    if {"scaled", "dense"} <= set(parts) and ("bias1" in parts or not keeps_zero(activation)):
+        raise KeyError(overload)
     return activation, frozenset(parts)
+
+
+def keeps_zero(activation: Activation) -> bool:
+    """Whether it makes 0 of 0: then experts without biases do so too."""
+    with np.errstate(all="ignore"):
+        return bool(activation(np.float64(0), np.float64(0)) == 0)
 
 
 def build(overload: str, opset: int) -> ir.Function:
@@ -125,7 +136,11 @@ class _Body:
         self.experts = {at: v for at, v in enumerate(given) if at >= FC1 and v is not None}
         self.op = op
         if self.indices is not None:
-            self.chosen = op.Reshape(self.indices, ints(op, -1))  # [T*k]
+            chosen = self.indices
+            if "scaled" not in parts:  # what weighs nothing is chosen by nobody
+                weighs = op.Cast(weights, to=ir.DataType.BOOL.value)
+                chosen = op.Where(weighs, chosen, op.Constant(value_int=-1))
+            self.chosen = op.Reshape(chosen, ints(op, -1))  # [T*k]
             self.flat = op.Reshape(weights, ints(op, -1))
             self.slots = op.Squeeze(op.Shape(self.indices, start=1))
 
