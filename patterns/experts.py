@@ -168,6 +168,12 @@ class Experts(Rule):
         if repeats and mixture.scaled:
             reason = "weights multiply the inputs of experts that a token may name twice"
             raise Declined(self, "experts", reason, node)
+        adds = bias1 is not None or not moe.keeps_zero(first.activation)
+        if mixture.scaled and indices is None and adds:
+            reason = (
+                "weights of all experts multiply their inputs, and they make something of zeros"
+            )
+            raise Declined(self, "experts", reason, node)
         turned1, turned2 = first.fc1.weights[0].turned, second.weights[0].turned
         if first.fc3 is not None and first.fc3.weights[0].turned != turned1:
             raise Declined(self, "layout", "the experts' weights have different layouts", node)

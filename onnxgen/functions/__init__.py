@@ -14,7 +14,8 @@ body cannot ask what it was given. To add an operator: a file with a function
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import hashlib
+from collections.abc import Callable, Iterable
 
 import onnx
 import onnx_ir as ir
@@ -107,28 +108,34 @@ def _proto(name: str, overload: str, opset: int) -> onnx.FunctionProto:
 
 
 def _outline(function: onnx.FunctionProto) -> list[object]:
-    """What a function does, without the names in it."""
-    known: dict[str, int] = {"": 0}
-    for name in function.input:
-        known[name] = len(known)
-    lines: list[object] = [len(function.input), *_lines(function.node, known)]
-    return [*lines, [known.get(name) for name in function.output]]
+    """What a function computes, without the names in it and the order that its nodes are listed in."""
+    known = {name: f"input {index}" for index, name in enumerate(function.input)}
+    _trace(function.node, known, 1)
+    attributes = [*function.attribute, *function.attribute_proto]
+    given = sorted(each if isinstance(each, str) else _bytes(each).hex() for each in attributes)
+    return [len(function.input), given, [known.get(name) for name in function.output]]
 
 
-def _lines(nodes: Iterable[onnx.NodeProto], known: dict[str, int]) -> Iterator[object]:
-    """What nodes do; `known` numbers the names that they may read, and gets those they make."""
+def _trace(nodes: Iterable[onnx.NodeProto], known: dict[str, str], depth: int) -> None:
+    """Put what nodes compute into `known`: for each name, a digest of all that it follows from."""
     for node in nodes:
         inputs = [known.get(name) for name in node.input]
         given: list[object] = []
         for each in sorted(node.attribute, key=lambda attribute: attribute.name):
             if not each.HasField("g"):
-                given.append(each.SerializeToString(deterministic=True))
+                given.append(_bytes(each))
                 continue
-            for value in each.g.input:
-                known[value.name] = len(known)
-            body = list(_lines(each.g.node, known))
-            made = [known.get(value.name) for value in each.g.output]
-            given.append((each.name, len(each.g.input), len(each.g.initializer), body, made))
-        for name in node.output:
-            known[name] = len(known)
-        yield node.domain, node.op_type, node.overload, inputs, len(node.output), given
+            inner = dict(known)
+            for index, value in enumerate(each.g.input):
+                inner[value.name] = f"input {index} of a graph in {depth}"
+            _trace(each.g.node, inner, depth + 1)
+            made = [inner.get(value.name) for value in each.g.output]
+            given.append((each.name, len(each.g.input), len(each.g.initializer), made))
+        said = (node.domain, node.op_type, node.overload, inputs, len(node.output), given)
+        digest = hashlib.sha256(repr(said).encode()).hexdigest()
+        for index, name in enumerate(node.output):
+            known[name] = f"{digest}:{index}"
+
+
+def _bytes(attribute: onnx.AttributeProto) -> bytes:
+    return attribute.SerializeToString(deterministic=True)

@@ -90,6 +90,8 @@ _TOKEN = re.compile(r"-?inf|[a-z]+[0-9]?|-?[0-9.]+(?:e[+-]?[0-9]+)?|[(),]")
 # Where activations are compared, with both sides of every bend that their constants may make.
 _POINTS = (*np.linspace(-12, 12, 97), -1e5, -1e3, -60.0, 60.0, 1e3, 1e5)
 _BENDS = (-2.0, -1.01, -0.99, -0.5, 0.5, 0.99, 1.01, 2.0)
+# Numbers in spellings of the names above, which an exporter may have rounded to a narrow type.
+_IDEAL = (0.5**0.5, 2**0.5, (2 / math.pi) ** 0.5, (8 / math.pi) ** 0.5, 0.044715, 1.702)
 
 Term: TypeAlias = "tuple[str, tuple[Term, ...]] | str | float"
 
@@ -128,21 +130,21 @@ class Activation:
         """The same activation by its name, if it has one: told by its numbers, not its spelling.
 
         Args:
-            narrow: whether its constants were written in a type narrower than float32, and count
-                as the numbers that they stand for.
+            narrow: whether its constants were written in a type narrower than float32: then they
+                count as the numbers that they stand for.
         """
         constants = _constants(self.term)
         points = np.array([*_POINTS, *(c * bend for c in constants for bend in _BENDS)])
         points = np.unique(points[np.isfinite(points)])
         a, b = np.meshgrid(points, points) if self.gated else (points, None)
-        tolerance = 2e-3 if narrow else 2e-6
+        term = _ideal(self.term) if narrow else self.term
         with np.errstate(all="ignore"):
-            own = self(a, b)
+            own = _computed(term, {"a": a, "b": b})
             for name, text in _KNOWN.items():
                 known = Activation(text)
                 if known.gated != self.gated:
                     continue
-                if np.allclose(own, known(a, b), rtol=tolerance, atol=1e-30, equal_nan=True):
+                if np.allclose(own, known(a, b), rtol=2e-6, atol=1e-9, equal_nan=True):
                     return Activation(name)
         return self
 
@@ -241,6 +243,21 @@ def _constants(term: Term) -> list[float]:
     if isinstance(term, tuple):
         return [number for each in term[1] for number in _constants(each)]
     return [term] if isinstance(term, float) else []
+
+
+def _ideal(term: Term) -> Term:
+    """A term with the numbers that its constants stand for."""
+    if isinstance(term, tuple):
+        return term[0], tuple(map(_ideal, term[1]))
+    if isinstance(term, float):
+        return next((each for each in _IDEAL if _stands_for(term, each)), term)
+    return term
+
+
+def _stands_for(number: float, exact: float) -> bool:
+    narrow = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    rounded = (float(np.float64(exact).astype(kind.numpy())) for kind in narrow)
+    return math.isclose(number, exact, rel_tol=1e-6) or number in rounded
 
 
 _erf = np.vectorize(math.erf, otypes=[float])

@@ -21,8 +21,10 @@ both features of a gated activation)
 Overloads are the activation (`functions.activation`: a name or its text), and what else is special,
 joined by "_": "interleaved" where features take turns in fc1's rows (a0 b0 a1 b1 ..., else all a,
 then all b), "fc1t" and "fc2t" where fc1 and fc3, or fc2, are transposed ([E, H, F], [E, I, H]),
-"bias1", "bias2", "repeats" where a token may name an expert twice, "separate" where fc3 is given, "dense" where there are no indices and
-router_weights is [T, E], "scaled" where the weights multiply the expert's input and not its output.
+"bias1", "bias2", "repeats" where a token may name an expert twice, "separate" where fc3 is given,
+"dense" where there are no indices and router_weights is [T, E], "scaled" where the weights multiply
+the expert's input and not its output. A dense one passes over experts that weigh 0, so that a
+dense and scaled one has to make 0 of 0.
 
 GroupedMatMul. The proposal for the standard (onnx/onnx #8193: input [M, K], weights [G, K, N],
 group_indices [M, k], bias [G, N] -> [M, k, N]) is one product of the two. MoE is
@@ -39,6 +41,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import OpBuilder
 
@@ -82,7 +85,15 @@ def parts_of(overload: str) -> tuple[Activation, frozenset[str]]:
         raise KeyError(overload)
     if "repeats" in parts and {"scaled", "dense"} & set(parts):
         raise KeyError(overload)
+    if {"scaled", "dense"} <= set(parts) and ("bias1" in parts or not keeps_zero(activation)):
+        raise KeyError(overload)
     return activation, frozenset(parts)
+
+
+def keeps_zero(activation: Activation) -> bool:
+    """Whether it makes 0 of 0: then experts without biases do so too."""
+    with np.errstate(all="ignore"):
+        return bool(activation(np.float64(0), np.float64(0)) == 0)
 
 
 def build(overload: str, opset: int) -> ir.Function:
@@ -140,18 +151,17 @@ class _Body:
         zero = op.CastLike(op.Constant(value_float=0.0), self.weights)
         # The Reshape changes nothing: it tells ONNX Runtime the rank, which a Scan must know.
         zeros = op.Reshape(op.Expand(zero, op.Shape(self.x)), ints(op, 0, 0))
-        count = op.Squeeze(op.Shape(self.experts[FC1], start=0, end=1))
-        turns = [
-            op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))
-            if self.indices is not None
-            else op.Transpose(self.weights, perm=[1, 0])
-        ]
+        if self.indices is None:
+            turns = op.Transpose(self.weights, perm=[1, 0])
+        else:
+            count = op.Squeeze(op.Shape(self.experts[FC1], start=0, end=1))
+            turns = op.Range(op.Constant(value_int=0), count, op.Constant(value_int=1))
         names = ["sum", "turn", *(f"expert_{at}" for at in self.experts)]
         body = op.builder.subgraph(
             self._turn, [ir.Value(name=name) for name in names], [ir.Value(name="sum_out")]
         )
         total = op.Scan(
-            zeros, *turns, *self.experts.values(), body=body, num_scan_inputs=len(names) - 1
+            zeros, turns, *self.experts.values(), body=body, num_scan_inputs=len(names) - 1
         )
         return op.CastLike(total, self.x)
 
