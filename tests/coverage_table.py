@@ -44,6 +44,7 @@ COLUMNS = {
     "RMS norm": ("rms_norm", "RMSNormalization"),
     "layer norm": ("layer_norm", "LayerNormalization"),
     "rotary": ("rotary", "RotaryEmbedding"),
+    "experts": ("moe", "MoE"),
 }
 GROWING = ("past_key", "past_value", "static_key", "static_value")
 KEYS = ("model", "form", "target")
