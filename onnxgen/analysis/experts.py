@@ -76,7 +76,7 @@ class Mixture:
 def joins(facts: Facts, node: ir.Node, reached: set[ir.Value]) -> Iterator[ir.Value]:
     """The values that all that follows from a node goes through, nearest first.
 
-    Graph outputs that show the routing itself do not count.
+    Graph outputs on the way, which show the routing itself, do not count.
 
     Args:
         reached: gets what follows from the node, so far.
@@ -85,6 +85,7 @@ def joins(facts: Facts, node: ir.Node, reached: set[ir.Value]) -> Iterator[ir.Va
     reached.update(left)
     queue: list[tuple[int, int]] = []
     met: dict[int, ir.Node] = {}
+    ends: list[ir.Value] = []
 
     def push(value: ir.Value) -> bool:
         for use in value.uses():
@@ -100,10 +101,11 @@ def joins(facts: Facts, node: ir.Node, reached: set[ir.Value]) -> Iterator[ir.Va
         return
     for _ in range(MAX_NODES):
         if not queue:
+            yield from ends
             return
         current = met[heapq.heappop(queue)[1]]
-        if current.op_type in CHOOSING:
-            return  # the last one to choose, or to sort by what was chosen, tells of the mixture
+        if chooses(current):
+            return  # the last one to choose tells of the mixture
         for value in current.inputs:
             if value in left:
                 left[value] -= 1
@@ -115,10 +117,16 @@ def joins(facts: Facts, node: ir.Node, reached: set[ir.Value]) -> Iterator[ir.Va
                 left[output] = len(output.uses())
                 if not push(output):
                     return
-            elif output.is_graph_output():
-                return
+            elif output.is_graph_output() and output.dtype in FLOATS:
+                reached.add(output)
+                ends.append(output)
         if len(left) == 1:
             yield next(iter(left))
+
+
+def chooses(node: ir.Node) -> bool:
+    """Whether a node chooses by how good something is; a TopK of integers sorts what was chosen."""
+    return node.op_type in CHOOSING and given(node).dtype in FLOATS
 
 
 def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
@@ -127,6 +135,8 @@ def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
     Raises:
         Unread: there is one, and what its experts compute cannot be read.
     """
+    if not chooses(node):
+        return None
     best: Mixture | None = None
     unread: Unread | None = None
     ends: frozenset[ir.Node] = frozenset()
@@ -191,23 +201,28 @@ def _mixture(facts: Facts, output: ir.Value, ends: Sequence[tuple[Biased, ir.Val
 
 def routings(facts: Facts, mixture: Mixture) -> Iterator[Routing]:
     """What the sum needs to know beside the tokens, nearest to it first."""
+    moved = _sorted(facts, mixture)
     rows = product((facts.shapes.of(mixture.tokens) or ())[:-1])
     stop = mixture.tokens
     open_values: dict[ir.Value, int] = {}
     pending = [mixture.output]
     seen = {mixture.output, stop}
-    for _ in range(200):
+    for opened in range(200):
         while pending:
             node = pending.pop().producer()
             if node is None:
                 return
             for value in node.inputs:
+                if value is stop and opened and node.op_type not in ("Shape", "Size"):
+                    return  # what was open follows from nothing else: it cannot be left out
                 if value is None or value in seen or not facts.is_activation(value):
                     continue
                 seen.add(value)
                 if node.op_type in ("Shape", "Size"):
                     continue
-                slots = _slots(facts, value, rows, mixture.count)
+                slots = None
+                if value not in moved:
+                    slots = _slots(facts, value, rows, mixture.count)
                 if slots is not None:
                     open_values[value] = slots
                 else:
@@ -228,6 +243,26 @@ def routings(facts: Facts, mixture: Mixture) -> Iterator[Routing]:
         last = max(open_values, key=lambda value: (facts.order(value), value.index() or 0))
         del open_values[last]
         pending.append(last)
+
+
+def _sorted(facts: Facts, mixture: Mixture) -> set[ir.Value]:
+    """What follows from sorting the choice: it has rows of experts, though it may have as many."""
+    nodes: dict[ir.Node, None] = {}
+    pending, seen = [mixture.output], {mixture.output, mixture.tokens}
+    while pending and len(nodes) < MAX_NODES:
+        node = pending.pop().producer()
+        if node is None or node.op_type in ("Shape", "Size"):
+            continue
+        nodes[node] = None
+        inputs = [v for v in node.inputs if v is not None and v not in seen]
+        seen.update(inputs)
+        pending += inputs
+    moved: set[ir.Value] = set()
+    for node in sorted(nodes, key=lambda each: facts.order(each.outputs[0])):
+        sorts = node.op_type == "TopK" and not chooses(node)
+        if sorts or any(value in moved for value in node.inputs):
+            moved.update(node.outputs)
+    return moved
 
 
 def closest(found: Sequence[Routing]) -> Routing | None:
