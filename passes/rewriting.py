@@ -138,8 +138,11 @@ class Rewriter:
                 old.name, new.name = self.builder.unique(f"{old.name}:replaced"), old.name
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         removed = _remove_dead(graph, producers)
-        for node in removed:
-            if node in self._kept_at:  # what another rewrite took along is kept no more
+        gone = {node.name for node in removed}
+        for node, (_, site) in list(self._kept_at.items()):
+            stopped = site.decline.nodes if site.decline is not None else ()
+            if node in removed or (stopped and gone.issuperset(stopped)):
+                # What stopped it went with another's rewrite: it is kept no more.
                 self._placed.remove(self._kept_at.pop(node))
         self.facts.views.forget()
         fused = rewrite.node

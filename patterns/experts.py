@@ -82,7 +82,9 @@ class Experts(Rule):
         try:
             mixture = mixture_of(facts, node)
         except Unread as error:
-            raise Declined(self, "experts", str(error), error.node or node) from None
+            # Where MOE002 takes these products, nothing is kept any more.
+            stopped = error.products or (error.node or node,)
+            raise Declined(self, "experts", str(error), *stopped) from None
         if mixture is None:
             return None
         routing = closest(list(routings(facts, mixture.output, mixture.tokens, mixture.count)))
@@ -126,7 +128,9 @@ class Experts(Rule):
             if named.text == activation.text and swapped.text in moe.GATED:
                 return _First(swapped, linears[1], linears[0], interleaved=False)
             return _First(named, linears[0], linears[1], interleaved=False)
-        layout = None if linears[0] != linears[1] else _layout(selections)
+        source = linears[0].weights[0]
+        width = (source.value.shape or ())[-1 if source.turned else -2]
+        layout = None if linears[0] != linears[1] else _layout(selections, width)
         if layout is None:
             raise Declined(self, "experts", "an expert reads its features in another order", node)
         interleaved, turned = layout
@@ -261,12 +265,16 @@ def _leaf(features: Sequence[Features], number: int) -> _Linear:
     )
 
 
-def _layout(selections: Sequence[Selection | None]) -> tuple[bool, bool] | None:
+def _layout(
+    selections: Sequence[Selection | None], width: int | ir.SymbolicDim
+) -> tuple[bool, bool] | None:
     """(whether they take turns, whether the second comes first) for two halves of the features."""
     ordered = sorted((each for each in selections if each is not None), key=lambda each: each.start)
     if len(ordered) != 2:
         return None
     a, b = ordered
+    if a.count + b.count != width:
+        return None
     turned = selections[0] is not a
     if (a.start, a.step, b.start, b.step, a.count) == (0, 2, 1, 2, b.count):
         return True, turned

@@ -65,10 +65,16 @@ class Features:
 
 
 class Unread(Exception):
-    """What stands between the products cannot be read; says what, and where."""
+    """What stands between the products cannot be read; says what, and where.
+
+    Attributes:
+        node: what stopped the reading.
+        products: the second products, where these are known.
+    """
 
     def __init__(self, reason: str, node: ir.Node | None = None) -> None:
         self.node = node
+        self.products: tuple[ir.Node, ...] = ()
         super().__init__(reason)
 
 

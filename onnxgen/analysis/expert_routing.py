@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import (
     FLOATS,
+    ancestors,
     attribute,
     constant,
     given,
@@ -53,7 +54,7 @@ def joins(
 ) -> Iterator[ir.Value]:
     """The values that all that follows from some values goes through, nearest first.
 
-    Graph outputs that show these values themselves do not count.
+    Graph outputs on the way, which show the routing itself, do not count.
 
     Args:
         reached: gets what follows from them, so far.
@@ -63,6 +64,7 @@ def joins(
     reached.update(left)
     queue: list[tuple[int, int]] = []
     met: dict[int, ir.Node] = {}
+    ends: list[ir.Value] = []
 
     def push(value: ir.Value) -> bool:
         for use in value.uses():
@@ -78,10 +80,11 @@ def joins(
         return
     for _ in range(MAX_NODES):
         if not queue:
+            yield from ends
             return
         current = met[heapq.heappop(queue)[1]]
-        if current.op_type in CHOOSING and not choosing:
-            return  # the last one to choose, or to sort by what was chosen, tells of the mixture
+        if chooses(current) and not choosing:
+            return  # the last one to choose tells of the mixture
         for value in current.inputs:
             if value in left:
                 left[value] -= 1
@@ -93,8 +96,16 @@ def joins(
                 left[output] = len(output.uses())
                 if not push(output):
                     return
+            elif output.is_graph_output() and output.dtype in FLOATS:
+                reached.add(output)
+                ends.append(output)
         if len(left) == 1:
             yield next(iter(left))
+
+
+def chooses(node: ir.Node) -> bool:
+    """Whether a node chooses by how good something is; a TopK of integers sorts what was chosen."""
+    return node.op_type in CHOOSING and given(node).dtype in FLOATS
 
 
 def routings(facts: Facts, output: ir.Value, tokens: ir.Value, experts: int) -> Iterator[Routing]:
@@ -129,21 +140,24 @@ def frontiers(
     Yields:
         how many numbers each value holds for a row, by value.
     """
+    moved = _sorted(facts, output, tokens)
     open_values: dict[ir.Value, int] = {}
     pending = [output]
     seen = {output, tokens}
-    for _ in range(MAX_NODES):
+    for opened in range(MAX_NODES):
         while pending:
             node = pending.pop().producer()
             if node is None:
                 return
             for value in node.inputs:
+                if value is tokens and opened and node.op_type not in ("Shape", "Size"):
+                    return  # what was open follows from nothing else: it cannot be left out
                 if value is None or value in seen or not facts.is_activation(value):
                     continue
                 seen.add(value)
                 if node.op_type in ("Shape", "Size"):
                     continue
-                slots = _slots(facts, value, rows, most)
+                slots = None if value in moved else _slots(facts, value, rows, most)
                 if slots is not None:
                     open_values[value] = slots
                 else:
@@ -156,6 +170,27 @@ def frontiers(
         last = max(open_values, key=lambda value: (facts.order(value), value.index() or 0))
         del open_values[last]
         pending.append(last)
+
+
+def _sorted(facts: Facts, output: ir.Value, tokens: ir.Value) -> set[ir.Value]:
+    """What follows from sorting the choice: it has rows of experts, though it may have as many."""
+    nodes: dict[ir.Node, None] = {}
+    before = set(ancestors([tokens], frozenset()))  # other layers' sorts are none of ours
+    pending, seen = [output], {output, tokens}
+    while pending and len(nodes) < MAX_NODES:
+        node = pending.pop().producer()
+        if node is None or node in before or node.op_type in ("Shape", "Size"):
+            continue
+        nodes[node] = None
+        inputs = [v for v in node.inputs if v is not None and v not in seen]
+        seen.update(inputs)
+        pending += inputs
+    moved: set[ir.Value] = set()
+    for node in sorted(nodes, key=lambda each: facts.order(each.outputs[0])):
+        sorts = node.op_type == "TopK" and not chooses(node)
+        if sorts or any(value in moved for value in node.inputs):
+            moved.update(node.outputs)
+    return moved
 
 
 def closest(found: Sequence[Routing]) -> Routing | None:

@@ -26,7 +26,7 @@ from onnxgen.analysis.expert_features import (
     features_of,
 )
 from onnxgen.analysis.expert_numbers import number_of
-from onnxgen.analysis.expert_routing import MAX_NODES, joins
+from onnxgen.analysis.expert_routing import MAX_NODES, chooses, joins
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import FLOATS, attribute, constant, given, producer
 from onnxgen.analysis.symbols import Dim, product
@@ -62,6 +62,8 @@ def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
     Raises:
         Unread: there is one, and what its experts compute cannot be read.
     """
+    if not chooses(node):
+        return None
     best: Mixture | None = None
     unread: Unread | None = None
     ends: frozenset[ir.Node] = frozenset()
@@ -73,7 +75,7 @@ def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
         try:
             found = _ends(facts, value, reached)
         except Unread as error:
-            unread, found = error, []
+            unread, found = unread or error, []
             if ends:
                 break
         nodes = frozenset(biased.products[0].node for biased, _ in found)
@@ -84,7 +86,8 @@ def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
         try:
             mixture = _mixture(facts, value, found)
         except Unread as error:
-            unread = error
+            error.products = tuple(nodes)
+            unread = unread or error
             continue
         ends = nodes
         if best is None or len(shape) <= 2 or (facts.shapes.rank(best.output) or 0) > 2:
