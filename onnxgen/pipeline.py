@@ -89,7 +89,7 @@ class FuseOptions:
     @property
     def disabled(self) -> frozenset[str]:
         """Codes of rules that are left out, the target's own too."""
-        kept = ort_target.KEPT if self.target == "ort" else frozenset()
+        kept = ort_target.KEPT if self.target == "ort" else onnx_target.KEPT
         return frozenset(self.disable) | kept
 
 
