@@ -142,7 +142,9 @@ class Experts(Rule):
         interleaved, turned = layout
         return First(swapped if turned else named, linears[0], None, interleaved=interleaved)
 
-    def weights(self, builder: Builder, first: First, second: Linear, node: ir.Node) -> Weights:
+    def weights(
+        self, builder: Builder, first: First, second: Linear, node: ir.Node | None
+    ) -> Weights:
         """The experts' weights, stacked.
 
         Raises:

@@ -73,7 +73,9 @@ class QuantisedExperts(Experts):
         except _Numbers:
             return None
 
-    def weights(self, builder: Builder, first: First, second: Linear, node: ir.Node) -> Weights:
+    def weights(
+        self, builder: Builder, first: First, second: Linear, node: ir.Node | None
+    ) -> Weights:
         linears = first.linears(second)
         found = [each for linear in linears.values() for each in linear.weights]
         packed = [each.codes for each in found if each.codes is not None]
@@ -105,7 +107,7 @@ class QuantisedExperts(Experts):
         coarse = all(each.coarse for each in packed)
         return Weights(values, frozenset({*parts, "coarse"} if coarse else parts))
 
-    def _stack(self, sources: Sequence[Source], node: ir.Node) -> _Packed:
+    def _stack(self, sources: Sequence[Source], node: ir.Node | None) -> _Packed:
         """One weight of all experts.
 
         Raises:

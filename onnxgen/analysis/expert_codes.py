@@ -29,9 +29,10 @@ _CODES = {
 
 @dataclass(frozen=True)
 class Quantised:
-    """What packed numbers are made of, beside their codes.
+    """What packed numbers are made of.
 
     Attributes:
+        codes: the initializer.
         scales: the initializer; its type is the numbers'.
         zeros: the zero points' initializer.
         bits: of a code.
@@ -42,6 +43,7 @@ class Quantised:
         refused: why nothing can be made of it, if so.
     """
 
+    codes: ir.Value
     scales: ir.Value
     zeros: ir.Value | None
     bits: int
@@ -73,7 +75,8 @@ def n_bits(facts: Facts, node: ir.Node) -> Quantised | None:
         refused = f"its last block of {block} is padded: {attribute(node, 'K')} codes in a row"
     elif zeros is not None and zeros.dtype != ir.DataType.UINT8:
         refused = f"its zero points are {zeros.dtype}"
-    return Quantised(scales, zeros, bits, block, coarse=level not in _WHOLE, refused=refused)
+    coarse = level not in _WHOLE
+    return Quantised(given(node, 1), scales, zeros, bits, block, coarse=coarse, refused=refused)
 
 
 def dequantised(value: ir.Value) -> Quantised | None:
@@ -96,7 +99,7 @@ def dequantised(value: ir.Value) -> Quantised | None:
         refused = "one scale is for the whole of it"
     elif zeros is None and not codes.dtype.is_signed():
         refused = "its codes are unsigned and have no zero points"
-    return Quantised(scales, zeros, bits, block, axis - rank, refused=refused)
+    return Quantised(codes, scales, zeros, bits, block, axis - rank, refused=refused)
 
 
 def _constant(value: ir.Value | None) -> bool:

@@ -64,8 +64,8 @@ def product_of(facts: Facts, node: ir.Node | None) -> Product | None:
     """The product of activations with constant weights that a node is, if it is one."""
     packed = None if node is None else n_bits(facts, node)
     if node is not None and packed is not None:
-        source = Source(given(node, 1), None, whole=False, codes=packed)
-        return Product(node, given(node), source, optional(node, 5))
+        codes = Source(packed.codes, None, whole=False, codes=packed)
+        return Product(node, given(node), codes, optional(node, 5))
     if node is None or producer(node.outputs[0], "MatMul", "Gemm") is None:
         return None
     gemm = node.op_type == "Gemm"
@@ -122,7 +122,7 @@ def _source(facts: Facts, weight: ir.Value, contracted: int, free: int) -> Sourc
     axes = (labels.index(contracted), labels.index(free))
     codes = dequantised(value)
     if codes is not None:
-        value = given(producer(value))
+        value = codes.codes
     match len(labels):
         case 2 if expert is None and not chosen:
             return Source(value, None, whole=False, turned=axes == (0, 1), codes=codes)

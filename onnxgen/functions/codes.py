@@ -29,7 +29,9 @@ def emit_numbers(
         each = op.Slice(_unpacked(op, zeros, bits), ints(op, 0), blocks, ints(op, 1))
         points = op.Reshape(each, ints(op, -1))
     # [N*blocks, K/blocks]: what blocks share is an axis of its own, which every opset has.
-    together = op.Reshape(_unpacked(op, codes, bits), op.Concat(op.Shape(flat), ints(op, -1), axis=0))
+    together = op.Reshape(
+        _unpacked(op, codes, bits), op.Concat(op.Shape(flat), ints(op, -1), axis=0)
+    )
     numbers = op.DequantizeLinear(together, flat, points, axis=0)
     return op.Reshape(numbers, op.Concat(rows, ints(op, -1), axis=0))
 

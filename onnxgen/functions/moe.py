@@ -202,7 +202,9 @@ class _Body:
             x = op.CastLike(op.Mul(op.CastLike(x, weighs), weighs), x)
         a, b = self._features(op, x, expert)
         inner = self.activation.emit(op, a, b)
-        y = _product(op, inner, self._matrix(op, expert, FC2), expert.get(BIAS2), "fc2t" in self.parts)
+        y = _product(
+            op, inner, self._matrix(op, expert, FC2), expert.get(BIAS2), "fc2t" in self.parts
+        )
         y = op.CastLike(y, weighs)
         if "scaled" not in self.parts:
             y = op.Mul(y, weighs)

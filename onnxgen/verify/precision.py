@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.graph import CONTRIB, attribute
 
-NOTE = "MatMulNBits is compared in full precision, without its leave to round activations"
+NOTE = "quantised weights are multiplied in full precision here, without leave to round activations"
 _ROUNDING = ("MatMulNBits", "QMoE")
 _ATTRIBUTE = "accuracy_level"
 _FULL = (0, 1)  # unset, float32
