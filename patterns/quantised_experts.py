@@ -15,8 +15,10 @@ Replaces
 
 Declines
     as MOE001, and
-    g_idx, padded K, zero points that are no codes: the reason is `Quantised.refused`. (bits)
-    bits: a code has neither 4 bits nor 8, or not the same for all weights.
+    packing: g_idx, padded K, zero points that are numbers or left out beside unsigned codes, one
+        scale for everything (`expert_codes`).
+    bits: a code has neither 4 bits nor 8, or not the same for all weights, or rows end within a
+        byte.
     blocks: scales are for something else than whole rows, or blocks of a row; or the sizes of
         codes, scales and zero points do not fit.
     layout: experts packed in different ways.
@@ -85,7 +87,7 @@ class QuantisedExperts(Experts):
             raise Declined(self, "layout", "some of the experts' weights are not quantised", node)
         refused = next((each.refused for each in packed if each.refused), "")
         if refused:
-            raise Declined(self, "bits", refused, node)
+            raise Declined(self, "packing", refused, node)
         bits = {each.bits for each in packed}
         word = _WORDS.get(min(bits)) if len(bits) == 1 else None
         if word is None:
@@ -121,6 +123,9 @@ class QuantisedExperts(Experts):
         zeros = _all(sources, points) if points else None
         if codes is None or scales is None or (points and zeros is None) or len(alike) > 1:
             raise Declined(self, "layout", "the experts' weights are packed in different ways", node)
+        inner = codes.shape[1 if sources[0].turned else -1]
+        if inner * made[0].bits % 8 and made[0].axis is not None:
+            raise Declined(self, "bits", f"a row of {inner} codes ends within a byte", node)
         how = _rows_of_bytes if made[0].axis is None else _codes
         found = how(made[0], sources[0].turned, codes, scales, zeros)
         if found is None:
