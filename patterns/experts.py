@@ -152,7 +152,9 @@ class Experts(Rule):
         """
         linears = first.linears(second)
         if any(each.codes for linear in linears.values() for each in linear.weights):
-            raise Declined(self, "quantised", "its weights are codes that are read as they are", node)
+            raise Declined(
+                self, "quantised", "its weights are codes that are read as they are", node
+            )
         stacks = {at: _stacked(builder, each.weights) for at, each in linears.items()}
         found = {at: each for at, each in stacks.items() if each is not None}
         turned = {at: each.weights[0].turned for at, each in linears.items()}

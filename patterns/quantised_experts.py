@@ -48,6 +48,7 @@ from onnxgen.patterns.building import Builder
 from onnxgen.patterns.experts import Experts, First, Linear, Weights, stack_of
 from onnxgen.patterns.rule import Declined, Rewrite
 
+
 class _Numbers(Exception):
     """Nothing is quantised."""
 
@@ -116,20 +117,26 @@ class QuantisedExperts(Experts):
             Declined: its parts do not fit each other.
         """
         made = [each.codes for each in sources if each.codes is not None]
-        alike = {(each.turned, c.bits, c.block, c.axis) for each, c in zip(sources, made, strict=True)}
+        alike = {
+            (each.turned, c.bits, c.block, c.axis) for each, c in zip(sources, made, strict=True)
+        }
         codes = _all(sources, [each.value for each in sources])
         scales = _all(sources, [each.scales for each in made])
         points = [each.zeros for each in made if each.zeros is not None]
         zeros = _all(sources, points) if points else None
-        if codes is None or scales is None or (points and zeros is None) or len(alike) > 1:
-            raise Declined(self, "layout", "the experts' weights are packed in different ways", node)
+        if codes is None or len(alike) > 1:
+            raise Declined(
+                self, "layout", "the experts' weights are packed in different ways", node
+            )
         inner = codes.shape[1 if sources[0].turned else -1]
         if inner * made[0].bits % 8 and made[0].axis is not None:
             raise Declined(self, "bits", f"a row of {inner} codes ends within a byte", node)
         how = _rows_of_bytes if made[0].axis is None else _codes
-        found = how(made[0], sources[0].turned, codes, scales, zeros)
+        fit = scales is not None and (zeros is not None or not points)
+        found = how(made[0], sources[0].turned, codes, scales, zeros) if scales and fit else None
         if found is None:
-            raise Declined(self, "blocks", "its scales are not for rows, or blocks of a row", node)
+            reason = "its scales are not for rows of an expert, or blocks of a row"
+            raise Declined(self, "blocks", reason, node)
         return found
 
 

@@ -98,12 +98,13 @@ class Model:
 
     def __post_init__(self) -> None:
         rng = np.random.default_rng(self.seed)
-        sizes = {name: (self.inner, self.hidden) for name in ("gate", "up")}
+        sizes = dict.fromkeys(("gate", "up"), (self.inner, self.hidden))
         for name, size in (sizes | {"down": (self.hidden, self.inner)}).items():
             self.weights[name] = [
                 drawn(rng, *size, self.bits, self.block, zeros=self.zeros) for _ in range(E)
             ]
-        self.columns = rng.standard_normal((self.hidden, E)).astype(self.kind)
+        columns = rng.standard_normal((self.hidden, E)) / np.sqrt(self.hidden)
+        self.columns = columns.astype(self.kind)
 
     def proto(self) -> onnx.ModelProto:
         self._router()
@@ -114,7 +115,8 @@ class Model:
             down = self._product("down", e, self._node("Mul", [act, up]), matrices)
             weighs = self._node("Gather", ["W", self._held(f"e{e}", np.array([e]))], axis=1)
             self._node("Mul", [down, weighs], [f"y{e}"])
-        self._node("Sum", [f"y{e}" for e in range(E)], ["y"])
+        total = self._node("Sum", [f"y{e}" for e in range(E)])
+        self._node("Add", [total, "x"], ["y"])
         of = helper.np_dtype_to_tensor_dtype(np.dtype(self.kind))
         infos = [helper.make_tensor_value_info(n, of, ["t", self.hidden]) for n in "xy"]
         graph = helper.make_graph(self.nodes, "g", infos[:1], infos[1:], self.tensors)
@@ -128,7 +130,7 @@ class Model:
         p = np.exp(logits - logits.max(-1, keepdims=True))
         p /= p.sum(-1, keepdims=True)
         p = {"sigmoid": 1 / (1 + np.exp(-logits)), "signed": np.tanh(logits)}.get(self.router, p)
-        y = np.zeros_like(x)
+        y = x.copy()
         each = {name: [c.numbers() for c in found] for name, found in self.weights.items()}
         for t, row in enumerate(p):
             chosen = np.argsort(-row)[:K]

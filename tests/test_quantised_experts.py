@@ -25,7 +25,7 @@ from onnxgen.testing import corpus
 from onnxgen.verify.precision import in_full_precision
 from onnxgen.verify.rewrites import RewriteChecker
 from tests.graphs import normalized, run, runtime
-from tests.quantising import Codes, E, H, INNER, Model, drawn, packed
+from tests.quantising import INNER, Codes, E, H, Model, drawn, packed
 
 Array = np.ndarray[Any, Any]
 
