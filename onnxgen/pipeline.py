@@ -89,7 +89,7 @@ class FuseOptions:
     @property
     def disabled(self) -> frozenset[str]:
         """Codes of rules that are left out, the target's own too."""
-        kept = ort_target.KEPT if self.target == "ort" else onnx_target.KEPT
+        kept = ort_target.KEPT if self.target == "ort" else frozenset()
         return frozenset(self.disable) | kept
 
 
@@ -133,7 +133,8 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             clock.start("raise", "raising")
             checkers += [RewriteChecker(runtime, own)] if options.verify else []
             sampler = Sampler(part.model.graph, own, runtime)
-            work = Work(part, own, sampler, checkers, options.disabled)
+            rules = ort_target.RAISING if options.target == "ort" else RULES
+            work = Work(part, own, sampler, checkers, options.disabled, rules)
             families = raise_part(report, work)
             if options.target == "ort":
                 clock.start("lower", "lowering")

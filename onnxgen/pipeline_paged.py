@@ -121,7 +121,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
         clock.start("raise", "raising")
         checkers = [RewriteChecker(runtime, roles)] if options.verify else []
         sampler = Sampler(part.model.graph, roles, runtime)
-        families = raise_part(report, Work(part, roles, sampler, checkers, onnx_target.KEPT))
+        families = raise_part(report, Work(part, roles, sampler, checkers))
 
         clock.start("page", "paging")
         results = _page(report, part.model, roles, runtime, families, options)

@@ -9,7 +9,6 @@ from onnxgen.patterns.contrib_packed import PackedAttention
 from onnxgen.patterns.experts import Experts
 from onnxgen.patterns.gelu import GeluActivation
 from onnxgen.patterns.layer_norm import LayerNorm
-from onnxgen.patterns.quantised_experts import QuantisedExperts
 from onnxgen.patterns.rms_norm import RMSNorm
 from onnxgen.patterns.rotary import Rotary
 from onnxgen.patterns.rotary_op import OneRowRotary
@@ -26,7 +25,6 @@ RULES: tuple[Rule, ...] = (
     LayerNorm(),
     RMSNorm(),
     GeluActivation(),
-    QuantisedExperts(),
     Experts(),
     Rotary(),
     StaticCacheWrite(),

@@ -10,11 +10,11 @@ Replaces
 
     Codes are brought into one layout when the model is written, one expert at a time: [E, N, K],
     without a sign, packed from the lowest bits on; what MatMulNBits reads only changes its shape.
-    Only targets with a kernel for it apply this rule: in standard operators, unpacking each expert
-    takes longer than what the quantiser wrote.
+    Only targets with a kernel for it apply this rule, and only where the kernel takes the experts:
+    in standard operators, unpacking each expert takes longer than what the quantiser wrote.
 
 Declines
-    as MOE001, and
+    as MOE001, as the kernel's own rule, and
     packing: g_idx, padded K, zero points that are numbers or left out beside unsigned codes, one
         scale for everything (`expert_codes`).
     bits: a code has neither 4 bits nor 8, or not the same for all weights, or rows end within a
@@ -46,7 +46,7 @@ from onnxgen.derived import Rows
 from onnxgen.functions import moe
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.experts import Experts, First, Linear, Weights, stack_of
-from onnxgen.patterns.rule import Declined, Rewrite
+from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
 
 class _Numbers(Exception):
@@ -66,15 +66,29 @@ class _Packed:
 
 
 class QuantisedExperts(Experts):
-    """Anchored as `Experts` is; passes over experts whose weights are numbers."""
+    """Anchored as `Experts` is; passes over experts whose weights are numbers.
+
+    Args:
+        kernel: lowers what this rule makes. It is asked first, as nothing else should read codes
+            by the base operator's body.
+    """
 
     code = "MOE002"
 
+    def __init__(self, kernel: Rule) -> None:
+        self._kernel = kernel
+
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         try:
-            return super().rewrite(facts, builder, node)
+            rewrite = super().rewrite(facts, builder, node)
+            if rewrite is not None:
+                self._kernel.rewrite(facts, builder, rewrite.node)  # the engine drops its nodes
         except _Numbers:
             return None
+        except Declined as declined:
+            decline = declined.decline
+            raise Declined(self, decline.code, decline.reason, node) from None
+        return rewrite
 
     def weights(
         self, builder: Builder, first: First, second: Linear, node: ir.Node | None

@@ -12,8 +12,6 @@ from onnxgen.errors import UsageError
 LOWEST, DEFAULT = 23, 24
 # IR versions above this are refused by ONNX Runtime 1.31.
 HIGHEST_IR = 13
-# Raising rules that are left out: what they write is faster as it was, in standard operators.
-KEPT = frozenset({"MOE002"})
 
 
 def opset_for(before: int, wanted: int | None) -> int:
