@@ -78,6 +78,7 @@ class Model:
         signed: whether DequantizeLinear's codes are.
         zeros: whether there are zero points.
         level: MatMulNBits' accuracy_level.
+        biases: "" for none; "inside" MatMulNBits, or "added" behind any product.
     """
 
     how: str = "n_bits"
@@ -92,6 +93,7 @@ class Model:
     seed: int = 0
     kind: Any = np.float32
     activation: str = "Sigmoid"
+    biases: str = ""
     weights: dict[str, list[Codes]] = field(default_factory=dict)
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     tensors: list[onnx.TensorProto] = field(default_factory=list)
@@ -103,6 +105,10 @@ class Model:
             self.weights[name] = [
                 drawn(rng, *size, self.bits, self.block, zeros=self.zeros) for _ in range(E)
             ]
+        self.added = {
+            name: rng.standard_normal((E, found[0].codes.shape[0])).astype(self.kind)
+            for name, found in self.weights.items()
+        }
         columns = rng.standard_normal((self.hidden, E)) / np.sqrt(self.hidden)
         self.columns = columns.astype(self.kind)
 
@@ -136,10 +142,13 @@ class Model:
             chosen = np.argsort(-row)[:K]
             total = row[chosen].sum() if self.router == "normalised" else 1.0
             for e in chosen:
-                a = each["gate"][e] @ x[t]
-                inner = a / (1 + np.exp(-a)) * (each["up"][e] @ x[t])
-                y[t] += row[e] / total * (each["down"][e] @ inner)
+                a, b = (each[n][e] @ x[t] + self._bias(n, e) for n in ("gate", "up"))
+                inner = a / (1 + np.exp(-a)) * b
+                y[t] += row[e] / total * (each["down"][e] @ inner + self._bias("down", e))
         return y
+
+    def _bias(self, name: str, e: int) -> Any:
+        return self.added[name][e].astype(np.float64) if self.biases else 0.0
 
     def _router(self) -> None:
         logits = self._node("MatMul", ["x", self._held("R", self.columns)])
@@ -155,6 +164,12 @@ class Model:
         self._node("ScatterElements", [zeros, "i", w], ["W"], axis=1)
 
     def _product(self, name: str, e: int, x: str, matrices: dict[str, list[str]]) -> str:
+        y = self._unbiased(name, e, x, matrices)
+        if self.biases != "added":
+            return y
+        return self._node("Add", [y, self._held("added", self.added[name][e])])
+
+    def _unbiased(self, name: str, e: int, x: str, matrices: dict[str, list[str]]) -> str:
         if matrices:
             return self._node("MatMul", [x, matrices[name][e]])
         codes = self.weights[name][e]
@@ -166,6 +181,9 @@ class Model:
         ]
         if self.zeros:
             inputs.append(self._held("Z", packed(codes.zeros, self.bits).reshape(-1)))
+        if self.biases == "inside":
+            room = [""] * (5 - len(inputs))  # no zero points, no g_idx
+            inputs += [*room, self._held("bias", self.added[name][e])]
         sizes = {"K": inner, "N": rows, "bits": self.bits, "block_size": codes.block}
         return self._node(
             "MatMulNBits", inputs, domain="com.microsoft", accuracy_level=self.level, **sizes

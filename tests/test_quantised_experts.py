@@ -156,6 +156,9 @@ HITS = {
     "8 bits a row": {"how": "columns", "bits": 8, "block": 0},
     "8 bits a row, unsigned": {"how": "rows", "bits": 8, "block": 0, "signed": False},
     "8 bits a row without zero points": {"how": "columns", "bits": 8, "block": 0, "zeros": False},
+    "biases inside": {"biases": "inside"},
+    "biases inside without zero points": {"biases": "inside", "zeros": False},
+    "biases added": {"how": "columns", "biases": "added"},
     "4 bits a row without zero points": {"how": "rows", "block": 0, "zeros": False},
 }
 
@@ -194,6 +197,40 @@ def test_codes_stay_the_bytes_they_were() -> None:
             for a, b in zip(model.weights[first], model.weights[second], strict=True)
         ]
         assert (held[node.input[at]] == np.stack(turns)[::-1]).all(), what
+
+
+def test_one_expert_whose_input_is_weighed() -> None:
+    """Llama 4: only the lowering, from the base operator."""
+    rng = np.random.default_rng(0)
+    sizes = {moe.FC1: (2 * INNER, H), moe.FC2: (H, INNER)}
+    given: dict[int, Array] = {}
+    for at, size in sizes.items():
+        each = [drawn(rng, *size, 4, 32, zeros=False) for _ in range(E)]
+        given[at] = np.stack([packed(one.codes, 4) for one in each])
+        given[moe.SCALES[at]] = np.stack([one.scales for one in each])
+    names = ["x", "w", "i", *(f"i{at}" if at in given else "" for at in range(3, 11))]
+    overload = "swiglu_scaled_q4"
+    nodes = [
+        helper.make_node("MatMul", ["x", "R"], ["l"]),
+        helper.make_node("TopK", ["l", "k"], ["v", "i"]),
+        helper.make_node("Tanh", ["v"], ["w"]),
+        helper.make_node("MoE", names, ["y"], domain="onnxgen", overload=overload),
+    ]
+    info = helper.make_tensor_value_info
+    infos = [info(name, 1, ["t", H]) for name in "xy"]
+    tensors = [numpy_helper.from_array(each, f"i{at}") for at, each in given.items()]
+    columns = rng.standard_normal((H, E)).astype(np.float32) / 8
+    tensors += [numpy_helper.from_array(columns, "R"), numpy_helper.from_array(np.array([1]), "k")]
+    imports = [helper.make_opsetid("", 24), helper.make_opsetid("onnxgen", 1)]
+    body = functions.called([ir.node(moe.NAME, [], domain="onnxgen", overload=overload)], 24)
+    graph = helper.make_graph(nodes, "g", infos[:1], infos[1:], tensors)
+    proto = helper.make_model(graph, opset_imports=imports, ir_version=11, functions=body)
+    _, lowered, result = sites_of(proto)
+    assert [each.status for each in lowered] == ["fused"], lowered
+    assert "QMoE" in {node.op_type for node in result.graph.node}
+    x = rng.standard_normal((40, H)).astype(np.float32)
+    wanted = run(proto, {"x": x})["y"]
+    assert np.abs(run(result, {"x": x})["y"] - wanted).max() < 1e-5 * np.abs(wanted).max()
 
 
 def test_float16() -> None:
@@ -323,33 +360,55 @@ def test_a_file_is_written_and_proven(how: str, tmp_path: Path) -> None:
     assert (site.decline.rule, site.decline.code) == ("MOE001", "quantised")
 
 
-def test_experts_of_an_exporter_with_a_scale_a_row(tmp_path: Path) -> None:
-    (entry,) = corpus("mixtral/torchscript-looped")
+@pytest.mark.parametrize(
+    "form", ["torchscript-looped", "torchscript-bmm", "dynamo20-batched", "transformers"]
+)
+def test_experts_of_exporters_with_a_scale_a_row(form: str, tmp_path: Path) -> None:
+    """Experts alone, and stacks that are gathered, multiplied, or branched over."""
+    (entry,) = corpus(f"mixtral/{form}")
     proto = onnx.version_converter.convert_version(entry.load(), 21)
     proto.ir_version = 10
-    held = {each.name: each for each in proto.graph.initializer}
-    nodes: list[onnx.NodeProto] = []
-    for node in proto.graph.node:
-        tensor = held.get(node.input[1]) if node.op_type == "MatMul" else None
-        if tensor is not None and "experts" in node.name:
-            array = numpy_helper.to_array(tensor)
-            scales = np.abs(array).max(0) / 127
-            name = f"{node.output[0]}_"
-            parts = (np.round(array / scales).astype(np.int8), scales)
-            parts = [numpy_helper.from_array(a, f"{name}{at}") for at, a in enumerate(parts)]  # type: ignore[assignment]
-            proto.graph.initializer.extend(parts)  # type: ignore[arg-type]
-            inputs = [f"{name}0", f"{name}1"]
-            nodes.append(helper.make_node("DequantizeLinear", inputs, [f"{name}w"], axis=1))
-            node.input[1] = f"{name}w"
-        nodes.append(node)
-    del proto.graph.node[:]
-    proto.graph.node.extend(nodes)
-    assert sum(n.op_type == "DequantizeLinear" for n in nodes) == 2 * 3 * E
+    assert _quantise(proto) == (2 * 3 * E if form == "torchscript-looped" else 4)
     path = tmp_path / "model.onnx"
     onnx.save(proto, path)
     options = FuseOptions(output=tmp_path / "ort.onnx", target="ort")
     report = fuse(path, options, lambda message: None)
-    assert [s.rule for s in report.lowered if s.kind == "experts"] == ["ORT004"] * 2
-    assert {s.status for s in report.lowered if s.kind == "experts"} == {"fused"}
+    assert report.proof is not None
+    assert report.proof.status == "proven"
+    found = [(s.rule, s.status) for s in report.lowered if s.kind == "experts"]
+    assert found == [("ORT004", "fused")] * 2
     written = onnx.load(tmp_path / "ort.onnx")
     assert sum(n.op_type == "QMoE" for n in written.graph.node) == 2
+
+
+def _quantise(proto: onnx.ModelProto) -> int:
+    """Make int8 of all experts' weights, a scale for each row; how many."""
+    hidden, inner = 84, 112
+    sizes = ((2 * inner, hidden), (hidden, inner))  # [N, K], contracted along the second axis
+    shapes = {**dict.fromkeys(sizes, 1), **{size[::-1]: 0 for size in sizes}}
+    made = []
+    for tensor in list(proto.graph.initializer):
+        *stack, rows, columns = tensor.dims if len(tensor.dims) in (2, 3) else (0, 0)
+        users = [n for n in proto.graph.node if tensor.name in n.input]
+        alone = not stack and any("experts" in n.name and n.op_type == "MatMul" for n in users)
+        if (rows, columns) not in shapes or not (alone or stack == [E]):
+            continue
+        # Of an expert alone [K, N]; of stacks as their exporter has them.
+        axis = 0 if alone else len(stack) + shapes[rows, columns]
+        array = numpy_helper.to_array(tensor)
+        scales = np.abs(array).max(axis, keepdims=True) / 127
+        parts = {"codes": np.round(array / scales).astype(np.int8), "scales": scales}
+        for word, each in parts.items():
+            held = numpy_helper.from_array(each, f"{tensor.name}_{word}")
+            proto.graph.initializer.append(held)
+        names = [f"{tensor.name}_{word}" for word in parts]
+        block = array.shape[axis]
+        node = helper.make_node(
+            "DequantizeLinear", names, [tensor.name], axis=axis, block_size=block
+        )
+        made.append(node)
+        proto.graph.initializer.remove(tensor)
+    nodes = [*made, *proto.graph.node]
+    del proto.graph.node[:]
+    proto.graph.node.extend(nodes)
+    return len(made)
