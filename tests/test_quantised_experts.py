@@ -145,6 +145,7 @@ HITS = {
     "n_bits": {},
     "n_bits without zero points": {"zeros": False},
     "n_bits of 16": {"block": 16},
+    "one block in a row": {"hidden": 32},
     "n_bits, coarse": {"level": 4},
     "columns": {"how": "columns"},
     "columns, unsigned": {"how": "columns", "signed": False},
@@ -177,6 +178,14 @@ def test_what_a_quantiser_wrote_becomes_the_kernel(name: str, router: str) -> No
     assert said.get("block_size", 0) == model.block
     assert said.get("accuracy_level", 0) == model.level
     assert not {"MatMulNBits", "DequantizeLinear", "MoE"} & {n.op_type for n in result.graph.node}
+    agrees(model, result)
+
+
+def test_a_rewrite_is_checked_without_leave_to_round() -> None:
+    """Weights this small are constants of the part that is checked, which kernels pack and round."""
+    model = Model(hidden=32, inner=16, block=16, level=4)
+    raised, lowered, result = sites_of(model.proto())
+    assert [s.status for s in (*raised, *lowered)] == ["fused"] * 2, (raised, lowered)
     agrees(model, result)
 
 
@@ -338,6 +347,16 @@ def test_what_the_kernel_would_round_stays(name: str) -> None:
     assert not kinds & {"MoE", "QMoE"}
     if name != "another activation":
         agrees(model, result)
+
+
+def test_blocks_of_different_sizes_stay() -> None:
+    model, rng = Model(), np.random.default_rng(0)
+    model.weights["down"] = [drawn(rng, H, INNER, 4, 16, zeros=True) for _ in range(E)]
+    raised, lowered, _ = sites_of(model.proto())
+    assert not lowered
+    assert raised[0].decline is not None
+    assert raised[0].decline.code == "blocks"
+    assert "16 and 32" in raised[0].decline.reason
 
 
 # --- files --------------------------------------------------------------------------------------

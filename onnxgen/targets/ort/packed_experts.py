@@ -7,7 +7,7 @@ The bytes are the base operator's. Both weights have one block_size, at least 16
 
 What is declined
     accuracy: 8 bits in blocks. The CPU kernel rounds what it multiplies to 8 bits, told to or not.
-    blocks: K/block of fc1 and fc2 differ, or a size that the kernel has not.
+    blocks: of different sizes in fc1 and fc2, or of a size that the kernel has not.
     layout: zero points of 4 bits, one a row: two rows would share a byte.
 
 2 bits, which the kernel has and computes in 8 bits at some sizes, are never raised.
@@ -42,10 +42,10 @@ def packed(
     Raises:
         Unfit: the kernel does not take them, or rounds.
     """
-    blocks = {_block(weights, at, bits) for at in (moe.FC1, moe.FC2)}
+    sizes = {_block(weights, at, bits) for at in (moe.FC1, moe.FC2)}
     told = {"expert_weight_bits": bits, "weights_prepacked": 0}
     found = dict(weights)
-    if blocks == {0}:
+    if all(_blocks(weights, at) == 1 for at in (moe.FC1, moe.FC2)):
         for at in (moe.FC1, moe.FC2):
             zeros, scales = weights[moe.ZEROS[at]], weights[moe.SCALES[at]]
             assert scales is not None
@@ -57,10 +57,10 @@ def packed(
     elif bits == 8:
         raise Unfit("accuracy", "of 8-bit blocks the CPU kernel makes 8-bit products")
     else:
-        size = blocks.pop()
-        if blocks or size < SMALLEST or size & (size - 1):
-            sizes = " and ".join(map(str, sorted({size, *blocks})))
-            raise Unfit("blocks", f"the CPU kernel takes no blocks of {sizes}")
+        size = min(sizes)
+        if len(sizes) > 1 or size < SMALLEST or size & (size - 1):
+            text = " and ".join(map(str, sorted(sizes)))
+            raise Unfit("blocks", f"the CPU kernel takes no blocks of {text}")
         told["block_size"] = size
     order = [
         *(moe.FC1, moe.SCALES[moe.FC1], moe.BIAS1),
@@ -71,9 +71,14 @@ def packed(
 
 
 def _block(weights: Mapping[int, Rows | None], at: int, bits: int) -> int:
-    """How many codes share a scale; 0 for a whole row."""
-    codes, scales = weights[at], weights[moe.SCALES[at]]
+    """How many codes share a scale."""
+    codes = weights[at]
     assert codes is not None
+    return codes.shape[2] * 8 // bits // _blocks(weights, at)
+
+
+def _blocks(weights: Mapping[int, Rows | None], at: int) -> int:
+    """How many scales a row has."""
+    scales = weights[moe.SCALES[at]]
     assert scales is not None
-    blocks = scales.shape[2]
-    return 0 if blocks == 1 else codes.shape[2] * 8 // bits // blocks
+    return scales.shape[2]
