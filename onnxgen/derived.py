@@ -65,6 +65,14 @@ class Rows(ABC):
         """Each row in another shape of as many elements: [E, *sizes]."""
         return _Each(self, (self.shape[0], *sizes), "reshaped")
 
+    def packed(self, bits: int) -> Rows:
+        """Each row's codes as bytes without a sign: [E, .., ceil(N*bits/8)] of [E, .., N].
+
+        Of whole numbers of `bits` bits, signed ones moved by 2^(bits-1). The first code of a byte
+        is in its lowest bits; the last byte's may be zero.
+        """
+        return _Packed(self, bits)
+
     def reversed(self) -> Rows:
         """The last row first."""
         return _Reversed(self)
@@ -198,6 +206,28 @@ class _Each(Rows):
 
     def outline(self, name: Callable[[ir.TensorProtocol], str]) -> str:
         return f"{self.how}{list(self.shape)}({self.source.outline(name)})"
+
+
+class _Packed(Rows):
+    def __init__(self, source: Rows, bits: int) -> None:
+        assert bits in (4, 8)
+        self._source, self._bits = source, bits
+        self.shape = (*source.shape[:-1], -(-source.shape[-1] * bits // 8))
+        self.dtype = ir.DataType.UINT8
+
+    def read(self, start: int, stop: int) -> Array:
+        codes = self._source.read(start, stop).astype(np.uint8)
+        if self._source.dtype.is_signed():
+            codes = codes ^ np.uint8(1 << (self._bits - 1))
+        if self._bits == 8:
+            return codes
+        codes = codes & np.uint8(15)
+        if codes.shape[-1] % 2:
+            codes = np.concatenate([codes, np.zeros_like(codes[..., :1])], -1)
+        return codes[..., 0::2] | codes[..., 1::2] << np.uint8(4)
+
+    def outline(self, name: Callable[[ir.TensorProtocol], str]) -> str:
+        return f"packed{self._bits}({self._source.outline(name)})"
 
 
 class _Reversed(Rows):

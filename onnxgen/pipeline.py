@@ -133,7 +133,8 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             clock.start("raise", "raising")
             checkers += [RewriteChecker(runtime, own)] if options.verify else []
             sampler = Sampler(part.model.graph, own, runtime)
-            work = Work(part, own, sampler, checkers, options.disabled)
+            rules = ort_target.RAISING if options.target == "ort" else RULES
+            work = Work(part, own, sampler, checkers, options.disabled, rules)
             families = raise_part(report, work)
             if options.target == "ort":
                 clock.start("lower", "lowering")

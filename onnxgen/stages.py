@@ -20,6 +20,8 @@ from onnxgen.errors import ModelDiffersError, RefusedError
 from onnxgen.passes.merged import Part, split_branches
 from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
+from onnxgen.patterns import RULES
+from onnxgen.patterns.rule import Rule
 from onnxgen.report.values import Proof, Report
 from onnxgen.targets.genai import Said
 from onnxgen.targets.genai_files import CONFIG, READ, genai_files
@@ -35,6 +37,7 @@ class Work:
     Attributes:
         checkers: the last one is its own; none where nothing is checked.
         disabled: codes of rules to leave out.
+        rules: the raising ones, in the order in which they are applied.
     """
 
     part: Part
@@ -42,6 +45,7 @@ class Work:
     sampler: Sampler
     checkers: Sequence[RewriteChecker]
     disabled: frozenset[str] = frozenset()
+    rules: Sequence[Rule] = RULES
 
     @property
     def checker(self) -> RewriteChecker | None:
@@ -52,7 +56,12 @@ def raise_part(report: Report, work: Work) -> dict[str, MaskFamily]:
     """Raise, and say what each attention's mask means; returns that by node name."""
     model = work.part.model
     sites = raise_model(
-        model, work.roles, sampler=work.sampler, check=work.checker, disabled=work.disabled
+        model,
+        work.roles,
+        sampler=work.sampler,
+        check=work.checker,
+        disabled=work.disabled,
+        rules=work.rules,
     )
     families = mask_families(model.graph, work.sampler)
     for site in sites:

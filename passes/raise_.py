@@ -5,6 +5,8 @@ The order matters: norms and rotary embeddings first, so that attention's inputs
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import onnx_ir as ir
 
 from onnxgen import functions
@@ -12,6 +14,7 @@ from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.passes.rewriting import Check, Rewriter
 from onnxgen.patterns import RULES
+from onnxgen.patterns.rule import Rule
 from onnxgen.report.values import Site
 
 
@@ -22,10 +25,11 @@ def raise_model(
     sampler: Sampler | None = None,
     check: Check | None = None,
     disabled: frozenset[str] = frozenset(),
+    rules: Sequence[Rule] = RULES,
 ) -> list[Site]:
-    """Apply every raising rule to the main graph, in place; returns what happened at each site."""
+    """Apply raising rules to the main graph, in place; returns what happened at each site."""
     rewriter = Rewriter(model, roles, sampler, check, disabled)
-    for rule in RULES:
+    for rule in rules:
         rewriter.apply(rule)
     functions.declare(model)
     return rewriter.sites

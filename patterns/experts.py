@@ -17,6 +17,8 @@ Declines
     experts: what an expert computes is no activation between two products.
     routing: it is not found which experts a token goes to, and what they weigh.
     layout: a size that must be known is not.
+    quantised: the weights are packed codes. What reads them is faster than standard operators that
+        unpack them; ONNX Runtime has a kernel (`quantised_experts`).
 
 Numerics
     The same products, experts of a token summed in the order of their numbers. Products with
@@ -29,7 +31,7 @@ Seen in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -54,7 +56,7 @@ from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
 
 @dataclass(frozen=True)
-class _Linear:
+class Linear:
     """The weights of one product for every expert, in the order of the experts' numbers."""
 
     weights: tuple[Source, ...]
@@ -62,13 +64,31 @@ class _Linear:
 
 
 @dataclass(frozen=True)
-class _First:
+class First:
     """What the first products are: the activation, and the weights of its features."""
 
     activation: Activation
-    fc1: _Linear
-    fc3: _Linear | None
+    fc1: Linear
+    fc3: Linear | None
     interleaved: bool
+
+    def linears(self, second: Linear) -> dict[int, Linear]:
+        """All products, by the places of their weights."""
+        found = {moe.FC1: self.fc1, moe.FC2: second}
+        return found if self.fc3 is None else {**found, moe.FC3: self.fc3}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The base operator's inputs from fc1 on, by their places, and the parts of its overload."""
+
+    values: Mapping[int, ir.Value]
+    parts: frozenset[str]
+
+    @property
+    def kind(self) -> ir.DataType | None:
+        """The type that the experts compute in."""
+        return self.values.get(moe.SCALES[moe.FC1], self.values[moe.FC1]).dtype
 
 
 class Experts(Rule):
@@ -94,10 +114,10 @@ class Experts(Rule):
         first, second = self._first(mixture, node), self._second(mixture)
         return self._emit(facts, builder, mixture, routing, first, second)
 
-    def _second(self, mixture: Mixture) -> _Linear:
+    def _second(self, mixture: Mixture) -> Linear:
         return _linear(mixture.second)
 
-    def _first(self, mixture: Mixture, node: ir.Node) -> _First:
+    def _first(self, mixture: Mixture, node: ir.Node) -> First:
         """The activation and the first products, which must be the same function of each expert.
 
         Raises:
@@ -122,19 +142,40 @@ class Experts(Rule):
         if count == 1:
             if selections[0] is not None:
                 raise Declined(self, "experts", "an expert reads a part of its features", node)
-            return _First(activation.named(narrow=narrow), linears[0], None, interleaved=False)
+            return First(activation.named(narrow=narrow), linears[0], None, interleaved=False)
         named, swapped = activation.named(narrow=narrow), activation.swapped().named(narrow=narrow)
         if selections == (None, None):
             if named.text == activation.text and swapped.text in moe.GATED:
-                return _First(swapped, linears[1], linears[0], interleaved=False)
-            return _First(named, linears[0], linears[1], interleaved=False)
+                return First(swapped, linears[1], linears[0], interleaved=False)
+            return First(named, linears[0], linears[1], interleaved=False)
         source = linears[0].weights[0]
         width = (source.value.shape or ())[-1 if source.turned else -2]
         layout = None if linears[0] != linears[1] else _layout(selections, width)
         if layout is None:
             raise Declined(self, "experts", "an expert reads its features in another order", node)
         interleaved, turned = layout
-        return _First(swapped if turned else named, linears[0], None, interleaved=interleaved)
+        return First(swapped if turned else named, linears[0], None, interleaved=interleaved)
+
+    def weights(
+        self, builder: Builder, first: First, second: Linear, node: ir.Node | None
+    ) -> Weights:
+        """The experts' weights, stacked.
+
+        Raises:
+            Declined: they cannot be.
+        """
+        linears = first.linears(second)
+        if any(each.codes for linear in linears.values() for each in linear.weights):
+            raise Declined(
+                self, "quantised", "its weights are codes that are read as they are", node
+            )
+        stacks = {at: _stacked(builder, each.weights) for at, each in linears.items()}
+        found = {at: each for at, each in stacks.items() if each is not None}
+        turned = {at: each.weights[0].turned for at, each in linears.items()}
+        if len(found) < len(linears) or turned.get(moe.FC3, turned[moe.FC1]) != turned[moe.FC1]:
+            raise Declined(self, "layout", "the experts' weights have different layouts", node)
+        parts = {moe.FC1: "fc1t", moe.FC2: "fc2t"}
+        return Weights(found, frozenset(text for at, text in parts.items() if turned[at]))
 
     def _emit(
         self,
@@ -142,8 +183,8 @@ class Experts(Rule):
         builder: Builder,
         mixture: Mixture,
         routing: Routing,
-        first: _First,
-        second: _Linear,
+        first: First,
+        second: Linear,
     ) -> Rewrite:
         node, width = mixture.output.producer(), (facts.shapes.of(mixture.tokens) or ())[-1]
         assert isinstance(width, int)
@@ -154,12 +195,9 @@ class Experts(Rule):
             indices = _rows(facts, builder, indices, routing.slots)
             if indices.dtype != ir.DataType.INT64:
                 indices = builder.op("Cast", [indices], {"to": int(ir.DataType.INT64)})
-        fc1, fc2 = _stacked(builder, first.fc1.weights), _stacked(builder, second.weights)
-        fc3 = None if first.fc3 is None else _stacked(builder, first.fc3.weights)
+        experts = self.weights(builder, first, second, node)
         bias1, bias2 = (_stacked_biases(builder, each) for each in (first.fc1, second))
         bias3 = None if first.fc3 is None else _stacked_biases(builder, first.fc3)
-        if fc1 is None or fc2 is None or (first.fc3 is not None and fc3 is None):
-            raise Declined(self, "layout", "the experts' weights have different layouts", node)
         if first.fc3 is not None and (bias1 is None) != (bias3 is None):
             raise Declined(self, "experts", "one of two features has a bias", node)
         if mixture.scaled and bias2 is not None:
@@ -178,26 +216,25 @@ class Experts(Rule):
                 "weights of all experts multiply their inputs, and they make something of zeros"
             )
             raise Declined(self, "experts", reason, node)
-        turned1, turned2 = first.fc1.weights[0].turned, second.weights[0].turned
-        if first.fc3 is not None and first.fc3.weights[0].turned != turned1:
-            raise Declined(self, "layout", "the experts' weights have different layouts", node)
-        if x.dtype != fc1.dtype and fc1.dtype is not None:
-            x = builder.op("Cast", [x], {"to": int(fc1.dtype)})
+        kind = experts.kind
+        if x.dtype != kind and kind is not None:
+            x = builder.op("Cast", [x], {"to": int(kind)})
         overload = moe.overload_of(
             first.activation.text,
             interleaved=first.interleaved,
-            fc1t=turned1,
-            fc2t=turned2,
             bias1=bias1 is not None,
             bias2=bias2 is not None,
             repeats=repeats,
-            separate=fc3 is not None,
+            separate=first.fc3 is not None,
             dense=indices is None,
             scaled=mixture.scaled,
+            **dict.fromkeys(experts.parts, True),
         )
+        given = {moe.BIAS1: bias1, moe.BIAS2: bias2, moe.BIAS3: bias3, **experts.values}
+        places = range(moe.FC1, max(at for at, value in given.items() if value is not None) + 1)
         (y,) = builder.ops(
             moe.NAME,
-            [x, weights, indices, fc1, bias1, fc2, bias2, fc3, bias3],
+            [x, weights, indices, *map(given.get, places)],
             1,
             domain=functions.DOMAIN,
             overload=overload,
@@ -246,21 +283,21 @@ def _order(second: Sequence[Biased]) -> list[int]:
     return list(range(len(sources)))
 
 
-def _linear(products: Sequence[Biased]) -> _Linear:
+def _linear(products: Sequence[Biased]) -> Linear:
     order = _order(products)
-    return _Linear(
+    return Linear(
         tuple(products[index].products[0].source for index in order),
         tuple(products[index].biases[0] for index in order),
     )
 
 
-def _leaf(features: Sequence[Features], number: int) -> _Linear:
+def _leaf(features: Sequence[Features], number: int) -> Linear:
     """The products that the experts' activations read as one of their features."""
     found = [each.leaves[number][0] for each in features]
     if len(found[0].products) > 1:  # joined rows of all experts, the same for each of them
         one = found[0]
         return _linear([Biased((p,), (b,)) for p, b in zip(one.products, one.biases, strict=True)])
-    return _Linear(
+    return Linear(
         tuple(each.products[0].source for each in found), tuple(each.biases[0] for each in found)
     )
 
@@ -288,14 +325,14 @@ def _stacked(builder: Builder, sources: Sequence[Source]) -> ir.Value | None:
     first = sources[0]
     if any(each.turned != first.turned for each in sources):
         return None
-    return _whole(sources) or _joined(builder, sources)
+    return stack_of(sources) or _joined(builder, sources)
 
 
-def _stacked_biases(builder: Builder, linear: _Linear) -> ir.Value | None:
+def _stacked_biases(builder: Builder, linear: Linear) -> ir.Value | None:
     given = [each for each in linear.biases if each is not None]
     if len(given) != len(linear.biases):
         return None
-    made = _whole(given) or _joined(builder, given)
+    made = stack_of(given) or _joined(builder, given)
     tensor = None if made is None else made.const_value
     if tensor is None or tensor.shape.rank() == 2:
         return made
@@ -304,7 +341,7 @@ def _stacked_biases(builder: Builder, linear: _Linear) -> ir.Value | None:
     return builder.derived(rows, "onnxgen/experts") if max(sizes) > 1 else None
 
 
-def _whole(sources: Sequence[Source]) -> ir.Value | None:
+def stack_of(sources: Sequence[Source]) -> ir.Value | None:
     """The stack that these are all the experts of, in order."""
     value = sources[0].value
     if sources[0].whole and len(sources) == 1:

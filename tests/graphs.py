@@ -343,6 +343,7 @@ def raised(
     *,
     opset: int = 20,
     lengths: Sequence[Mapping[str, int]] = LENGTHS,
+    disabled: frozenset[str] = frozenset(),
 ) -> Raised:
     """Normalize, raise with every rewrite checked, tidy; both run and compared."""
     proto = parse(before, opset=opset) if isinstance(before, str) else before
@@ -350,7 +351,7 @@ def raised(
     model, roles = normalized(proto)
     checker = RewriteChecker(runtime(), roles)
     sampler = Sampler(model.graph, roles, runtime())
-    sites = raise_model(model, roles, sampler=sampler, check=checker)
+    sites = raise_model(model, roles, sampler=sampler, check=checker, disabled=disabled)
     tidy(model)
     tidy(normal)
     result = Raised(proto, ir.to_proto(normal), ir.to_proto(model), sites, checker)
@@ -397,9 +398,10 @@ def assert_kept(
     *,
     opset: int = 20,
     lengths: Sequence[Mapping[str, int]] = LENGTHS,
+    disabled: frozenset[str] = frozenset(),
 ) -> Decline:
     """The rule's only site is kept, for this reason, and the graph is as it was."""
-    result = raised(before, opset=opset, lengths=lengths)
+    result = raised(before, opset=opset, lengths=lengths, disabled=disabled)
     assert {site.status for site in result.sites} == {"kept"}, result.sites
     (decline,) = [site.decline for site in result.sites if site.rule == rule]
     assert decline is not None

@@ -419,7 +419,8 @@ def test_experts_with_the_same_weights() -> None:
 
 
 def kept(before: str, code: str) -> Decline:
-    return assert_kept(before, "MOE001", code, lengths=LENGTHS)
+    """What MOE001 keeps, alone: MOE002 takes the products of some."""
+    return assert_kept(before, "MOE001", code, lengths=LENGTHS, disabled=frozenset({"MOE002"}))
 
 
 def test_experts_that_compute_something_else_are_kept() -> None:
@@ -483,12 +484,20 @@ def test_weights_that_lie_in_different_ways_are_kept() -> None:
         assert site.decline.code == "layout"
 
 
-def test_experts_in_another_order_are_not_taken_for_theirs() -> None:
-    """Weights of their own, numbers 2, 0, 1: what the rule makes of it is undone, or right."""
+def test_experts_have_the_numbers_that_indices_are_compared_with() -> None:
+    """Weights of their own, written in the order 2, 0, 1."""
     text = looped(3, gated=False, numbers=(2, 0, 1))
     result = raised(graph(declared(3, gated=False), text), lengths=LENGTHS)
-    assert [site.status for site in result.sites] == ["undone"]
-    assert_same_graph(result.after, result.normal)
+    assert [site.status for site in result.sites] == ["fused"]
+
+
+def test_products_of_experts_that_are_none_are_grouped() -> None:
+    """A Softmax between two products is no activation, but they are products of chosen matrices."""
+    result = raised(graph(PLAIN, batched("m = Softmax(h)")), lengths=LENGTHS)
+    assert [(site.rule, site.status) for site in result.sites] == [("MOE002", "fused")] * 2
+    ops = [node.op_type for node in result.after.graph.node]
+    assert ops.count("GroupedMatMul") == 2
+    assert "GatherND" not in ops
 
 
 # --- no mixtures ------------------------------------------------------------------------------------

@@ -156,7 +156,7 @@ class _Reading:
         """First products, joined and moved as they may be, with the biases added to them."""
         chain = [value]
         for _ in range(12):
-            node = producer(chain[-1])
+            node = chain[-1].producer()
             if node is None:
                 return None
             product = product_of(self.facts, node)
@@ -165,6 +165,8 @@ class _Reading:
                 if product.bias is not None and bias is None:
                     return None
                 return Biased((product,), (bias,)), product.rows
+            if producer(chain[-1]) is None:
+                return None
             if node.op_type == "Add":
                 return self._added(node)
             if node.op_type == "Concat" and attribute(node, "axis", 0) == 0:

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from onnxgen.analysis.expert_codes import Quantised, dequantised, n_bits
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import FLOATS, attribute, constant, given, producer
+from onnxgen.analysis.graph import FLOATS, attribute, constant, given, optional, producer
 from onnxgen.analysis.view_shapes import slice_bounds
 
 MAX_STEPS = 12
@@ -27,16 +28,19 @@ class Source:
 
     Attributes:
         value: the initializer: [E, N, K] or [E, K, N]; [N, K] or [K, N] of one expert alone.
+            Codes, where they are quantised: so as `codes` says.
         expert: the one that is cut out of a stack; None where there is no stack, or all of it.
         whole: whether the experts of a stack are chosen by numbers computed at run time, or all
             of them are multiplied with.
         turned: whether the contracted axis comes first: [K, N].
+        codes: what the numbers are made of, where a quantiser packed them.
     """
 
     value: ir.Value
     expert: int | None
     whole: bool
     turned: bool = False
+    codes: Quantised | None = None
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,10 @@ class Product:
     """rows @ weights, of one expert or of whichever is chosen.
 
     Attributes:
-        node: the MatMul or Gemm.
+        node: the MatMul, Gemm or MatMulNBits.
         rows: the operand that is no weight.
         source: its weights.
-        bias: what a Gemm adds.
+        bias: what a Gemm or MatMulNBits adds.
     """
 
     node: ir.Node
@@ -58,6 +62,10 @@ class Product:
 
 def product_of(facts: Facts, node: ir.Node | None) -> Product | None:
     """The product of activations with constant weights that a node is, if it is one."""
+    packed = None if node is None else n_bits(facts, node)
+    if node is not None and packed is not None:
+        codes = Source(packed.codes, None, whole=False, codes=packed)
+        return Product(node, given(node), codes, optional(node, 5))
     if node is None or producer(node.outputs[0], "MatMul", "Gemm") is None:
         return None
     gemm = node.op_type == "Gemm"
@@ -112,21 +120,27 @@ def _source(facts: Facts, weight: ir.Value, contracted: int, free: int) -> Sourc
     if contracted not in labels or free not in labels:
         return None
     axes = (labels.index(contracted), labels.index(free))
+    codes = dequantised(value)
+    if codes is not None:
+        value = codes.codes
     match len(labels):
         case 2 if expert is None and not chosen:
-            return Source(value, None, whole=False, turned=axes == (0, 1))
+            return Source(value, None, whole=False, turned=axes == (0, 1), codes=codes)
         case 3 if 0 not in axes:
             whole = chosen or (expert is None and labels[0] is not None)
             if expert is None and not whole:
                 return None
-            return Source(value, expert, whole=whole, turned=axes == (1, 2))
+            return Source(value, expert, whole=whole, turned=axes == (1, 2), codes=codes)
     return None
 
 
 def _traced(
     facts: Facts, value: ir.Value, labels: list[int | None] | None
 ) -> tuple[ir.Value, list[int | None], int | None, bool] | None:
-    """(initializer, what axis of `value` each of its axes is, expert cut out, whether chosen)."""
+    """(initializer, what axis of `value` each of its axes is, expert cut out, whether chosen).
+
+    In the place of an initializer may be what dequantises one.
+    """
     expert: int | None = None
     chosen = False
     for _ in range(MAX_STEPS):
@@ -135,6 +149,8 @@ def _traced(
         if value.const_value is not None and not value.is_graph_input():
             if value.dtype not in FLOATS or len(value.const_value.shape) != len(labels):
                 return None
+            return value, labels, expert, chosen
+        if dequantised(value) is not None:
             return value, labels, expert, chosen
         node = producer(value)
         if node is None or not node.inputs or node.inputs[0] is None:

@@ -164,13 +164,15 @@ def _ends(
     pending, seen = [output], {output}
     while pending and len(seen) < MAX_NODES:
         value = pending.pop()
-        node = producer(value)
+        node = value.producer()
         if node is None or not facts.is_activation(value):
             continue
         ending = biased_of(facts, value)
         if ending is not None:
             for product_, bias in zip(ending[0].products, ending[0].biases, strict=True):
                 found[product_.node] = (Biased((product_,), (bias,)), product_.rows)
+            continue
+        if producer(value) is None:
             continue
         if value not in reached and node.op_type not in (*_MOVES, "Cast"):
             continue

@@ -1,7 +1,7 @@
 """onnxgen::MoE: a mixture of experts, whatever routes to them.
 
-    MoE(input, router_weights, router_indices?, fc1, fc1_bias?, fc2, fc2_bias?, fc3?, fc3_bias?)
-        -> output
+    MoE(input, router_weights, router_indices?, fc1, fc1_bias?, fc2, fc2_bias?, fc3?, fc3_bias?,
+        fc1_scales?, fc2_scales?, fc3_scales?, fc1_zeros?, fc2_zeros?, fc3_zeros?) -> output
 
     output[t] = sum over the slots j of  router_weights[t, j] * expert(router_indices[t, j], input[t])
     expert(e, x) = fc2[e] @ activation(fc1[e] @ x + fc1_bias[e]) + fc2_bias[e]
@@ -26,6 +26,12 @@ then all b), "fc1t" and "fc2t" where fc1 and fc3, or fc2, are transposed ([E, H,
 the expert's input and not its output. A dense one passes over experts that weigh 0, so that a
 dense and scaled one has to make 0 of 0.
 
+Quantised weights, "q4" or "q8" by the bits of a code, are uint8 [E, N, K*bits/8] for [E, N, K], a
+row's first code in its first byte's lowest bits: (code - zero point) * scale. Scales are
+[E, N, blocks] of the input's type, each for K/blocks codes of a row; zero points, "zeros" where
+they are given and else 2^(bits-1), are packed as the codes are, each row in whole bytes. "coarse"
+is the quantiser's leave to round what is multiplied to 8 bits; the body makes no use of it.
+
 GroupedMatMul. The proposal for the standard (onnx/onnx #8193: input [M, K], weights [G, K, N],
 group_indices [M, k], bias [G, N] -> [M, k, N]) is one product of the two. MoE is
     h = GroupedMatMul(input, fc1^T, router_indices, fc1_bias)                     [T, k, F]
@@ -46,12 +52,15 @@ import onnx_ir as ir
 from onnxscript import OpBuilder
 
 from onnxgen.functions.activation import GATES, Activation
+from onnxgen.functions.codes import emit_numbers
 from onnxgen.functions.making import ints, made
 
 NAME = "MoE"
-GATED = frozenset(GATES)
+GATED = tuple(GATES)
 # Places of the inputs.
 INPUT, WEIGHTS, INDICES, FC1, BIAS1, FC2, BIAS2, FC3, BIAS3 = range(9)
+SCALES, ZEROS = {FC1: 9, FC2: 10, FC3: 11}, {FC1: 12, FC2: 13, FC3: 14}
+BITS = {"q4": 4, "q8": 8}
 _PARTS = (
     "interleaved",
     "fc1t",
@@ -62,6 +71,9 @@ _PARTS = (
     "separate",
     "dense",
     "scaled",
+    *BITS,
+    "zeros",
+    "coarse",
 )
 
 
@@ -87,6 +99,10 @@ def parts_of(overload: str) -> tuple[Activation, frozenset[str]]:
         raise KeyError(overload)
     if {"scaled", "dense"} <= set(parts) and ("bias1" in parts or not keeps_zero(activation)):
         raise KeyError(overload)
+    packed = [part for part in parts if part in BITS]
+    turned = {"fc1t", "fc2t"} & set(parts)
+    if len(packed) > 1 or (packed and turned) or ({"zeros", "coarse"} & set(parts) and not packed):
+        raise KeyError(overload)
     return activation, frozenset(parts)
 
 
@@ -94,6 +110,11 @@ def keeps_zero(activation: Activation) -> bool:
     """Whether it makes 0 of 0: then experts without biases do so too."""
     with np.errstate(all="ignore"):
         return bool(activation(np.float64(0), np.float64(0)) == 0)
+
+
+def bits_of(parts: frozenset[str]) -> int | None:
+    """How many bits a quantised weight's codes have; None where weights are numbers."""
+    return next((BITS[part] for part in parts if part in BITS), None)
 
 
 def build(overload: str, opset: int) -> ir.Function:
@@ -114,6 +135,10 @@ def build(overload: str, opset: int) -> ir.Function:
         "fc3": "separate" in parts,
         "fc3_bias": {"separate", "bias1"} <= parts,
     }
+    if bits_of(parts):
+        names = ("fc1", "fc2", "fc3")
+        inputs |= {f"{name}_scales": inputs[name] for name in names}
+        inputs |= {f"{name}_zeros": inputs[name] and "zeros" in parts for name in names}
 
     def body(op: OpBuilder, *given: ir.Value | None) -> list[ir.Value]:
         return [_Body(op, activation, parts, given).output()]
@@ -193,7 +218,9 @@ class _Body:
             x = op.CastLike(op.Mul(op.CastLike(x, weighs), weighs), x)
         a, b = self._features(op, x, expert)
         inner = self.activation.emit(op, a, b)
-        y = _product(op, inner, expert[FC2], expert.get(BIAS2), "fc2t" in self.parts)
+        y = _product(
+            op, inner, self._matrix(op, expert, FC2), expert.get(BIAS2), "fc2t" in self.parts
+        )
         y = op.CastLike(y, weighs)
         if "scaled" not in self.parts:
             y = op.Mul(y, weighs)
@@ -205,17 +232,25 @@ class _Body:
         self, op: OpBuilder, x: ir.Value, expert: dict[int, ir.Value]
     ) -> tuple[ir.Value, ir.Value | None]:
         turned = "fc1t" in self.parts
-        h = _product(op, x, expert[FC1], expert.get(BIAS1), turned)
+        h = _product(op, x, self._matrix(op, expert, FC1), expert.get(BIAS1), turned)
         if not self.activation.gated:
             return h, None
         if "separate" in self.parts:
-            return h, _product(op, x, expert[FC3], expert.get(BIAS3), turned)
+            matrix = self._matrix(op, expert, FC3)
+            return h, _product(op, x, matrix, expert.get(BIAS3), turned)
         if "interleaved" in self.parts:
             end, step = ints(op, 2**62), ints(op, 2)
             a, b = (op.Slice(h, ints(op, at), end, ints(op, 1), step) for at in (0, 1))
             return a, b
         a, b = op.Split(h, axis=1, num_outputs=2, _outputs=2)
         return a, b
+
+    def _matrix(self, op: OpBuilder, expert: dict[int, ir.Value], at: int) -> ir.Value:
+        """An expert's weights, unpacked where they are quantised."""
+        bits = bits_of(self.parts)
+        if bits is None:
+            return expert[at]
+        return emit_numbers(op, expert[at], expert[SCALES[at]], expert.get(ZEROS[at]), bits)
 
 
 def _once(op: OpBuilder, weights: ir.Value, indices: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -1,7 +1,7 @@
 """Models whose operators may compute coarsely, as twins that compute in full precision.
 
-MatMulNBits lets a runtime round activations to int8 (accuracy_level 4) or to half precision (2
-and 3). Such a rounding makes a step of 1e-2 out of a difference of 1e-7, in one model or in the
+MatMulNBits and QMoE let a runtime round activations to int8 (accuracy_level 4) or to half precision
+(2 and 3). Such a rounding makes a step of 1e-2 out of a difference of 1e-7, in one model or in the
 other, so that two equal models differ from run to run. Compared are twins without that leave:
 the same graphs, weights and all, at the precision of their inputs. What is written keeps it.
 """
@@ -16,7 +16,8 @@ import onnx_ir as ir
 
 from onnxgen.analysis.graph import CONTRIB, attribute
 
-NOTE = "MatMulNBits is compared in full precision, without its leave to round activations"
+NOTE = "quantised weights are multiplied in full precision here, without leave to round activations"
+_ROUNDING = ("MatMulNBits", "QMoE")
 _ATTRIBUTE = "accuracy_level"
 _FULL = (0, 1)  # unset, float32
 
@@ -24,7 +25,7 @@ _FULL = (0, 1)  # unset, float32
 def rounds_activations(model: ir.Model) -> bool:
     """Whether an operator may round what it is given."""
     return any(
-        node.op_type == "MatMulNBits"
+        node.op_type in _ROUNDING
         and node.domain == CONTRIB
         and attribute(node, _ATTRIBUTE, 0) not in _FULL
         for node in model.graph.all_nodes()
@@ -72,7 +73,7 @@ def _visit(graph: onnx.GraphProto) -> None:
 
 
 def _strip(node: onnx.NodeProto) -> None:
-    if node.op_type == "MatMulNBits":
+    if node.op_type in _ROUNDING:
         kept = [each for each in node.attribute if each.name != _ATTRIBUTE]
         del node.attribute[:]
         node.attribute.extend(kept)

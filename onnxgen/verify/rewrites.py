@@ -30,6 +30,7 @@ from onnxgen.patterns.rule import Rewrite
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.contract import Contract
 from onnxgen.verify.compare import TOLERANCES
+from onnxgen.verify.precision import in_full_precision
 
 # Lengths that are different from one another and from 1, so that a swapped axis cannot pass.
 SHAPES = (
@@ -103,7 +104,8 @@ class RewriteChecker:
         sessions: list[int] = []
         try:
             for model in (part.before, part.after):
-                sessions.append(self._runtime.load(model.SerializeToString()))
+                full, _ = in_full_precision(model.SerializeToString())
+                sessions.append(self._runtime.load(full))
             return self._compare_all(facts, rewrite, part, sessions)
         except RuntimeFailure as error:
             return f"ONNX Runtime refuses it: {error}"
@@ -282,7 +284,7 @@ class _Part:
         stop = dict.fromkeys(
             v
             for v in read
-            if facts.is_activation(v) or v.is_graph_input() or v in weights or _elements(v) > SMALL
+            if facts.is_activation(v) or v.is_graph_input() or v in weights or _is_fed(v)
         )
         old = [old for old, _ in rewrite.outputs]
         # Masks, tables and sizes are computed from the graph's inputs inside the part; sizes read
@@ -292,7 +294,7 @@ class _Part:
             for each in node.inputs:
                 if each is None or each in stop:
                     continue
-                if each.is_graph_input() or _elements(each) > SMALL:
+                if each.is_graph_input() or _is_fed(each):
                     stop[each] = None
                 elif (
                     node.op_type in ("Shape", "Size")
@@ -305,8 +307,8 @@ class _Part:
         for each in (rewrite.mask, rewrite.counts):
             if each is not None and each not in new:
                 new.append(each)
-        before = cut(stop, old, opsets, max_nodes=MAX_NODES)
-        after = cut(stop, new, opsets, max_nodes=MAX_NODES)
+        before = cut(stop, old, opsets, max_nodes=MAX_NODES, max_bytes=1 << 30)
+        after = cut(stop, new, opsets, max_nodes=MAX_NODES, max_bytes=1 << 30)
         read_before = {each.name for each in before.graph.input}
         used = read_before | {each.name for each in after.graph.input}
         shared = frozenset(v for v in weights if v.name in read_before)
@@ -373,6 +375,12 @@ def _fitting(roles: Roles, shapes: Iterable[RunShape]) -> list[RunShape]:
     """The shapes nearest to these that the model takes, each once."""
     fitting = (nearest_shape(roles, shape) for shape in shapes)
     return list(dict.fromkeys(shape for shape in fitting if shape is not None))
+
+
+def _is_fed(value: ir.Value) -> bool:
+    """Whether a constant is fed to a part: a large one that the runtime's Python takes."""
+    whole = value.dtype is not None and value.dtype.bitwidth >= 8
+    return whole and _elements(value) > SMALL
 
 
 def _elements(value: ir.Value) -> int:

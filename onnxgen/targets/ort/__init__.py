@@ -6,10 +6,13 @@ add the residual, experts with their router inside. Its contract says what these
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from onnxgen.analysis.masks import MaskFamily
+from onnxgen.patterns import RULES as RAISED
+from onnxgen.patterns.experts import Experts as ExpertsOfNumbers
+from onnxgen.patterns.quantised_experts import QuantisedExperts
 from onnxgen.patterns.rule import Rule
 from onnxgen.targets.contract import Contract, Padding
 from onnxgen.targets.ort.attention import GroupQuery
@@ -19,7 +22,7 @@ from onnxgen.targets.ort.norms import SkipNorm
 from onnxgen.targets.ort.packing import PackedProjections
 from onnxgen.targets.ort.rotary_caches import FEWEST
 
-__all__ = ["CODES", "KEPT", "LONGEST", "RULES", "Lowering", "Settings", "name_guards"]
+__all__ = ["CODES", "KEPT", "LONGEST", "RAISING", "RULES", "Lowering", "Settings", "name_guards"]
 
 DEFAULT_LENGTH = 32768
 LONGEST = 1 << 24
@@ -44,7 +47,18 @@ class Settings:
 KEPT = frozenset({"MSA001"})
 
 RULES: tuple[type[Rule], ...] = (GroupQuery, PackedProjections, SkipNorm, Experts)
-CODES = tuple(rule.code for rule in RULES)
+CODES = (*(rule.code for rule in RULES), QuantisedExperts.code)
+
+
+def _raising() -> Iterator[Rule]:
+    for rule in RAISED:
+        if rule.code == ExpertsOfNumbers.code:
+            yield QuantisedExperts(Experts())  # says more of them, so before
+        yield rule
+
+
+RAISING = tuple(_raising())
+"""The raising rules, with those of which only these kernels make something."""
 
 
 class Lowering:

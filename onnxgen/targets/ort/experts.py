@@ -7,6 +7,9 @@ Replaces
     -> com.microsoft MoE(x, Log(W), ...) * ReduceSum(w), W = w scattered to [T, E]
     MoE(x, w, i, ...) of one expert a token, w multiplying its input
     -> com.microsoft MoE(x * w, Log(W), ...), W = 1 scattered to [T, E]
+    the same of quantised weights (`packed_experts`)
+    -> com.microsoft QMoE, any router but one that renormalises a softmax outside:
+       QMoE(x, 1 scattered to [T, E], ..., router_weights = w scattered to [T, E])
 
     Weights are brought into the kernel's layout when the model is written, one expert at a time:
     [E, 2I, H] with the features of a gate in turns, or [E, I, H]; [E, H, I].
@@ -24,7 +27,9 @@ Declines
         (max(min(b, L), -L) + beta) * min(a, L) * sigmoid(alpha * min(a, L)).
     form: no indices, or weights of several experts that multiply the input.
     weights: they are computed, or of a type that the kernel does not take.
-    router: indices that may be no expert's, weights that may be below zero, or whose number of slots is not fixed.
+    router: indices that may be no expert's, weights that may be below zero, or whose number of slots
+        is not fixed. (QMoE too is wrong where its router_weights are below zero.)
+    accuracy, blocks, layout: of quantised weights, see `packed_experts`.
 
 Numerics
     The same products. Probabilities of logits that differ by less than float32 tells apart count
@@ -36,7 +41,7 @@ Seen in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,16 +49,16 @@ import onnx_ir as ir
 
 from onnxgen import derived, functions
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import CONTRIB
 from onnxgen.analysis.signs import nonnegative
 from onnxgen.derived import Rows
 from onnxgen.functions import moe
 from onnxgen.functions.activation import Activation
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
-from onnxgen.targets.ort.routing import Routed, routed
+from onnxgen.targets.ort.expert_kernels import FLOAT, HALF, ORDER, Kernel, PackedKernel
+from onnxgen.targets.ort.packed_experts import Unfit, packed
+from onnxgen.targets.ort.routing import routed
 
-FLOAT, HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
 _PLAIN = {"silu": "silu", "relu": "relu", "identity": "identity", "gelutanh": "gelu"}
 
 
@@ -89,23 +94,32 @@ class Experts(Rule):
         if "dense" in parts:
             raise Declined(self, "form", "every expert has a weight for every token", node)
         gate, kind = self._activation(activation, node)
-        given = [*node.inputs, *[None] * (moe.BIAS3 + 1 - len(node.inputs))]
+        given = [*node.inputs, *[None] * (moe.ZEROS[moe.FC3] + 1 - len(node.inputs))]
         x, weights, indices = given[: moe.FC1]
         assert x is not None
         assert weights is not None
         assert indices is not None
         rows = {at: self._weight(given[at], x, node) for at in range(moe.FC1, len(given))}
         values = {each: value for at, each in rows.items() if each and (value := given[at])}
-        experts = _arranged(rows, parts, gate)
-        assert experts[0] is not None
-        count = experts[0].shape[0]
+        arranged, bits = _arranged(rows, parts, gate), moe.bits_of(parts)
+        fc1 = arranged[moe.FC1]
+        assert fc1 is not None
+        count = fc1.shape[0]
         slots = (facts.shapes.of(weights) or (None,))[-1]
         if not isinstance(slots, int) or not 0 < slots <= count:
             raise Declined(self, "router", f"{slots} of {count} experts are chosen", node)
-        kernel = _Kernel(builder, x, experts, values, {**kind, "k": slots})
+        kind = {**kind, "k": slots}
+        if bits is None:
+            kernel = Kernel(builder, x, [arranged[at] for at in ORDER], values, kind)
+        else:
+            kernel = self._packed(builder, x, arranged, values, kind, parts, node)
         scaled = "scaled" in parts
         router = None if scaled else routed(facts, weights, indices, count)
-        outside = router is None or router.logits.dtype not in (FLOAT, HALF)
+        outside = (
+            router is None
+            or router.logits.dtype not in (FLOAT, HALF)
+            or not (router.normalized or kernel.shares)
+        )
         if router is not None and not outside:
             y = kernel.folded(router, count)
         elif indices.dtype != ir.DataType.INT64:
@@ -147,11 +161,33 @@ class Experts(Rule):
         text = activation.named().text
         raise Declined(self, "activation", f"the CPU kernel has no activation {text!r}", node)
 
+    def _packed(
+        self,
+        builder: Builder,
+        x: ir.Value,
+        arranged: Mapping[int, Rows | None],
+        values: Mapping[Rows, ir.Value],
+        kind: Mapping[str, str | int | float],
+        parts: frozenset[str],
+        node: ir.Node,
+    ) -> Kernel:
+        bits = moe.bits_of(parts)
+        assert bits is not None
+        try:
+            experts, told = packed(arranged, bits)
+        except Unfit as error:
+            raise Declined(self, error.code, str(error), node) from None
+        if "coarse" in parts:
+            told |= {"accuracy_level": 4}
+        return PackedKernel(builder, x, experts, values, {**kind, **told})
+
     def _weight(self, value: ir.Value | None, x: ir.Value, node: ir.Node) -> Rows | None:
         if value is None:
             return None
         if value.const_value is None or value.is_graph_input():
             raise Declined(self, "weights", f"{value.name!r} is computed", node)
+        if value.dtype == ir.DataType.UINT8:
+            return derived.whole(value.const_value)
         if value.dtype != x.dtype or value.dtype not in (FLOAT, HALF):
             kinds = f"{value.name!r} is {value.dtype} and the input {x.dtype}"
             raise Declined(self, "weights", kinds, node)
@@ -198,9 +234,9 @@ def _is(activation: Activation, found: _Swiglu) -> bool:
 
 
 def _arranged(
-    rows: dict[int, Rows | None], parts: frozenset[str], gate: _Swiglu | None
-) -> list[Rows | None]:
-    """fc1, its bias, fc2, its bias as the kernel has them."""
+    rows: Mapping[int, Rows | None], parts: frozenset[str], gate: _Swiglu | None
+) -> dict[int, Rows | None]:
+    """What the base operator is given as the kernels have it, fc3 joined to fc1."""
 
     def features(first: int, second: int) -> Rows | None:
         one, other = rows[first], rows[second]
@@ -216,98 +252,10 @@ def _arranged(
 
     fc2 = rows[moe.FC2]
     assert fc2 is not None
-    if "fc2t" in parts:
-        fc2 = fc2.transposed()
-    biased = features(moe.BIAS1, moe.BIAS3)
-    return [features(moe.FC1, moe.FC3), biased, fc2, rows[moe.BIAS2]]
-
-
-class _Kernel:
-    """The nodes around one com.microsoft MoE.
-
-    Args:
-        x: tokens [T, H].
-        experts: fc1, its bias, fc2, its bias in the kernel's layout.
-        values: the initializers that some of them are, just as they are.
-        kind: the node's attributes but for its router.
-    """
-
-    def __init__(
-        self,
-        builder: Builder,
-        x: ir.Value,
-        experts: Sequence[Rows | None],
-        values: Mapping[Rows, ir.Value],
-        kind: Mapping[str, str | int | float],
-    ) -> None:
-        self._builder, self._x, self._kind = builder, x, kind
-        self._experts, self._values = experts, values
-        self.node: ir.Node | None = None
-
-    def folded(self, router: Routed, count: int) -> ir.Value:
-        """The kernel's own router, its experts from the last to the first."""
-        op, ints = self._builder.op, self._builder.ints
-        logits = op(
-            "Slice", [router.logits, ints(-1), ints(-count - 1), ints(-1), ints(-1)], name="turned"
-        )
-        logits = op("Reshape", [logits, ints(-1, count)], name="logits")
-        kind = HALF if self._x.dtype == router.logits.dtype == HALF else FLOAT
-        experts = [None if each is None else each.reversed() for each in self._experts]
-        y = self._run(kind, self._as(logits, kind), experts, normalize=router.normalized)
-        if router.factor != 1.0:
-            factor = np.array(router.factor, dtype=kind.numpy())
-            y = op("Mul", [y, self._builder.constant(factor)], name="scaled")
-        assert self._x.dtype is not None
-        return self._as(y, self._x.dtype)
-
-    def routed_outside(self, weights: ir.Value, indices: ir.Value, count: int) -> ir.Value:
-        """Weights of whatever router, [T, k], as logits."""
-        op, ints, constant = self._builder.op, self._builder.ints, self._builder.constant
-        weights = self._as(weights, FLOAT)
-        tokens = op("Shape", [weights], {"start": 0, "end": 1}, name="tokens")
-        sizes = op("Concat", [tokens, ints(count)], {"axis": 0}, name="sizes")
-        everyone = op("ConstantOfShape", [sizes], name="weights")
-        attributes = {"axis": 1, "reduction": "add"}
-        everyone = op("ScatterElements", [everyone, indices, weights], attributes, name="weights")
-        total = op("ReduceSum", [weights, ints(-1)], {"keepdims": 1}, name="total")
-        zero, one = (constant(np.array(each, dtype=np.float32)) for each in (0, 1))
-        some = op("Greater", [total, zero], name="any")
-        logits = op("Log", [op("Where", [some, everyone, one], name="weights")], name="logits")
-        y = self._run(FLOAT, logits, self._experts, normalize=True)
-        assert self._x.dtype is not None
-        return self._as(op("Mul", [y, total], name="weighted"), self._x.dtype)
-
-    def chosen_outside(self, weights: ir.Value, indices: ir.Value, count: int) -> ir.Value:
-        """One expert a token, [T, 1], whose input is multiplied by the weight."""
-        op, x = self._builder.op, self._x
-        assert x.dtype is not None
-        scaled = op("Mul", [self._as(x, FLOAT), self._as(weights, FLOAT)], name="scaled")
-        self._x = self._as(scaled, x.dtype)
-        one = ir.tensor(np.ones(1, np.float32))
-        ones = op("ConstantOfShape", [op("Shape", [weights])], {"value": one}, name="ones")
-        return self.routed_outside(ones, indices, count)
-
-    def _run(
-        self,
-        kind: ir.DataType,
-        logits: ir.Value,
-        experts: Sequence[Rows | None],
-        *,
-        normalize: bool,
-    ) -> ir.Value:
-        made = [None if each is None else self._initializer(each) for each in experts]
-        given = [None if each is None else self._as(each, kind) for each in made]
-        attributes = {**self._kind, "normalize_routing_weights": int(normalize)}
-        tokens = self._as(self._x, kind)
-        y = self._builder.op("MoE", [tokens, logits, *given], attributes, domain=CONTRIB)
-        self.node = y.producer()
-        return y
-
-    def _initializer(self, rows: Rows) -> ir.Value:
-        found = self._values.get(rows)
-        return self._builder.derived(rows, "onnxgen/experts") if found is None else found
-
-    def _as(self, value: ir.Value, kind: ir.DataType) -> ir.Value:
-        if value.dtype == kind:
-            return value
-        return self._builder.op("Cast", [value], {"to": int(kind)})
+    pairs = {moe.FC1: moe.FC3, moe.BIAS1: moe.BIAS3}
+    pairs |= {each[moe.FC1]: each[moe.FC3] for each in (moe.SCALES, moe.ZEROS)}
+    return {
+        **{first: features(first, second) for first, second in pairs.items()},
+        **{at: rows[at] for at in (moe.BIAS2, moe.SCALES[moe.FC2], moe.ZEROS[moe.FC2])},
+        moe.FC2: fc2.transposed() if "fc2t" in parts else fc2,
+    }
