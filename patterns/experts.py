@@ -167,7 +167,10 @@ class Experts(Rule):
         linears = first.linears(second)
         if any(each.codes for linear in linears.values() for each in linear.weights):
             raise Declined(
-                self, "quantised", "its weights are codes that are read as they are", node
+                self,
+                "quantised",
+                "its weights are quantised, and only --target ort has a kernel for that",
+                node,
             )
         stacks = {at: _stacked(builder, each.weights) for at, each in linears.items()}
         found = {at: each for at, each in stacks.items() if each is not None}

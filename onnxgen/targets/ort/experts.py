@@ -8,7 +8,7 @@ Replaces
     MoE(x, w, i, ...) of one expert a token, w multiplying its input
     -> com.microsoft MoE(x * w, Log(W), ...), W = 1 scattered to [T, E]
     the same of quantised weights (`packed_experts`)
-    -> com.microsoft QMoE, any router but one that renormalises a softmax outside:
+    -> com.microsoft QMoE, its router inside where that renormalises; any other router outside:
        QMoE(x, 1 scattered to [T, E], ..., router_weights = w scattered to [T, E])
 
     Weights are brought into the kernel's layout when the model is written, one expert at a time:
