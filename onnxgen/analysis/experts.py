@@ -201,7 +201,7 @@ def _mixture(facts: Facts, output: ir.Value, ends: Sequence[tuple[Biased, ir.Val
 
 def routings(facts: Facts, mixture: Mixture) -> Iterator[Routing]:
     """What the sum needs to know beside the tokens, nearest to it first."""
-    moved = _sorted(facts, mixture)
+    moved = _moved(facts, mixture)
     rows = product((facts.shapes.of(mixture.tokens) or ())[:-1])
     stop = mixture.tokens
     open_values: dict[ir.Value, int] = {}
@@ -245,8 +245,11 @@ def routings(facts: Facts, mixture: Mixture) -> Iterator[Routing]:
         pending.append(last)
 
 
-def _sorted(facts: Facts, mixture: Mixture) -> set[ir.Value]:
-    """What follows from sorting the choice: it has rows of experts, though it may have as many."""
+def _moved(facts: Facts, mixture: Mixture) -> set[ir.Value]:
+    """What follows from experts' products, or from sorting the choice: its rows are no tokens."""
+    first = {
+        each.node for features in mixture.first for b, _ in features.leaves for each in b.products
+    }
     nodes: dict[ir.Node, None] = {}
     pending, seen = [mixture.output], {mixture.output, mixture.tokens}
     while pending and len(nodes) < MAX_NODES:
@@ -259,8 +262,8 @@ def _sorted(facts: Facts, mixture: Mixture) -> set[ir.Value]:
         pending += inputs
     moved: set[ir.Value] = set()
     for node in sorted(nodes, key=lambda each: facts.order(each.outputs[0])):
-        sorts = node.op_type == "TopK" and not chooses(node)
-        if sorts or any(value in moved for value in node.inputs):
+        starts = node in first or (node.op_type == "TopK" and not chooses(node))
+        if starts or any(value in moved for value in node.inputs):
             moved.update(node.outputs)
     return moved
 
