@@ -350,9 +350,9 @@ def worse(now: Row, then: Row | None) -> Iterator[str]:
     if then is None:
         yield "not in the table: python -m tests.moe_table --write"
         return
-    fused, there = map(int, now.fused.split("/"))
-    if fused < there:
-        yield f"{fused} of {there} fused"
+    (fused, there), before = map(int, now.fused.split("/")), int(then.fused.split("/")[0])
+    if fused < before:
+        yield f"{fused} of {there} fused, {before} before"
     for column in ("slots", "activation", "router"):
         if getattr(now, column) != getattr(then, column):
             yield f"{column}: {getattr(now, column)}, was {getattr(then, column)}"
