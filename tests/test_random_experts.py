@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
 
@@ -325,6 +325,7 @@ def test_each_form(form: str) -> None:
     max_examples=20,
     deadline=None,
     derandomize=True,
+    phases=[Phase.generate],  # shrinking would take minutes
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 @given(specs())
