@@ -107,7 +107,9 @@ class Experts(Rule):
             raise Declined(self, "experts", str(error), *stopped) from None
         if mixture is None:
             return None
-        routing = closest(list(routings(facts, mixture.output, mixture.tokens, mixture.count)))
+        routing = closest(
+            list(routings(facts, mixture.output, mixture.tokens, mixture.count, mixture.products))
+        )
         if routing is None:
             reason = "it is not found which experts a token goes to and what they weigh"
             raise Declined(self, "routing", reason, node, mixture.output.producer())

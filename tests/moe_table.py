@@ -30,7 +30,7 @@ import onnx_ir as ir
 from onnx import helper, numpy_helper
 
 from onnxgen import functions, testing
-from onnxgen.analysis.experts import CHOOSING
+from onnxgen.analysis.expert_routing import CHOOSING
 from onnxgen.errors import OnnxgenError
 from onnxgen.functions import moe
 from onnxgen.pipeline import FuseOptions, fuse
@@ -350,9 +350,9 @@ def worse(now: Row, then: Row | None) -> Iterator[str]:
     if then is None:
         yield "not in the table: python -m tests.moe_table --write"
         return
-    fused, there = map(int, now.fused.split("/"))
-    if fused < there:
-        yield f"{fused} of {there} fused"
+    (fused, there), before = map(int, now.fused.split("/")), int(then.fused.split("/")[0])
+    if fused < before:
+        yield f"{fused} of {there} fused, {before} before"
     for column in ("slots", "activation", "router"):
         if getattr(now, column) != getattr(then, column):
             yield f"{column}: {getattr(now, column)}, was {getattr(then, column)}"

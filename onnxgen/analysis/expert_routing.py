@@ -108,10 +108,16 @@ def chooses(node: ir.Node) -> bool:
     return node.op_type in CHOOSING and given(node).dtype in FLOATS
 
 
-def routings(facts: Facts, output: ir.Value, tokens: ir.Value, experts: int) -> Iterator[Routing]:
+def routings(
+    facts: Facts,
+    output: ir.Value,
+    tokens: ir.Value,
+    experts: int,
+    products: Collection[ir.Node],
+) -> Iterator[Routing]:
     """What a mixture's sum needs to know beside the tokens, nearest to it first."""
     rows = product((facts.shapes.of(tokens) or ())[:-1])
-    for found in frontiers(facts, output, tokens, rows, experts):
+    for found in frontiers(facts, output, tokens, rows, experts, products):
         floats = [v for v in found if v.dtype in FLOATS]
         others = [v for v in found if v.dtype not in FLOATS]
         if not floats:
@@ -127,7 +133,12 @@ def routings(facts: Facts, output: ir.Value, tokens: ir.Value, experts: int) -> 
 
 
 def frontiers(
-    facts: Facts, output: ir.Value, tokens: ir.Value, rows: Dim, most: int
+    facts: Facts,
+    output: ir.Value,
+    tokens: ir.Value,
+    rows: Dim,
+    most: int,
+    products: Collection[ir.Node] = (),
 ) -> Iterator[Mapping[ir.Value, int]]:
     """Sets of values that an output follows from, with the tokens, and from nothing else computed.
 
@@ -136,11 +147,12 @@ def frontiers(
     Args:
         rows: how many rows there are.
         most: so many numbers at most are few.
+        products: what follows from these has rows of experts, however many.
 
     Yields:
         how many numbers each value holds for a row, by value.
     """
-    moved = _sorted(facts, output, tokens)
+    moved = _moved(facts, output, tokens, products)
     open_values: dict[ir.Value, int] = {}
     pending = [output]
     seen = {output, tokens}
@@ -172,8 +184,10 @@ def frontiers(
         pending.append(last)
 
 
-def _sorted(facts: Facts, output: ir.Value, tokens: ir.Value) -> set[ir.Value]:
-    """What follows from sorting the choice: it has rows of experts, though it may have as many."""
+def _moved(
+    facts: Facts, output: ir.Value, tokens: ir.Value, products: Collection[ir.Node]
+) -> set[ir.Value]:
+    """What follows from products, or from sorting the choice: its rows are no tokens."""
     nodes: dict[ir.Node, None] = {}
     before = set(ancestors([tokens], frozenset()))  # other layers' sorts are none of ours
     pending, seen = [output], {output, tokens}
@@ -187,8 +201,8 @@ def _sorted(facts: Facts, output: ir.Value, tokens: ir.Value) -> set[ir.Value]:
         pending += inputs
     moved: set[ir.Value] = set()
     for node in sorted(nodes, key=lambda each: facts.order(each.outputs[0])):
-        sorts = node.op_type == "TopK" and not chooses(node)
-        if sorts or any(value in moved for value in node.inputs):
+        starts = node in products or (node.op_type == "TopK" and not chooses(node))
+        if starts or any(value in moved for value in node.inputs):
             moved.update(node.outputs)
     return moved
 

@@ -55,6 +55,12 @@ class Mixture:
     second: tuple[Biased, ...]
     scaled: bool
 
+    @property
+    def products(self) -> set[ir.Node]:
+        """The first products."""
+        leaves = (biased for features in self.first for biased, _ in features.leaves)
+        return {each.node for biased in leaves for each in biased.products}
+
 
 def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
     """The mixture that a TopK or ArgMax chooses the experts of, as much of the sum as there is.
@@ -84,7 +90,7 @@ def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
         if not found or not any(_of_many(biased, len(found)) for biased, _ in found):
             continue
         try:
-            mixture = _mixture(facts, value, found)
+            mixture = _mixture(facts, value, found, reached)
         except Unread as error:
             error.products = tuple(nodes)
             unread = unread or error
@@ -122,7 +128,12 @@ def _scales(value: ir.Value) -> bool:
     return node is not None and scalar_factor(node) is not None
 
 
-def _mixture(facts: Facts, output: ir.Value, ends: Sequence[tuple[Biased, ir.Value]]) -> Mixture:
+def _mixture(
+    facts: Facts,
+    output: ir.Value,
+    ends: Sequence[tuple[Biased, ir.Value]],
+    reached: Collection[ir.Value],
+) -> Mixture:
     shape = facts.shapes.of(output) or ()
     ends = list(ends)
     ends.sort(key=lambda found: facts.order(found[0].products[0].node.outputs[0]))
@@ -133,7 +144,7 @@ def _mixture(facts: Facts, output: ir.Value, ends: Sequence[tuple[Biased, ir.Val
     for features in first:
         for biased, _ in features.leaves:
             for each in biased.products:
-                found = _tokens(facts, each.rows, shape)
+                found = _tokens(facts, each.rows, shape, reached)
                 if found is None:
                     raise Unread("the first products are not of rows of tokens", each.node)
                 if found not in tokens:
@@ -250,8 +261,14 @@ _MOVES = (
 )
 
 
-def _tokens(facts: Facts, rows: ir.Value, shape: Sequence[Dim]) -> tuple[ir.Value, bool] | None:
-    """The tokens that rows are taken from, and whether weights multiplied them on the way."""
+def _tokens(
+    facts: Facts, rows: ir.Value, shape: Sequence[Dim], reached: Collection[ir.Value]
+) -> tuple[ir.Value, bool] | None:
+    """The tokens that rows are taken from, and whether weights multiplied them on the way.
+
+    Args:
+        reached: what follows from the router's choice. No tokens do, though as many rows may.
+    """
     tokens, width = product(shape[:-1]), shape[-1]
     scaled = False
     value = rows
@@ -265,7 +282,7 @@ def _tokens(facts: Facts, rows: ir.Value, shape: Sequence[Dim]) -> tuple[ir.Valu
             if weighed is not None:
                 value, scaled = weighed, True
                 continue
-        if _is_tokens(facts, size, tokens, width):
+        if value not in reached and _is_tokens(facts, size, tokens, width):
             return _flat(facts, value, tokens, width), scaled
         if node.op_type not in (*_MOVES, "Cast", "Slice", "Split"):
             return None
