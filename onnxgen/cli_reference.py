@@ -51,7 +51,7 @@ def _rules() -> Iterator[str]:
     """Every rule's code, with the first line of the file that it is in."""
     yield "## Rules"
     yield ""
-    yield "What `--disable` takes; those of `--target ort` begin with ORT, and MOE002 is its own too."
+    yield "What `--disable` takes; those of `--target ort` begin with ORT, and MOE003 is its own too."
     yield ""
     yield "| code | what is rewritten |"
     yield "|---|---|"

@@ -1,4 +1,4 @@
-"""MOE002: a mixture of experts whose weights a quantiser packed.
+"""MOE003: a mixture of experts whose weights a quantiser packed.
 
 Replaces
     sum over j of w[t, j] * expert(i[t, j], x[t]), found as MOE001 finds it, where the experts'
@@ -73,7 +73,7 @@ class QuantisedExperts(Experts):
             by the base operator's body.
     """
 
-    code = "MOE002"
+    code = "MOE003"
 
     def __init__(self, kernel: Rule) -> None:
         self._kernel = kernel

@@ -1,4 +1,4 @@
-"""MOE002 and ORT004: experts that a quantiser packed, raised to MoE and lowered to QMoE."""
+"""MOE003 and ORT004: experts that a quantiser packed, raised to MoE and lowered to QMoE."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ HITS = {
 def test_what_a_quantiser_wrote_becomes_the_kernel(name: str, router: str) -> None:
     model = Model(router=router, **HITS[name])  # type: ignore[arg-type]
     raised, lowered, result = sites_of(model.proto())
-    assert [(s.rule, s.status) for s in raised] == [("MOE002", "fused")], raised
+    assert [(s.rule, s.status) for s in raised] == [("MOE003", "fused")], raised
     assert [(s.rule, s.status) for s in lowered] == [("ORT004", "fused")], lowered
     assert lowered[0].details["router"] == ("inside" if router == "normalised" else "outside")
     (node,) = [n for n in result.graph.node if n.op_type == "QMoE"]
@@ -266,7 +266,7 @@ def test_what_stays(name: str) -> None:
         if name == "padded" and node.op_type == "MatMulNBits":
             _pad(proto, node)
     raised, lowered, result = sites_of(proto)
-    assert [(s.rule, s.status) for s in raised] == [("MOE002", "kept")], raised
+    assert [(s.rule, s.status) for s in raised] == [("MOE003", "kept")], raised
     assert raised[0].decline is not None
     assert raised[0].decline.code == code, raised[0].decline
     assert not lowered
@@ -295,7 +295,7 @@ def test_rows_in_another_order_stay() -> None:
     first.input.append("order")
     raised, _, _ = sites_of(proto)
     assert raised[0].decline is not None
-    assert (raised[0].decline.code, raised[0].rule) == ("packing", "MOE002")
+    assert (raised[0].decline.code, raised[0].rule) == ("packing", "MOE003")
     assert "g_idx" in raised[0].decline.reason
 
 
@@ -338,7 +338,7 @@ def test_what_the_kernel_would_round_stays(name: str) -> None:
     model = Model(**given)
     proto = model.proto()
     raised, lowered, result = sites_of(proto)
-    assert [(s.rule, s.status) for s in raised] == [("MOE002", "kept")], raised
+    assert [(s.rule, s.status) for s in raised] == [("MOE003", "kept")], raised
     assert raised[0].decline is not None
     assert raised[0].decline.code == code, raised[0].decline
     assert not lowered
