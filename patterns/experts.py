@@ -31,13 +31,10 @@ Seen in
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
 import onnx_ir as ir
 
-from onnxgen import derived, functions
-from onnxgen.analysis.expert_features import Biased, Features, Selection, Unread
+from onnxgen import functions
+from onnxgen.analysis.expert_features import Unread
 from onnxgen.analysis.expert_routing import (
     CHOOSING,
     Routing,
@@ -46,49 +43,23 @@ from onnxgen.analysis.expert_routing import (
     distinct,
     routings,
 )
-from onnxgen.analysis.expert_weights import Source
 from onnxgen.analysis.experts import Mixture, mixture_of
 from onnxgen.analysis.facts import Facts
 from onnxgen.functions import moe
 from onnxgen.functions.activation import Activation, written
 from onnxgen.patterns.building import Builder
+from onnxgen.patterns.expert_stacks import (
+    First,
+    Linear,
+    Weights,
+    layout_of,
+    leaf_of,
+    linear_of,
+    order_of,
+    stacked,
+    stacked_biases,
+)
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
-
-
-@dataclass(frozen=True)
-class Linear:
-    """The weights of one product for every expert, in the order of the experts' numbers."""
-
-    weights: tuple[Source, ...]
-    biases: tuple[Source | None, ...]
-
-
-@dataclass(frozen=True)
-class First:
-    """What the first products are: the activation, and the weights of its features."""
-
-    activation: Activation
-    fc1: Linear
-    fc3: Linear | None
-    interleaved: bool
-
-    def linears(self, second: Linear) -> dict[int, Linear]:
-        """All products, by the places of their weights."""
-        found = {moe.FC1: self.fc1, moe.FC2: second}
-        return found if self.fc3 is None else {**found, moe.FC3: self.fc3}
-
-
-@dataclass(frozen=True)
-class Weights:
-    """The base operator's inputs from fc1 on, by their places, and the parts of its overload."""
-
-    values: Mapping[int, ir.Value]
-    parts: frozenset[str]
-
-    @property
-    def kind(self) -> ir.DataType | None:
-        """The type that the experts compute in."""
-        return self.values.get(moe.SCALES[moe.FC1], self.values[moe.FC1]).dtype
 
 
 class Experts(Rule):
@@ -117,7 +88,7 @@ class Experts(Rule):
         return self._emit(facts, builder, mixture, routing, first, second)
 
     def _second(self, mixture: Mixture) -> Linear:
-        return _linear(mixture.second)
+        return linear_of(mixture.second)
 
     def _first(self, mixture: Mixture, node: ir.Node) -> First:
         """The activation and the first products, which must be the same function of each expert.
@@ -125,7 +96,7 @@ class Experts(Rule):
         Raises:
             Declined: they are not.
         """
-        order = _order(mixture.second)
+        order = order_of(mixture.second)
         features = [mixture.first[index] for index in order]
         texts = {written(each.term) for each in features}
         if len(texts) != 1:
@@ -136,7 +107,7 @@ class Experts(Rule):
         count = len(features[0].leaves)
         if count == 0 or any(len(each.leaves) != count for each in features):
             raise Declined(self, "experts", "an expert's activation reads no product", node)
-        linears = [_leaf(features, number) for number in range(count)]
+        linears = [leaf_of(features, number) for number in range(count)]
         picked = {tuple(selection for _, selection in each.leaves) for each in features}
         selections = picked.pop()
         if picked:
@@ -152,7 +123,7 @@ class Experts(Rule):
             return First(named, linears[0], linears[1], interleaved=False)
         source = linears[0].weights[0]
         width = (source.value.shape or ())[-1 if source.turned else -2]
-        layout = None if linears[0] != linears[1] else _layout(selections, width)
+        layout = None if linears[0] != linears[1] else layout_of(selections, width)
         if layout is None:
             raise Declined(self, "experts", "an expert reads its features in another order", node)
         interleaved, turned = layout
@@ -174,7 +145,7 @@ class Experts(Rule):
                 "its weights are quantised, and only --target ort has a kernel for that",
                 node,
             )
-        stacks = {at: _stacked(builder, each.weights) for at, each in linears.items()}
+        stacks = {at: stacked(builder, each.weights) for at, each in linears.items()}
         found = {at: each for at, each in stacks.items() if each is not None}
         turned = {at: each.weights[0].turned for at, each in linears.items()}
         if len(found) < len(linears) or turned.get(moe.FC3, turned[moe.FC1]) != turned[moe.FC1]:
@@ -201,8 +172,8 @@ class Experts(Rule):
             if indices.dtype != ir.DataType.INT64:
                 indices = builder.op("Cast", [indices], {"to": int(ir.DataType.INT64)})
         experts = self.weights(builder, first, second, node)
-        bias1, bias2 = (_stacked_biases(builder, each) for each in (first.fc1, second))
-        bias3 = None if first.fc3 is None else _stacked_biases(builder, first.fc3)
+        bias1, bias2 = (stacked_biases(builder, each) for each in (first.fc1, second))
+        bias3 = None if first.fc3 is None else stacked_biases(builder, first.fc3)
         if first.fc3 is not None and (bias1 is None) != (bias3 is None):
             raise Declined(self, "experts", "one of two features has a bias", node)
         if mixture.scaled and bias2 is not None:
@@ -277,95 +248,3 @@ def _rows(facts: Facts, builder: Builder, value: ir.Value, width: int) -> ir.Val
         if shape is not None and shape[-1] == width:
             return value
     return builder.op("Reshape", [value, builder.ints(-1, width)])
-
-
-def _order(second: Sequence[Biased]) -> list[int]:
-    """The places of the experts' products, in the order of the experts' numbers."""
-    sources = [each.products[0].source for each in second]
-    numbers = [source.expert for source in sources]
-    if all(number is not None for number in numbers):
-        return sorted(range(len(numbers)), key=lambda index: numbers[index] or 0)
-    return list(range(len(sources)))
-
-
-def _linear(products: Sequence[Biased]) -> Linear:
-    order = _order(products)
-    return Linear(
-        tuple(products[index].products[0].source for index in order),
-        tuple(products[index].biases[0] for index in order),
-    )
-
-
-def _leaf(features: Sequence[Features], number: int) -> Linear:
-    """The products that the experts' activations read as one of their features."""
-    found = [each.leaves[number][0] for each in features]
-    if len(found[0].products) > 1:  # joined rows of all experts, the same for each of them
-        one = found[0]
-        return _linear([Biased((p,), (b,)) for p, b in zip(one.products, one.biases, strict=True)])
-    return Linear(
-        tuple(each.products[0].source for each in found), tuple(each.biases[0] for each in found)
-    )
-
-
-def _layout(
-    selections: Sequence[Selection | None], width: int | ir.SymbolicDim
-) -> tuple[bool, bool] | None:
-    """(whether they take turns, whether the second comes first) for two halves of the features."""
-    ordered = sorted((each for each in selections if each is not None), key=lambda each: each.start)
-    if len(ordered) != 2:
-        return None
-    a, b = ordered
-    if a.count + b.count != width:
-        return None
-    turned = selections[0] is not a
-    if (a.start, a.step, b.start, b.step, a.count) == (0, 2, 1, 2, b.count):
-        return True, turned
-    if (a.start, a.step, b.start, b.step, b.count) == (0, 1, a.count, 1, a.count):
-        return False, turned
-    return None
-
-
-def _stacked(builder: Builder, sources: Sequence[Source]) -> ir.Value | None:
-    """All experts' weights as one initializer; None where they lie in different ways."""
-    first = sources[0]
-    if any(each.turned != first.turned for each in sources):
-        return None
-    return stack_of(sources) or _joined(builder, sources)
-
-
-def _stacked_biases(builder: Builder, linear: Linear) -> ir.Value | None:
-    given = [each for each in linear.biases if each is not None]
-    if len(given) != len(linear.biases):
-        return None
-    made = stack_of(given) or _joined(builder, given)
-    tensor = None if made is None else made.const_value
-    if tensor is None or tensor.shape.rank() == 2:
-        return made
-    experts, *sizes = tensor.shape.numpy()
-    rows = derived.whole(tensor).reshaped(tensor.size // experts)
-    return builder.derived(rows, "onnxgen/experts") if max(sizes) > 1 else None
-
-
-def stack_of(sources: Sequence[Source]) -> ir.Value | None:
-    """The stack that these are all the experts of, in order."""
-    value = sources[0].value
-    if sources[0].whole and len(sources) == 1:
-        return value
-    assert value.const_value is not None
-    numbers = [each.expert for each in sources]
-    if any(each.value is not value for each in sources) or value.const_value.shape[0] != len(
-        sources
-    ):
-        whole = all(each.whole and each.value is value for each in sources)
-        return value if whole else None
-    return value if numbers == list(range(len(sources))) or sources[0].whole else None
-
-
-def _joined(builder: Builder, sources: Sequence[Source]) -> ir.Value | None:
-    if any(each.expert is not None or each.whole for each in sources):
-        return None
-    tensors = [each.value.const_value for each in sources]
-    given = [each for each in tensors if each is not None]
-    if len({(tuple(each.shape.numpy()), each.dtype) for each in given}) != 1:
-        return None
-    return builder.derived(derived.stacked(given), "onnxgen/experts")

@@ -45,7 +45,8 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.derived import Rows
 from onnxgen.functions import moe
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.experts import Experts, First, Linear, Weights, stack_of
+from onnxgen.patterns.expert_stacks import First, Linear, Weights, stack_of
+from onnxgen.patterns.experts import Experts
 from onnxgen.patterns.rule import Declined, Rewrite, Rule
 
 

@@ -8,28 +8,25 @@ as a user would feed them. Parts of one structure are run once.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 
-from onnxgen.analysis.edges import COMPARISONS, LIMITS, edges_among
-from onnxgen.analysis.evaluate import CutError, cut
+from onnxgen.analysis.evaluate import CutError
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.feeds import RunShape, input_sizes, make_feeds, nearest_shape
-from onnxgen.analysis.graph import ancestors
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.scores import MASKED
 from onnxgen.analysis.symbols import evaluate
-from onnxgen.derived import DerivedTensor
 from onnxgen.patterns.rule import Rewrite
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.contract import Contract
 from onnxgen.verify.compare import TOLERANCES
+from onnxgen.verify.parts import Part
 from onnxgen.verify.precision import in_full_precision
 
 # Lengths that are different from one another and from 1, so that a swapped axis cannot pass.
@@ -51,9 +48,7 @@ COUNTED = (
     RunShape(batch=3, new=1, past=9, padding="right"),
     RunShape(batch=2, new=1, past=7, spare=3),
 )
-MAX_NODES = 20_000  # of a part: a loop over 256 experts, written out
 CROWD = 2048  # tokens: so many may be needed to see what a router does to a crowd
-SMALL = 256  # elements: constants up to here are written into a part, larger ones are fed
 
 
 class RewriteChecker:
@@ -92,7 +87,7 @@ class RewriteChecker:
         """None where old and new values agree, else what differs, in one sentence."""
         self.rewrites += 1
         try:
-            part = _Part.of(facts, rewrite, nodes)
+            part = Part.of(facts, rewrite, nodes)
         except CutError as error:
             return f"its check cannot be cut out: {error}"
         key = part.structure(facts)
@@ -100,7 +95,7 @@ class RewriteChecker:
             self._verdicts[key] = self._run(facts, rewrite, part)
         return self._verdicts[key]
 
-    def _run(self, facts: Facts, rewrite: Rewrite, part: _Part) -> str | None:
+    def _run(self, facts: Facts, rewrite: Rewrite, part: Part) -> str | None:
         sessions: list[int] = []
         try:
             for model in (part.before, part.after):
@@ -114,7 +109,7 @@ class RewriteChecker:
                 self._runtime.unload(session)
 
     def _compare_all(
-        self, facts: Facts, rewrite: Rewrite, part: _Part, sessions: Sequence[int]
+        self, facts: Facts, rewrite: Rewrite, part: Part, sessions: Sequence[int]
     ) -> str | None:
         failures: list[str] = []
         shapes = [*(self._single if rewrite.repairs else self._shapes)]
@@ -165,7 +160,7 @@ class RewriteChecker:
         facts: Facts,
         rewrite: Rewrite,
         shape: RunShape,
-        part: _Part,
+        part: Part,
         rng: np.random.Generator,
         *,
         below: bool,
@@ -253,110 +248,6 @@ class RewriteChecker:
         return None
 
 
-@dataclass(frozen=True)
-class _Part:
-    """What a rewrite replaces, and what by, cut out.
-
-    Attributes:
-        before, after: the old and the new nodes, with what makes their masks and tables.
-        free: the values both are cut off at, by name.
-        farthest: the largest number that integers among the old nodes are compared with, 0 for none.
-        weights: those of them that the fused node reads directly: any numbers will do, so that
-            norms with weights of their own are one structure. Other constants keep theirs.
-    """
-
-    before: onnx.ModelProto
-    after: onnx.ModelProto
-    free: Mapping[str, ir.Value]
-    weights: frozenset[ir.Value]
-    farthest: int
-
-    @classmethod
-    def of(cls, facts: Facts, rewrite: Rewrite, nodes: Sequence[ir.Node]) -> _Part:
-        """Cut the part out.
-
-        Raises:
-            CutError: the old nodes read activations that the new ones do not.
-        """
-        made = {output for node in nodes for output in node.outputs}
-        read = [v for node in nodes for v in node.inputs if v is not None and v not in made]
-        weights = frozenset(v for v in rewrite.node.inputs if v is not None and _elements(v) > 1)
-        stop = dict.fromkeys(
-            v
-            for v in read
-            if facts.is_activation(v) or v.is_graph_input() or v in weights or _is_fed(v)
-        )
-        old = [old for old, _ in rewrite.outputs]
-        # Masks, tables and sizes are computed from the graph's inputs inside the part; sizes read
-        # off activations from outside of it, and large constants, are fed.
-        inside = _following(facts, stop)
-        for node in ancestors(read + old, frozenset(stop)):
-            for each in node.inputs:
-                if each is None or each in stop:
-                    continue
-                if each.is_graph_input() or _is_fed(each):
-                    stop[each] = None
-                elif (
-                    node.op_type in ("Shape", "Size")
-                    and facts.is_activation(each)
-                    and each not in inside
-                ):
-                    stop[node.outputs[0]] = None
-        opsets = facts.graph.opset_imports
-        new = [new for _, new in rewrite.outputs]
-        for each in (rewrite.mask, rewrite.counts):
-            if each is not None and each not in new:
-                new.append(each)
-        before = cut(stop, old, opsets, max_nodes=MAX_NODES, max_bytes=1 << 30)
-        after = cut(stop, new, opsets, max_nodes=MAX_NODES, max_bytes=1 << 30)
-        read_before = {each.name for each in before.graph.input}
-        used = read_before | {each.name for each in after.graph.input}
-        shared = frozenset(v for v in weights if v.name in read_before)
-        compared = {*COMPARISONS, *LIMITS}
-        deciding = (node for node in ancestors(old, frozenset(stop)) if node.op_type in compared)
-        farthest = max((edge for edge in edges_among(deciding)), default=0)
-        free = {v.name or "": v for v in stop if v.name in used}
-        return cls(before, after, free, shared, farthest)
-
-    def structure(self, facts: Facts) -> str:
-        """A key that is equal for parts that differ in names and in weights only.
-
-        Weights that new ones are derived from count by how these are made.
-        """
-        places = {id(v.const_value): f"#{at}" for at, v in enumerate(self.free.values())}
-        sources: set[str] = set()
-
-        def source(tensor: ir.TensorProtocol) -> str:
-            place = places.get(id(tensor), tensor.name or "")
-            sources.add(place)
-            return place
-
-        made = {
-            value: value.const_value.rows.outline(source)
-            for value in self.free.values()
-            if isinstance(value.const_value, DerivedTensor)
-        }
-        keys = [_structure(self.before), _structure(self.after)]
-        for at, value in enumerate(self.free.values()):
-            kept = value.const_value is None or value in self.weights or f"#{at}" in sources
-            name = "" if kept else value.name
-            keys.append(f"{facts.shapes.of(value)}{made.get(value, name)}")
-        return "".join(keys)
-
-
-def _following(facts: Facts, stop: Collection[ir.Value]) -> set[ir.Value]:
-    """The activations that follow from these values and from no other activation."""
-    found = {value for value in stop if facts.is_activation(value)}
-    pending = list(found)
-    while pending:
-        for use in pending.pop().uses():
-            new = [v for v in use.node.outputs if v not in found]
-            if new and all(v in found for v in use.node.inputs if facts.is_activation(v)):
-                found.update(new)
-                pending.extend(new)
-    return found
-
-
 def _chosen(rng: np.random.Generator, shape: Sequence[int], experts: int) -> Any:
     """Experts for each token, those of one differing; the last token's are every odd one's too, so
     that some experts have many tokens and some none.
@@ -375,19 +266,6 @@ def _fitting(roles: Roles, shapes: Iterable[RunShape]) -> list[RunShape]:
     """The shapes nearest to these that the model takes, each once."""
     fitting = (nearest_shape(roles, shape) for shape in shapes)
     return list(dict.fromkeys(shape for shape in fitting if shape is not None))
-
-
-def _is_fed(value: ir.Value) -> bool:
-    """Whether a constant is fed to a part: a large one that the runtime's Python takes."""
-    whole = value.dtype is not None and value.dtype.bitwidth >= 8
-    return whole and _elements(value) > SMALL
-
-
-def _elements(value: ir.Value) -> int:
-    """How many elements a constant has; 0 for what is no constant."""
-    if value.const_value is None or value.is_graph_input():
-        return 0
-    return int(value.const_value.size)
 
 
 def _compared_rows(mask: Any, shape: RunShape) -> Any:
@@ -431,36 +309,3 @@ def _rows_like(attended: Any, output: Any) -> Any:
 
 def _given(part: onnx.ModelProto, feeds: Mapping[str, Any]) -> dict[str, Any]:
     return {each.name: feeds[each.name] for each in part.graph.input}
-
-
-def _structure(part: onnx.ModelProto) -> str:
-    """A key that is equal for parts that differ in names only."""
-    names: dict[str, str] = {"": ""}
-
-    def name(value: str) -> str:
-        return names.setdefault(value, str(len(names)))
-
-    digest = hashlib.sha256()
-    for value in part.graph.input:
-        digest.update(f"in {name(value.name)} {value.type.tensor_type.elem_type};".encode())
-    for tensor in part.graph.initializer:
-        content = tensor.SerializeToString() if not tensor.name else _content(tensor)
-        digest.update(f"const {name(tensor.name)};".encode() + content)
-    for node in part.graph.node:
-        inputs = ",".join(map(name, node.input))
-        outputs = ",".join(map(name, node.output))
-        digest.update(
-            f"{node.domain}:{node.op_type}:{node.overload}({inputs})->{outputs};".encode()
-        )
-        for each in sorted(node.attribute, key=lambda attribute: attribute.name):
-            digest.update(each.SerializeToString(deterministic=True))
-    digest.update(",".join(name(value.name) for value in part.graph.output).encode())
-    return digest.hexdigest()
-
-
-def _content(tensor: onnx.TensorProto) -> bytes:
-    unnamed = onnx.TensorProto()
-    unnamed.CopyFrom(tensor)
-    unnamed.ClearField("name")
-    content: bytes = unnamed.SerializeToString(deterministic=True)
-    return content
