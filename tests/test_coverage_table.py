@@ -27,7 +27,8 @@ def test_readme_is_the_sum_of_the_table() -> None:
 
 
 def row(**changes: Any) -> script.Row:
-    sites = {"attention": "2/2", "RMS norm": "5/5", "layer norm": "-", "rotary": "(4 already)"}
+    own = {"attention": "2/2", "RMS norm": "5/5", "rotary": "(4 already)"}
+    sites = {**dict.fromkeys(script.COLUMNS, "-"), **own}
     whole = script.Row(
         "llama", "dynamo20", "onnx", sites, "-", "1,212 → 97", "18", difference="3.2e-06"
     )
@@ -86,7 +87,7 @@ def test_a_written_table_is_read_back() -> None:
 def test_the_short_table_adds_up() -> None:
     rows = [row(), row(form="torchscript", left="1 norm", nodes="600 → 100", difference="4.0e-03")]
     short = script.short_table(rows)
-    wanted = "| llama | 2 | 4/4 | 10/10 | - | (already) | 1 | 1,812 → 197 | 4.0e-03 |"
+    wanted = "| llama | 2 | 4/4 | 10/10 | - | (already) | - | 1 | 1,812 → 197 | 4.0e-03 |"
     assert short.splitlines()[-1] == wanted
     assert "differs" in script.short_table([*rows, row(form="x", difference="differs")])
     readme = f"before\n{script.BEGIN}\nold\n{script.END}\nafter\n"
