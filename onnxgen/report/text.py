@@ -27,6 +27,9 @@ _NAMES = {
     "norm": "norms with their residual",
     "cache": "cache write",
     "unattended": "rows that see nothing",
+    "moe": "mixture of experts",
+    "grouped_matmul": "products with chosen matrices",
+    "experts": "experts in the runtime's kernel",
 }
 _STYLES = {"proven": "green", "differs": "red", "unproven": "yellow", "unverifiable": "red"}
 
