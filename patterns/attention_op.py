@@ -65,8 +65,10 @@ class ExportedAttention(Rule):
             return None  # nothing to gain
         attributes = {name: found.value for name, found in node.attributes.items()}
         fused, y, replaced = attention(builder, q, plain_k[0], plain_v[0], mask, caches, attributes)
+        q_shape = facts.shapes.of(q)
+        assert q_shape is not None  # a view of four axes has four sizes
         details = {
-            "heads": number(facts.shapes.of(q)[1]),  # type: ignore[index]
+            "heads": number(q_shape[1]),
             "kv_heads": number(keys.count),
             "cache": cache,
             "mask": "none" if mask is None else "explicit",

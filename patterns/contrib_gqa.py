@@ -62,7 +62,9 @@ class GroupQueryAttention(Rule):
         if attribute(node, "do_rotary", 0):
             q = self._rotated(facts, builder, node, q, places, heads)
             k = self._rotated(facts, builder, node, k, places, kv_heads)
-        head_size = facts.shapes.of(q)[3]  # type: ignore[index]
+        q_shape = facts.shapes.of(q)
+        assert q_shape is not None  # [B, H, S, D]: it was made so
+        head_size = q_shape[3]
         assert isinstance(head_size, int)
         scale = attribute(node, "scale", 0.0) or head_size**-0.5
         attributes: dict[str, int | float] = {"scale": scale}

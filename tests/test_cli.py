@@ -61,7 +61,7 @@ class FakePipeline(ModuleType):
         super().__init__("onnxgen.pipeline")
         self.status: Any = "proven"
         self.reason = ""
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.calls: list[tuple[Any, ...]] = []
 
     def proof(self) -> Proof:
@@ -212,9 +212,10 @@ def test_verify_says_why_it_fails(pipeline: FakePipeline) -> None:
 
 
 def test_a_report_that_an_error_carries_is_shown(pipeline: FakePipeline, tmp_path: Path) -> None:
-    pipeline.error = ModelDiffersError("logits differ in prefill")
+    error = ModelDiffersError("logits differ in prefill")
     pipeline.status = "differs"
-    pipeline.error.report = Report("m.onnx", "", "onnx", proof=pipeline.proof())  # type: ignore[attr-defined]
+    error.report = Report("m.onnx", "", "onnx", proof=pipeline.proof())
+    pipeline.error = error
     result = run("fuse", "m.onnx", "--report", tmp_path / "report.json")
     assert result.exit_code == 1
     assert "Differs" in result.stdout
@@ -282,7 +283,7 @@ def test_too_little_memory_is_no_bug(pipeline: FakePipeline) -> None:
 
 
 def test_an_interruption_is_no_difference(pipeline: FakePipeline) -> None:
-    pipeline.error = KeyboardInterrupt()  # type: ignore[assignment]
+    pipeline.error = KeyboardInterrupt()
     result = run("fuse", "m.onnx")
     assert result.exit_code == 130
     assert result.stderr == "Interrupted\n"

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from onnxgen.analysis.feeds import RunShape, make_feeds, misfit
+from onnxgen.analysis.feeds import Padding, RunShape, make_feeds, misfit
 from onnxgen.analysis.roles import InputRole, Roles, find_roles
 from onnxgen.testing import corpus
 
@@ -58,9 +58,10 @@ def test_kept_places_of_cropped_and_static_caches() -> None:
 @pytest.mark.parametrize("batch", [1, 2, 3])
 @pytest.mark.parametrize("lengths", [(2, 0), (5, 0), (3, 7), (4, 1)])
 def test_padding_is_there_and_leaves_every_row_a_new_token(
-    padding: str, batch: int, lengths: tuple[int, int]
+    padding: Padding, batch: int, lengths: tuple[int, int]
 ) -> None:
-    shape = RunShape(batch, *lengths, padding=padding)  # type: ignore[arg-type]
+    new, past = lengths
+    shape = RunShape(batch, new, past, padding)
     assert not shape.real.all()
     assert shape.real_new.any(axis=1).all()
 

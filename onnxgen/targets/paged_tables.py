@@ -66,15 +66,16 @@ def rotary_rows(
         """[n, R/2] each, for positions [n]."""
         dims = [d if isinstance(d, int) else 1 for d in (tokens.shape or [1])[1:]]
         kind = np.int64 if tokens.dtype is None else tokens.dtype.numpy()
-        given = {positions.name: at, tokens.name: np.zeros((len(at), *dims), kind)}
-        feeds = {name: array for name, array in given.items() if name in names}
-        made = runtime.run(session, feeds)  # type: ignore[arg-type]
+        given = ((positions, at), (tokens, np.zeros((len(at), *dims), kind)))
+        feeds = {name: array for value, array in given if (name := value.name or "") in names}
+        made = runtime.run(session, feeds)
         found = [
             constant(each, limit=1 << 28) if each.const_value is not None else made[each.name or ""]
             for each in values
         ]
-        index = found.pop().reshape(-1) if places is not None else None  # type: ignore[union-attr]
-        tables = [each.reshape(-1, each.shape[-1]) for each in found if each is not None]
+        arrays = [each for each in found if each is not None]
+        index = arrays.pop().reshape(-1) if places is not None else None
+        tables = [each.reshape(-1, each.shape[-1]) for each in arrays]
         return tuple(each if index is None else each[index] for each in tables)
 
     try:

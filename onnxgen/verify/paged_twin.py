@@ -214,7 +214,9 @@ class _Expansion:
             "num_heads": heads,
             "interleaved": attribute(node, "rotary_interleaved", 0),
         }
-        rotated = 2 * int(shape[1])  # type: ignore[arg-type]
+        columns = shape[1]
+        assert isinstance(columns, int)  # a table's sizes are numbers
+        rotated = 2 * columns
         if rotated != size:
             attributes["rotary_embedding_dim"] = rotated
         batch = op("Unsqueeze", [rows, ints(0)])

@@ -185,12 +185,11 @@ class RewriteChecker:
             if dims is None or None in sizes:
                 return f"the shape of {name!r} is not known"
             content = facts.shapes.content(value)
-            numbers = (
-                None if content is None else [evaluate(each, binding) for each in content.flat]
-            )
-            if numbers is not None and None not in numbers:
-                feeds[name] = np.array(numbers, dtype=np.int64).reshape(content.shape)  # type: ignore[union-attr]
-                continue
+            if content is not None:
+                numbers = [evaluate(each, binding) for each in content.flat]
+                if None not in numbers:
+                    feeds[name] = np.array(numbers, dtype=np.int64).reshape(content.shape)
+                    continue
             shaped = [int(size) for size in sizes if size is not None]
             if value in rewrite.choices:
                 wide = value.dtype != ir.DataType.INT32

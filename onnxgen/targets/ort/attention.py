@@ -175,10 +175,10 @@ class GroupQuery(Rule):
         self, facts: Facts, node: ir.Node, q: ir.Value, k: ir.Value, v: ir.Value
     ) -> tuple[int, int]:
         """Numbers of query and key heads, where the kernel takes the sizes."""
-        shapes = [facts.shapes.of(each) for each in (q, k, v)]
-        if any(shape is None or len(shape) != 4 for shape in shapes):
+        shapes = [facts.shapes.of(each) or () for each in (q, k, v)]
+        if any(len(shape) != 4 for shape in shapes):
             raise Declined(self, "layout", "queries, keys and values do not have four axes", node)
-        (_, heads, _, size), (_, kv_heads, _, _), (_, _, _, width) = shapes  # type: ignore[misc]
+        (_, heads, _, size), (_, kv_heads, _, _), (_, _, _, width) = shapes
         if not (isinstance(heads, int) and isinstance(kv_heads, int) and isinstance(size, int)):
             raise Declined(self, "layout", "heads and head size are not fixed", node)
         if size != width or size % 8:
