@@ -8,7 +8,6 @@ A rewrite whose check fails never reaches the graph; its site is reported as und
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,7 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import CONTRIB, ancestors, is_read
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
+from onnxgen.analysis.scopes import SCOPES, scope_of
 from onnxgen.patterns.building import Builder
 from onnxgen.patterns.rule import RULE, Declined, Rewrite, Rule
 from onnxgen.report.values import Decline, Site
@@ -27,7 +27,6 @@ from onnxgen.report.values import Decline, Site
 Check = Callable[[Facts, Rewrite, Sequence[ir.Node]], str | None]
 
 _DOMAINS = ("", "ai.onnx", CONTRIB, functions.DOMAIN)
-SCOPES = "pkg.torch.onnx.name_scopes"
 REPLACED = "onnxgen.replaced"
 
 
@@ -111,7 +110,7 @@ class Rewriter:
         return site
 
     def _kept(self, rule: Rule, node: ir.Node, status: str, decline: Decline) -> Site:
-        scope = _scope([node])
+        scope = scope_of([node])
         undone = status == "undone"
         return Site(
             rule.kind, rule.code, node.name or "", scope, "undone" if undone else "kept", decline
@@ -133,9 +132,9 @@ class Rewriter:
         for old, new in rewrite.outputs:
             if new.shape is None:
                 new.shape = old.shape
-            if old.is_graph_output():
-                # The name is the model's interface: it stays with the output.
-                old.name, new.name = self.builder.unique(f"{old.name}:replaced"), old.name
+            # What is computed keeps its name: a graph output's is the model's interface, and by
+            # the others two models can be compared inside.
+            old.name, new.name = self.builder.unique(f"{old.name}:replaced"), old.name
             old.replace_all_uses_with(new, replace_graph_outputs=True)
         removed = _remove_dead(graph, producers)
         gone = {node.name for node in removed}
@@ -149,7 +148,7 @@ class Rewriter:
         # What takes the place of one of ours keeps its name and module: earlier sites speak of it.
         ours = (n for n in removed if n.op_type == fused.op_type and RULE in n.metadata_props)
         taken = next(ours, None)
-        scope = _scope(removed if taken is None else [taken])
+        scope = scope_of(removed if taken is None else [taken])
         for node in nodes:
             if scope:
                 node.metadata_props.setdefault(SCOPES, scope)
@@ -192,28 +191,3 @@ def _remove_dead(graph: ir.Graph, roots: Sequence[ir.Node]) -> list[ir.Node]:
             node.replace_input_with(index, None)
     graph.remove(dead)  # at once: each call looks through all outputs of the graph
     return list(dead)
-
-
-def _scope(nodes: Sequence[ir.Node]) -> str:
-    """The module path that the exporter left on these nodes: what they have in common."""
-    paths = [path.split(".") for node in nodes if (path := _path(node)) is not None]
-    common: list[str] = []
-    for modules in zip(*paths, strict=False):
-        if len(set(modules)) > 1:
-            break
-        common.append(modules[0])
-    return ".".join(common)
-
-
-def _path(node: ir.Node) -> str | None:
-    """The module a node was in: metadata (dynamo's list of modules, or ours) or its name."""
-    scopes = node.metadata_props.get(SCOPES)
-    if scopes is not None:
-        try:
-            found = ast.literal_eval(scopes)
-        except (ValueError, SyntaxError):
-            return scopes
-        return (str(found[-2]) if len(found) > 1 else "") if isinstance(found, list) else scopes
-    if node.name and "/" in node.name.strip("/"):
-        return ".".join(node.name.strip("/").split("/")[:-1])
-    return None

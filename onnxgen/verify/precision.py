@@ -8,9 +8,6 @@ the same graphs, weights and all, at the precision of their inputs. What is writ
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import onnx
 import onnx_ir as ir
 
@@ -32,36 +29,12 @@ def rounds_activations(model: ir.Model) -> bool:
     )
 
 
-def in_full_precision(source: Path | bytes) -> tuple[bytes, Path | None]:
-    """The model without leave to round, and the folder of its external data, which stays there."""
-    folder = None
-    if isinstance(source, bytes):
-        proto = onnx.ModelProto.FromString(source)
-    else:
-        proto = onnx.load(source, load_external_data=False)
-        folder = _relocate(proto, source.parent)
+def without_leave(proto: onnx.ModelProto) -> None:
+    """Take from a model, in place, the leave to round."""
     _visit(proto.graph)
     for function in proto.functions:
         for node in function.node:
             _strip(node)
-    return proto.SerializeToString(), folder
-
-
-def _relocate(proto: onnx.ModelProto, folder: Path) -> Path:
-    """Name external data by where it really is, behind links; the folder that holds all of it."""
-    entries = [
-        entry
-        for tensor in proto.graph.initializer
-        for entry in tensor.external_data
-        if entry.key == "location"
-    ]
-    real = {entry.value: (folder / entry.value).resolve() for entry in entries}
-    if not real:
-        return folder.resolve()
-    shared = Path(os.path.commonpath([path.parent for path in real.values()]))
-    for entry in entries:
-        entry.value = str(real[entry.value].relative_to(shared))
-    return shared
 
 
 def _visit(graph: onnx.GraphProto) -> None:

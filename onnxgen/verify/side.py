@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy.typing as npt
 
 from onnxgen.runtime import Runtime, RuntimeFailure
-from onnxgen.verify.precision import in_full_precision
+from onnxgen.verify.opened import Source, expose, opened
+from onnxgen.verify.precision import without_leave
 
 Array = npt.NDArray[Any]
-Source = Path | bytes
 
 
 class Side:
-    """One of the two models; loaded again when a crash took its session along."""
+    """One of the two models; loaded again when a crash took its session along.
+
+    Args:
+        as_written: run what the nodes say, else what the runtime makes of them for a user.
+        full: take from it the leave to round activations.
+        inner: values inside that are to be answered too.
+    """
 
     def __init__(
-        self, runtime: Runtime, source: Source, *, as_written: bool, full: bool = False
+        self,
+        runtime: Runtime,
+        source: Source,
+        *,
+        as_written: bool,
+        full: bool = False,
+        inner: Sequence[str] = (),
     ) -> None:
         self.runtime = runtime
         self.source = source
         self.full = full
+        self.inner = tuple(inner)
         self.session = 0
         self._as_written = as_written
 
     def load(self) -> None:
-        source, folder = in_full_precision(self.source) if self.full else (self.source, None)
+        source, folder = self.source, None
+        if self.full or self.inner:
+            proto, folder = opened(self.source)
+            if self.full:
+                without_leave(proto)
+            expose(proto, self.inner)
+            source = proto.SerializeToString()
         if self._as_written:
             try:
                 self.session = self.runtime.load(source, optimize=False, folder=folder)
@@ -40,11 +58,13 @@ class Side:
     def unload(self) -> None:
         self.runtime.unload(self.session)
 
-    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    def run(
+        self, feeds: Mapping[str, Array], outputs: Sequence[str] | None = None
+    ) -> dict[str, Array]:
         try:
-            return self.runtime.run(self.session, feeds)
+            return self.runtime.run(self.session, feeds, outputs)
         except RuntimeFailure as error:
             if "session was lost" not in str(error):
                 raise
         self.load()
-        return self.runtime.run(self.session, feeds)
+        return self.runtime.run(self.session, feeds, outputs)
