@@ -86,7 +86,10 @@ class Runtime:
         """
         self._sessions += 1
         with tempfile.TemporaryDirectory(prefix="onnxgen-") as scratch:
-            source = float32_twin(model, Path(scratch), self.twins) if self.twins else model
+            source = model
+            if self.twins:
+                source = float32_twin(model, Path(scratch), self.twins, folder)
+                folder = folder if isinstance(source, bytes) else None
             request = {
                 "model": source if isinstance(source, bytes) else str(source),
                 "optimize": optimize,

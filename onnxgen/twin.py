@@ -24,6 +24,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
 from onnxgen.model_io import read_model
+from onnxgen.tensor_slots import tensor_slots
 
 EMBEDDED = 1 << 28
 """Twins with more bytes of weights go to a file."""
@@ -66,13 +67,16 @@ def _holds(model: ir.Model, types: Types) -> bool:
     )
 
 
-def float32_twin(source: bytes | Path, folder: Path, types: Types) -> bytes | Path:
+def float32_twin(
+    source: bytes | Path, folder: Path, types: Types, base: Path | None = None
+) -> bytes | Path:
     """Make a model's twin; weights are widened one at a time as they are written.
 
     Args:
         source: a serialized model, or a path.
         types: what is widened.
         folder: where a twin with large weights is written, with external data.
+        base: where the external data of a serialized model is; a twin in bytes refers to it too.
 
     Raises:
         FileError: the path cannot be read as a model.
@@ -81,6 +85,9 @@ def float32_twin(source: bytes | Path, folder: Path, types: Types) -> bytes | Pa
         model = read_model(source)
     else:
         model = ir.from_proto(onnx.ModelProto.FromString(source))
+        for slot in tensor_slots(model):
+            if isinstance(slot.tensor, ir.ExternalTensor) and base is not None:
+                slot.tensor.base_dir = str(base)
     widen(model, types)
     weights = [v.const_value for v in model.graph.initializers.values() if v.const_value]
     if sum(weight.nbytes for weight in weights) <= EMBEDDED:

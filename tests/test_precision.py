@@ -11,7 +11,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from onnxgen.model_io import read_model
 from onnxgen.verify.compare import verify_models
-from onnxgen.verify.precision import NOTE, in_full_precision, rounds_activations
+from onnxgen.verify.opened import opened
+from onnxgen.verify.precision import NOTE, rounds_activations, without_leave
 from tests.graphs import runtime
 
 
@@ -66,9 +67,9 @@ def test_external_data_stays_where_it_is(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     onnx.save(quantized(4), path, save_as_external_data=True, size_threshold=0, location="d")
     assert rounds_activations(read_model(path))
-    data, folder = in_full_precision(path)
+    twin, folder = opened(path)
+    without_leave(twin)
     assert folder == tmp_path.resolve()
-    twin = onnx.ModelProto.FromString(data)
     assert {tensor.data_location for tensor in twin.graph.initializer} == {TensorProto.EXTERNAL}
     names = {a.name for node in twin.graph.node for a in node.attribute}
     assert "accuracy_level" not in names

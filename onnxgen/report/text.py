@@ -91,6 +91,7 @@ def render_proof(proof: Proof | None) -> RenderableType:
                 f"largest difference {proof.rewrite_difference:.1e}"
             )
         )
+    lines += _inside(proof)
     skipped: dict[str, list[Case]] = {}
     if proof.note:
         lines.append(Text(f"  {proof.note}"))
@@ -109,6 +110,24 @@ def render_proof(proof: Proof | None) -> RenderableType:
             )
         )
     return Group(*lines)
+
+
+def _inside(proof: Proof) -> Iterator[Text]:
+    """What the outputs do not show, and what was compared instead."""
+    if proof.inner:
+        yield Text(
+            f"  {_many(proof.inner, 'value')} inside compared, "
+            f"largest difference {proof.inner_difference:.1e}"
+        )
+    if proof.faint:
+        said = " and ".join(f"{each.what} ({each.effect:.1e})" for each in proof.faint)
+        local = " and each rewrite on random inputs of its own" if proof.rewrites else ""
+        yield Text(
+            f"  the outputs hardly depend on the {said}: they show little of it; "
+            f"the values inside were compared too{local}",
+            "yellow",
+        )
+    yield from (Text(f"  not run: {each}", "yellow") for each in proof.not_run)
 
 
 def _largest(proof: Proof) -> str:

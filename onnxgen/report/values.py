@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 SCHEMA_VERSION = 1
+Budget = Literal["quick", "full", "layers"]
+BUDGETS: tuple[Budget, ...] = ("quick", "full", "layers")
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,50 @@ class Case:
         return not self.skipped and not self.outside
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Where two models that differ start to: the first value inside that is apart.
+
+    Attributes:
+        value: its name, in both models.
+        layer: the exporter's module that computes it, "" where no node says.
+        node, op: the rewritten model's node that is to blame, and its op type.
+        rule: the code of the rule that made that node, "" where none did.
+        difference: how far the value is apart, in standard deviations.
+        place, places: it is this one, counted from 1, of so many values that were compared.
+    """
+
+    value: str
+    layer: str
+    node: str
+    op: str
+    rule: str
+    difference: float
+    place: int
+    places: int
+
+    def __str__(self) -> str:
+        made = f"rewrite {self.rule}, " if self.rule else ""
+        where = f"in layer {self.layer} " if self.layer else ""
+        return (
+            f"the difference starts {where}at value {self.value!r} "
+            f"({made}node {self.node!r}, {self.op})"
+        )
+
+
+@dataclass(frozen=True)
+class Faint:
+    """Something that the original's outputs hardly depend on, so that they show little of it.
+
+    Attributes:
+        what: "past", "positions" or "mask".
+        effect: how far changing it moved the outputs, in standard deviations.
+    """
+
+    what: str
+    effect: float
+
+
 @dataclass
 class Proof:
     """What was run to show that the written model equals the original.
@@ -101,6 +147,12 @@ class Proof:
         reason: one sentence where the status is not "proven".
         note: one sentence where the compared models are not what is written, bit for bit.
         twins: the types for which float32 was run in the whole models' comparison.
+        budget: "quick", "full" or "layers": what was asked for.
+        inner: how many values inside both models were compared, and `inner_difference`, the
+            largest difference of one.
+        faint: what the outputs hardly depend on.
+        origin: where the difference starts, of models that differ; None where that is not known.
+        not_run: what the budget left out, one sentence each.
     """
 
     status: Literal["proven", "differs", "unproven", "unverifiable"]
@@ -112,6 +164,12 @@ class Proof:
     reason: str = ""
     note: str = ""
     twins: tuple[str, ...] = ()
+    budget: Budget = "full"
+    inner: int = 0
+    inner_difference: float = 0.0
+    faint: list[Faint] = field(default_factory=list)
+    origin: Origin | None = None
+    not_run: list[str] = field(default_factory=list)
 
     @property
     def worst(self) -> Case | None:

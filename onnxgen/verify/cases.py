@@ -55,15 +55,16 @@ class Run:
     skipped: str = ""
 
 
-def plan(roles: Roles, edges: Iterable[int] = ()) -> list[Run]:
+def plan(roles: Roles, edges: Iterable[int] = (), *, quick: bool = False) -> list[Run]:
     """The runs that the graph's fixed lengths allow, those with greedy steps last.
 
     Of the runs with steps one is enough: the first that the original can do.
 
     Args:
         edges: total lengths at which behaviour may switch.
+        quick: a handful: no lengths around edges, no greedy steps.
     """
-    shapes = list(_SHAPES)
+    shapes = list(_QUICK if quick else _SHAPES)
     if not {"S", "P", "T"} & {letter for each in roles.inputs.values() for letter in each.axes}:
         # An image or audio encoder: only the batch varies, and where it is free the length.
         free = any(
@@ -76,8 +77,8 @@ def plan(roles: Roles, edges: Iterable[int] = ()) -> list[Run]:
     if roles.counted:
         shapes += _COUNTED
     runs = _fitting(roles, [Run("", shape) for shape in shapes])
-    runs += _fitting(roles, _edge_runs(roles, edges))
-    if roles.pairs and (roles.named("ids") or roles.named("embeds")):
+    runs += _fitting(roles, [] if quick else _edge_runs(roles, edges))
+    if not quick and roles.pairs and (roles.named("ids") or roles.named("embeds")):
         caps = [pair.cap for pair in roles.pairs if pair.cap is not None]
         full = [RunShape(2, 3, max(caps) + 2, "left")] if caps else []
         runs += _fitting(roles, [Run("", shape, 3) for shape in (*_CHAINS, *full)])
@@ -110,6 +111,13 @@ _SHAPES = (
     RunShape(2, 1, 8, padding="left", encoder=5),
     RunShape(3, 1, 9, padding="left", pads=(0, 5, 8)),
     RunShape(2, 1, 7, padding="right"),
+)
+_QUICK = (
+    RunShape(1, 5),
+    RunShape(2, 5, padding="left"),
+    RunShape(2, 5, padding="right"),
+    RunShape(1, 3, 7),
+    RunShape(2, 1, 8, padding="left", encoder=5),
 )
 # Caches with places to spare, and rows of very different lengths.
 _COUNTED = (

@@ -3,6 +3,12 @@
     proof = verify_models(Path("model.onnx"), Path("model.fused.onnx"))
     proof.status, proof.reason
 
+    the cases of the plan, every output       -> they differ: where that starts   (bisection)
+                                              -> they agree: the values inside    (landmarks),
+    and what the outputs hardly depend on     (sensitivity)
+
+With the budget "layers" the two models are first cut down to one layer of each kind (`layers`).
+
 Shapes: B batch, S new tokens, P past tokens.
 """
 
@@ -10,29 +16,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from onnxgen.analysis.feeds import RunShape, make_feeds
+from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
 from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.errors import FileError
 from onnxgen.model_io import read_model
-from onnxgen.report.values import Case, Proof
+from onnxgen.report.values import Budget, Case, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
-from onnxgen.targets.contract import Contract, read_contract
+from onnxgen.targets.contract import read_contract
 from onnxgen.twin import twin_types, unrunnable_types
+from onnxgen.verify.bisection import find_origin
 from onnxgen.verify.cases import Run, find_edges, plan
-from onnxgen.verify.difference import NotANumberError, output_difference
+from onnxgen.verify.comparison import Comparison
+from onnxgen.verify.interface import mismatch
+from onnxgen.verify.landmarks import apart, find_landmarks
+from onnxgen.verify.opened import Source
 from onnxgen.verify.precision import NOTE, rounds_activations
-from onnxgen.verify.side import Side, Source
-
-Array = npt.NDArray[Any]
+from onnxgen.verify.sensitivity import faint_inputs
+from onnxgen.verify.side import Side
 
 TOLERANCES: Mapping[ir.DataType, float] = {
     ir.DataType.DOUBLE: 1e-4,
@@ -42,6 +49,11 @@ TOLERANCES: Mapping[ir.DataType, float] = {
 }
 """Largest allowed difference, over the original output's standard deviation."""
 
+INNER = 10
+"""Tolerances that a value inside may be apart: products of small numbers carry more noise."""
+
+_INNER_SHAPES = (RunShape(1, 5), RunShape(1, 3, 7), RunShape(2, 5, padding="left"))
+
 
 def verify_models(
     original: Source,
@@ -49,6 +61,7 @@ def verify_models(
     *,
     roles: Mapping[str, str] | None = None,
     edges: Sequence[int] = (),
+    budget: Budget = "full",
     runtime: Runtime | None = None,
     progress: Callable[[str], None] = lambda message: None,
 ) -> Proof:
@@ -62,17 +75,22 @@ def verify_models(
     model fails counts as different. Outside the contract that stands in the rewritten model's
     metadata it must fail, or answer as the original does.
 
+    Where the outputs agree the values inside that both models name alike are compared too, held
+    to ten tolerances: a model whose outputs hardly depend on one of them would hide a mistake.
+
     Args:
         original, rewritten: paths, or serialized models.
         roles: roles of inputs given by the user, by name; see `analysis.roles.ROLES`.
         edges: total lengths at which behaviour may switch (windows, a rotary's
             original_max_position); the graph's own comparisons are searched for more.
+        budget: "quick", a few cases; "full"; "layers", every case on the models cut down to one
+            layer of each kind.
         runtime: where to run; by default a child process of its own.
         progress: told what is about to run.
 
     Returns:
-        "proven", "differs" (with output, case and difference) or "unverifiable" (nothing could
-        be run).
+        "proven", "differs" (with output, case, difference, and where it starts) or
+        "unverifiable" (nothing could be run, or values inside differ that no output shows).
 
     Raises:
         FileError: a path, or the bytes, cannot be read as a model.
@@ -81,40 +99,80 @@ def verify_models(
     if runtime is None:
         with Runtime() as own:
             return verify_models(
-                original, rewritten, roles=roles, edges=edges, runtime=own, progress=progress
+                original,
+                rewritten,
+                roles=roles,
+                edges=edges,
+                budget=budget,
+                runtime=own,
+                progress=progress,
             )
     model, other = _read(original), _read(rewritten)
     runtime.twins = twin_types(model) | twin_types(other)
     proof = Proof("unverifiable", tolerance(model, runtime), twins=names_of(runtime.twins))
-    mismatch = _mismatch(model, other)
-    if mismatch:
-        proof.status, proof.reason = "differs", mismatch
+    proof.budget = budget
+    wrong = mismatch(model, other)
+    if wrong:
+        proof.status, proof.reason = "differs", wrong
         return proof
-    found = find_roles(model, roles)
-    own_edges, unrun = find_edges(model, found)
-    # The original is what its nodes say; the rewritten one runs as it will for a user. Both
-    # optimised by the runtime could be one and the same graph in the end, right or wrong.
-    sides = (
-        Side(runtime, original, as_written=True, full=rounds_activations(model)),
-        Side(runtime, rewritten, as_written=False, full=rounds_activations(model)),
-    )
-    if sides[0].full:
+    pair = _Pair(runtime, original, rewritten, model, other, find_roles(model, roles))
+    if rounds_activations(model):
         proof.note = NOTE
+    comparison, runs = _compare(pair, proof, [*edges], progress)
+    if comparison is None:
+        return proof
+    if not comparison.failures and (why := _fails_as_it_is(comparison, model, runs)):
+        proof.status, proof.reason = "differs", f"the rewritten model fails as it is: {why}"
+        return proof
+    _conclude(proof, comparison.failures)
+    progress("comparing values inside")
+    _look_inside(pair, proof, comparison)
+    return proof
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """The two models: where they are, and what they are. The roles are the original's."""
+
+    runtime: Runtime
+    original: Source
+    rewritten: Source
+    model: ir.Model
+    other: ir.Model
+    roles: Roles
+
+    def sides(self, inner: Sequence[str] = ()) -> tuple[Side, Side]:
+        # The original is what its nodes say; the rewritten one runs as it will for a user. Both
+        # optimised by the runtime could be one and the same graph in the end, right or wrong.
+        full = rounds_activations(self.model)
+        return (
+            Side(self.runtime, self.original, as_written=True, full=full, inner=inner),
+            Side(self.runtime, self.rewritten, as_written=False, full=full, inner=inner),
+        )
+
+
+def _compare(
+    pair: _Pair, proof: Proof, edges: list[int], progress: Callable[[str], None]
+) -> tuple[Comparison | None, list[Run]]:
+    """Run the plan's cases into the proof; None where a model does not load, which it then says."""
+    own_edges, unrun = find_edges(pair.model, pair.roles)
+    runs = plan(pair.roles, [*edges, *own_edges], quick=proof.budget == "quick")
+    sides = pair.sides()
     try:
         sides[0].load()
     except RuntimeFailure as error:
         proof.reason = f"ONNX Runtime cannot load the original: {error}"
-        return proof
+        return None, runs
     try:
         sides[1].load()
     except RuntimeFailure as error:
         sides[0].unload()
         proof.status = "differs"
         proof.reason = f"ONNX Runtime cannot load the rewritten model: {error}"
-        return proof
+        return None, runs
+    contract = read_contract(pair.other)
+    comparison = Comparison(pair.roles, *sides, contract, proof.tolerance)
     try:
-        comparison = _Comparison(found, *sides, read_contract(other))
-        runs = plan(found, [*edges, *own_edges])
         for number, run in enumerate(runs, 1):
             progress(f"comparing {number}/{len(runs)}: {run.name}")
             case = comparison.case(run)
@@ -123,22 +181,64 @@ def verify_models(
                 break
             if not run.steps or run is runs[-1]:
                 proof.cases.append(case)
+        if comparison.apart is None and not comparison.failures:
+            proof.faint = faint_inputs(sides[0], pair.roles, proof.tolerance)
     finally:
         for side in sides:
             side.unload()
-    if not comparison.failures and (why := _fails_as_it_is(comparison, model, runs)):
-        proof.status, proof.reason = "differs", f"the rewritten model fails as it is: {why}"
-        return proof
-    far = [edge for edge in unrun if edge not in edges]
-    if far:
+    if proof.budget == "quick":
+        proof.not_run.append(
+            "lengths at which behaviour may switch, and greedy steps (--verify quick)"
+        )
+    elif far := [edge for edge in unrun if edge not in edges]:
         name = "lengths around " + ", ".join(map(str, far))
         note = "not run: too many lengths to try, or too long ones"
         proof.cases.append(Case(name, 1, 1, 0, "none", skipped=note))
-    _conclude(proof, comparison.failures)
-    return proof
+    return comparison, runs
 
 
-def _fails_as_it_is(comparison: _Comparison, model: ir.Model, runs: Sequence[Run]) -> str:
+def _look_inside(pair: _Pair, proof: Proof, comparison: Comparison) -> None:
+    """Compare the values inside: of models that differ, to say where that starts."""
+    step = comparison.apart
+    if proof.status != "proven" and step is None:
+        return
+    landmarks = find_landmarks(pair.model, pair.other, pair.roles)
+    sides = pair.sides([each.name for each in landmarks])
+    try:
+        for side in sides:
+            side.load()
+        if step is not None:
+            feeds = step.feeds[0]
+            proof.origin = find_origin(landmarks, sides, step.shape, feeds, proof.tolerance)
+            proof.reason += f"; {proof.origin}" if proof.origin is not None else ""
+            return
+        contract = read_contract(pair.other)
+        shapes = (nearest_shape(pair.roles, shape) for shape in _INNER_SHAPES)
+        for shape in dict.fromkeys(shapes):
+            if shape is None or contract.refuses(shape):
+                continue
+            feeds = make_feeds(pair.roles, shape, np.random.default_rng(0))
+            before, after = (side.run(feeds) for side in sides)
+            found = apart(landmarks, shape, before, after)
+            proof.inner = max(proof.inner, len(found))
+            worst = max((difference for _, difference in found), default=0.0)
+            proof.inner_difference = max(proof.inner_difference, worst)
+            if worst > INNER * proof.tolerance:
+                limit = INNER * proof.tolerance
+                proof.origin = find_origin(landmarks, sides, shape, feeds, limit)
+                proof.status = "unverifiable"
+                proof.reason = (
+                    f"the outputs agree and hardly depend on what differs inside: {proof.origin}"
+                )
+                return
+    except RuntimeFailure:
+        return  # with so many outputs it does not run: what the outputs say stands
+    finally:
+        for side in sides:
+            side.unload()
+
+
+def _fails_as_it_is(comparison: Comparison, model: ir.Model, runs: Sequence[Run]) -> str:
     """Why a model that was compared by its twin cannot be run itself; "" where it can, or need not."""
     runtime, twins = comparison.original.runtime, comparison.original.runtime.twins
     runtime.twins = unrunnable_types(model)
@@ -186,100 +286,6 @@ def _conclude(proof: Proof, failures: Mapping[str, str]) -> None:
             )
 
 
-@dataclass
-class _Step:
-    """One run of a case: its lengths, and what each side is fed."""
-
-    shape: RunShape
-    feeds: tuple[dict[str, Array], dict[str, Array]]
-
-
-class _Comparison:
-    """Runs cases on both models.
-
-    Attributes:
-        failures: ONNX Runtime's words where only the rewritten model failed, by case name.
-    """
-
-    def __init__(self, roles: Roles, original: Side, rewritten: Side, contract: Contract) -> None:
-        self.contract = contract
-        self.roles = roles
-        self.original = original
-        self.rewritten = rewritten
-        self.failures: dict[str, str] = {}
-
-    def case(self, run: Run) -> Case:
-        """Compare the two models on one case."""
-        shape = run.shape
-        case = Case(run.name, shape.batch, shape.new, shape.past, shape.padding)
-        if run.skipped:
-            return replace(case, skipped=run.skipped)
-        feeds = make_feeds(self.roles, shape, np.random.default_rng(0))
-        step: _Step | None = _Step(shape, (feeds, feeds))
-        worst, where = 0.0, ""
-        for number in range(run.steps + 1):
-            assert step is not None
-            try:
-                wanted = self.original.run(step.feeds[0])
-            except RuntimeFailure as error:
-                return replace(case, skipped=f"the original fails: {error}")
-            try:
-                got = self.rewritten.run(step.feeds[1])
-            except RuntimeFailure as error:
-                outside = self.contract.refuses(step.shape)
-                if outside:
-                    return replace(case, outside=outside)
-                self.failures[run.name] = str(error)
-                return replace(case, difference=math.inf)
-            try:
-                difference, name = self._worst(step.shape, wanted, got)
-            except NotANumberError as error:
-                return replace(case, skipped=f"the original computes NaN in output {error}")
-            if not where or difference > worst:
-                worst, where = difference, name
-            if number < run.steps:
-                step = self._next(step, wanted, got, number)
-                if step is None:
-                    return replace(case, skipped="the outputs do not tell the next token")
-        return replace(case, difference=worst, output=where)
-
-    def _worst(
-        self, shape: RunShape, wanted: dict[str, Array], got: dict[str, Array]
-    ) -> tuple[float, str]:
-        worst, where = -1.0, ""
-        for name, output in self.roles.outputs.items():
-            try:
-                difference = output_difference(self.roles, output, shape, wanted[name], got[name])
-            except NotANumberError as error:
-                raise NotANumberError(repr(name)) from error
-            if difference > worst:
-                worst, where = difference, name
-        return max(worst, 0.0), where
-
-    def _next(
-        self, step: _Step, wanted: dict[str, Array], got: dict[str, Array], number: int
-    ) -> _Step | None:
-        """The likeliest next token for both sides, over the cache that each made itself."""
-        last = step.shape
-        shape = RunShape(last.batch, 1, last.total, last.padding, last.pads, last.encoder)
-        fresh = make_feeds(self.roles, shape, np.random.default_rng(number + 1))
-        for each in self.roles.named("ids"):
-            rows = [o for o in self.roles.outputs.values() if o.role == "rows"]
-            logits = next((wanted[o.name] for o in rows if wanted[o.name].ndim == 3), None)
-            if logits is None or logits.shape[-1] < 2:
-                return None
-            best = logits[:, -1].astype(np.float64).argmax(-1) % (each.bound or logits.shape[-1])
-            fresh[each.name] = np.broadcast_to(best[:, None], fresh[each.name].shape).astype(
-                fresh[each.name].dtype
-            )
-        sides = []
-        for outputs in (wanted, got):
-            feeds = dict(fresh)
-            feeds.update({pair.past: outputs[pair.present] for pair in self.roles.pairs})
-            sides.append(feeds)
-        return _Step(shape, (sides[0], sides[1]))
-
-
 def _read(source: Source) -> ir.Model:
     if isinstance(source, Path):
         return read_model(source)
@@ -287,30 +293,6 @@ def _read(source: Source) -> ir.Model:
         return ir.serde.deserialize_model(onnx.ModelProto.FromString(source))
     except Exception as error:  # protobuf's DecodeError has no public base class
         raise FileError("the serialized model is no ONNX model or is damaged") from error
-
-
-def _mismatch(original: ir.Model, rewritten: ir.Model) -> str:
-    """How the two models' inputs or outputs differ, as one sentence; "" where they agree."""
-    for kind in ("input", "output"):
-        both = [
-            [v for v in getattr(m.graph, f"{kind}s") if v.name not in m.graph.initializers]
-            for m in (original, rewritten)
-        ]
-        names = [[str(v.name) for v in values] for values in both]
-        for name in names[0]:
-            if name not in names[1]:
-                return f"the rewritten model has no {kind} {name!r}"
-        for name in names[1]:
-            if name not in names[0]:
-                return f"the rewritten model has {kind} {name!r}, which the original has not"
-        if names[0] != names[1]:
-            return f"the {kind}s stand in another order: {', '.join(names[1])}"
-        for a, b in zip(*both, strict=True):
-            if a.dtype is not None and b.dtype is not None and a.dtype != b.dtype:
-                return f"{kind} {a.name!r} was {a.dtype.name} and is {b.dtype.name}"
-            if a.shape is not None and b.shape is not None and len(a.shape) != len(b.shape):
-                return f"{kind} {a.name!r} had {len(a.shape)} dims and has {len(b.shape)}"
-    return ""
 
 
 def tolerance(model: ir.Model, runtime: Runtime) -> float:

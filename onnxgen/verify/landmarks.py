@@ -73,16 +73,15 @@ def find_landmarks(original: ir.Model, rewritten: ir.Model, roles: Roles) -> lis
     Args:
         roles: the original's.
     """
-    facts = Facts(original.graph, roles)
+    facts, other_facts = Facts(original.graph, roles), Facts(rewritten.graph, roles)
     others = {value.name: value for node in rewritten.graph for value in node.outputs}
-    tokens = [*roles.named("ids"), *roles.named("embeds")]
-    sizes = _token_sizes(facts, tokens[0].name, tokens[0].axes) if tokens else None
     found = []
     for value in carrying(original.graph, facts):
         other = others.get(value.name)
         if other is None or not {value.dtype, other.dtype} <= {None, *FLOATS}:
             continue  # one that has no type is looked at when it is there
-        found.append(Landmark(str(value.name), value, other, _rows(facts, value, sizes)))
+        rows = _rows(facts, value) or _rows(other_facts, other)
+        found.append(Landmark(str(value.name), value, other, rows))
     return found
 
 
@@ -93,7 +92,9 @@ def carrying(graph: ir.Graph, facts: Facts) -> list[ir.Value]:
         if node.op_type in ("Shape", "Size"):
             continue
         embeds = node.op_type == "Gather" and _is_embedding(node, facts)
-        if embeds or any(v in found or facts.is_activation(v) for v in node.inputs if v is not None):
+        if embeds or any(
+            v in found or facts.is_activation(v) for v in node.inputs if v is not None
+        ):
             found.update(dict.fromkeys(node.outputs))
     return list(found)
 
@@ -108,21 +109,15 @@ def _is_embedding(node: ir.Node, facts: Facts) -> bool:
     return index is not None and facts.role(index) == "ids"
 
 
-def _token_sizes(facts: Facts, name: str, axes: Sequence[str]) -> tuple[Any, Any] | None:
-    value = next((v for v in facts.graph.inputs if v.name == name), None)
-    dims = facts.shapes.of(value)
-    if dims is None or not {"B", "S"} <= set(axes):
+def _rows(facts: Facts, value: ir.Value) -> tuple[int, int] | None:
+    """The axes of B and S, by the sizes of the graph's tokens."""
+    tokens = [*facts.roles.named("ids"), *facts.roles.named("embeds")]
+    given = next((v for v in facts.graph.inputs if tokens and v.name == tokens[0].name), None)
+    dims, sizes = facts.shapes.of(value), facts.shapes.of(given)
+    if dims is None or sizes is None or not {"B", "S"} <= set(tokens[0].axes):
         return None
-    return dims[axes.index("B")], dims[axes.index("S")]
-
-
-def _rows(
-    facts: Facts, value: ir.Value, sizes: tuple[Any, Any] | None
-) -> tuple[int, int] | None:
-    dims = facts.shapes.of(value)
-    if dims is None or sizes is None:
-        return None
-    same, (batch, new) = facts.shapes.same, sizes
+    batch, new = (sizes[tokens[0].axes.index(letter)] for letter in "BS")
+    same = facts.shapes.same
     for first, dim in enumerate(dims):
         if same(dim, batch):
             rest = (at for at, each in enumerate(dims) if at != first and same(each, new))

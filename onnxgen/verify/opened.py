@@ -1,14 +1,18 @@
-"""A model's proto, to be changed a little before it runs; external data stays where it is."""
+"""A model's proto, to be changed a little before it runs; its weights stay where they are, on disk.
+
+Embedded ones are read by the runtime as external data too: of the model file itself.
+"""
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import onnx
 
-from onnxgen.wire import tensors_of
+from onnxgen.wire import cut_weights, tensors_of
 
 Source = Path | bytes
 
@@ -17,7 +21,19 @@ def opened(source: Source) -> tuple[onnx.ModelProto, Path | None]:
     """The model, and the folder that its external data is relative to; None where there is none."""
     if isinstance(source, bytes):
         return onnx.ModelProto.FromString(source), None
-    proto = onnx.load(source, load_external_data=False)
+    with (
+        source.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
+        skeleton, weights = cut_weights(data)
+    proto = onnx.ModelProto.FromString(skeleton)
+    tensors = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for weight in weights:
+        tensor = tensors[weight.name]
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        place = (("location", source.name), ("offset", weight.offset), ("length", weight.length))
+        for key, value in place:
+            tensor.external_data.add(key=key, value=str(value))
     return proto, _relocate(proto, source.parent)
 
 
