@@ -49,7 +49,7 @@ class DataFile:
         if key not in self._places:
             self._append(bytes(-self._size % ALIGNMENT))
             start = self._size
-            for chunk in _content(tensor):
+            for chunk in content_of(tensor):
                 self._append(chunk)
             if self._size - start != tensor.nbytes:
                 raise OSError(
@@ -98,7 +98,7 @@ def _identity(tensor: ir.TensorProtocol) -> str:
     return str(id(tensor))
 
 
-def _content(tensor: ir.TensorProtocol) -> Iterator[bytes]:
+def content_of(tensor: ir.TensorProtocol) -> Iterator[bytes]:
     """A tensor's bytes, in pieces where they come from a file or are derived."""
     if not isinstance(tensor, ir.ExternalTensor):
         yield from bytes_of(tensor)

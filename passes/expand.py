@@ -80,9 +80,8 @@ def _put(
     for old, new in outputs:
         if new.shape is None:
             new.shape = old.shape
-        if old.is_graph_output():
-            # The name is the model's interface: it stays with the output.
-            old.name, new.name = builder.unique(f"{old.name}:expanded"), old.name
+        # What is computed keeps its name, as in `passes.rewriting`.
+        old.name, new.name = builder.unique(f"{old.name}:expanded"), old.name
         old.replace_all_uses_with(new, replace_graph_outputs=True)
     main = outputs[0][1].producer() if outputs else None
     if main in nodes and main is not None:

@@ -113,7 +113,17 @@ def render_proof(proof: Proof | None) -> RenderableType:
 
 
 def _inside(proof: Proof) -> Iterator[Text]:
-    """What the outputs do not show, and what was compared instead."""
+    """What was run of it, what the outputs do not show, and what was compared instead."""
+    if proof.layers:
+        alike = proof.layers - proof.layers_run
+        said = (
+            f"; {alike} are like these, in structure and in where their weights stand"
+            if alike
+            else ""
+        )
+        yield Text(
+            f"  {proof.layers_run} of {_many(proof.layers, 'part')} run, one of each kind{said}"
+        )
     if proof.inner:
         yield Text(
             f"  {_many(proof.inner, 'value')} inside compared, "

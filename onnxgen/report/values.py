@@ -153,6 +153,8 @@ class Proof:
         faint: what the outputs hardly depend on.
         origin: where the difference starts, of models that differ; None where that is not known.
         not_run: what the budget left out, one sentence each.
+        layers: with the budget "layers": how many parts the models come apart into, and
+            `layers_run`, how many of them were run: one of each kind.
     """
 
     status: Literal["proven", "differs", "unproven", "unverifiable"]
@@ -170,6 +172,8 @@ class Proof:
     faint: list[Faint] = field(default_factory=list)
     origin: Origin | None = None
     not_run: list[str] = field(default_factory=list)
+    layers: int = 0
+    layers_run: int = 0
 
     @property
     def worst(self) -> Case | None:

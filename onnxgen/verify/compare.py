@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import onnx_ir as ir
 
 from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
@@ -36,7 +35,8 @@ from onnxgen.verify.cases import Run, find_edges, plan
 from onnxgen.verify.comparison import Comparison
 from onnxgen.verify.interface import mismatch
 from onnxgen.verify.landmarks import apart, find_landmarks
-from onnxgen.verify.opened import Source
+from onnxgen.verify.layers import shorten
+from onnxgen.verify.opened import Source, opened
 from onnxgen.verify.precision import NOTE, rounds_activations
 from onnxgen.verify.sensitivity import faint_inputs
 from onnxgen.verify.side import Side
@@ -115,7 +115,16 @@ def verify_models(
     if wrong:
         proof.status, proof.reason = "differs", wrong
         return proof
-    pair = _Pair(runtime, original, rewritten, model, other, find_roles(model, roles))
+    found = find_roles(model, roles)
+    if budget == "layers":
+        progress("cutting the models down to one layer of each kind")
+        short = shorten(original, rewritten, found)
+        original, rewritten = short.original, short.rewritten
+        model, other = _read(original), _read(rewritten)
+        there = {value.name for value in model.graph.inputs}
+        found = find_roles(model, {n: r for n, r in (roles or {}).items() if n in there})
+        proof.layers, proof.layers_run = short.layers, short.kept
+    pair = _Pair(runtime, original, rewritten, model, other, found)
     if rounds_activations(model):
         proof.note = NOTE
     comparison, runs = _compare(pair, proof, [*edges], progress)
@@ -290,7 +299,7 @@ def _read(source: Source) -> ir.Model:
     if isinstance(source, Path):
         return read_model(source)
     try:
-        return ir.serde.deserialize_model(onnx.ModelProto.FromString(source))
+        return ir.serde.deserialize_model(opened(source)[0])
     except Exception as error:  # protobuf's DecodeError has no public base class
         raise FileError("the serialized model is no ONNX model or is damaged") from error
 

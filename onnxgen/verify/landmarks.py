@@ -91,7 +91,7 @@ def carrying(graph: ir.Graph, facts: Facts) -> list[ir.Value]:
     for node in graph:
         if node.op_type in ("Shape", "Size"):
             continue
-        embeds = node.op_type == "Gather" and _is_embedding(node, facts)
+        embeds = embeds_tokens(node, facts)
         if embeds or any(
             v in found or facts.is_activation(v) for v in node.inputs if v is not None
         ):
@@ -99,9 +99,11 @@ def carrying(graph: ir.Graph, facts: Facts) -> list[ir.Value]:
     return list(found)
 
 
-def _is_embedding(node: ir.Node, facts: Facts) -> bool:
+def embeds_tokens(node: ir.Node, facts: Facts) -> bool:
     """Whether a node looks rows of a table up by a graph's ids, as they come or in another type."""
-    index = node.inputs[1]
+    if node.op_type not in ("Gather", "GatherBlockQuantized", "EmbedLayerNormalization"):
+        return False
+    index = node.inputs[0 if node.op_type.startswith("Embed") else 1]
     while index is not None and (source := index.producer()) is not None:
         if source.op_type not in ("Cast", "Identity", "Reshape", "Squeeze", "Unsqueeze"):
             return False

@@ -9,18 +9,29 @@ import mmap
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx
 
 from onnxgen.wire import cut_weights, tensors_of
 
-Source = Path | bytes
+
+class Placed(NamedTuple):
+    """A serialized model, and the folder that its external data is relative to."""
+
+    data: bytes
+    folder: Path
+
+
+Source = Path | bytes | Placed
 
 
 def opened(source: Source) -> tuple[onnx.ModelProto, Path | None]:
     """The model, and the folder that its external data is relative to; None where there is none."""
     if isinstance(source, bytes):
         return onnx.ModelProto.FromString(source), None
+    if isinstance(source, Placed):
+        return onnx.ModelProto.FromString(source.data), source.folder
     with (
         source.open("rb") as file,
         mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,

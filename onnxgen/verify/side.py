@@ -8,7 +8,7 @@ from typing import Any
 import numpy.typing as npt
 
 from onnxgen.runtime import Runtime, RuntimeFailure
-from onnxgen.verify.opened import Source, expose, opened
+from onnxgen.verify.opened import Placed, Source, expose, opened
 from onnxgen.verify.precision import without_leave
 
 Array = npt.NDArray[Any]
@@ -41,8 +41,8 @@ class Side:
 
     def load(self) -> None:
         source, folder = self.source, None
-        if self.full or self.inner:
-            proto, folder = opened(self.source)
+        if self.full or self.inner or isinstance(source, Placed):
+            proto, folder = opened(source)
             if self.full:
                 without_leave(proto)
             expose(proto, self.inner)
