@@ -14,7 +14,7 @@ Shapes: B batch, S new tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import CONTRIB
+from onnxgen.analysis.graph import CONTRIB, attribute
 from onnxgen.analysis.roles import Roles
 from onnxgen.tensor_slots import tensor_slots
 from onnxgen.verify.joints import find_joints
@@ -130,6 +130,7 @@ class _Cut:
             stands[at] = stands[at - 1]
             lost.update(self.parts[at][1:])
         graph.outputs[:] = [value for value in graph.outputs if value not in lost]
+        self._read_lengths_elsewhere(lost)
         used = [value for value in graph.inputs if value.uses()]
         while dead := [
             n for n in graph if not any(o.uses() or o.is_graph_output() for o in n.outputs)
@@ -147,8 +148,28 @@ class _Cut:
         return data if self.folder is None else Placed(data, self.folder)
 
 
+    def _read_lengths_elsewhere(self, lost: Collection[ir.Value]) -> None:
+        """Read the lengths of caches that go with their layers off caches of the same form."""
+        roles = self.facts.roles
+        inputs = {str(value.name): value for value in self.model.graph.inputs}
+        names = {value.name for value in lost}
+        gone = [pair.past for pair in roles.pairs if pair.present in names]
+        for name in gone:
+            each = roles.inputs[name]
+            stays = (
+                inputs[other.name]
+                for other in roles.named(each.role)
+                if other.name not in gone and (other.axes, other.dtype) == (each.axes, each.dtype)
+            )
+            instead = next(stays, None)
+            for use in list(inputs[name].uses()):
+                if instead is not None and use.node.op_type in ("Shape", "Size"):
+                    use.node.replace_input_with(use.idx, instead)
+
+
 def _split_norms(graph: ir.Graph) -> None:
     """Write norms that add first as a sum and a norm: a layer ends between the two."""
+    opset = graph.opset_imports.get("", 24)
     for node in list(graph):
         simple = node.op_type == "SkipSimplifiedLayerNormalization"
         if node.domain != CONTRIB or not (simple or node.op_type == "SkipLayerNormalization"):
@@ -163,11 +184,12 @@ def _split_norms(graph: ir.Graph) -> None:
         if bias is not None:
             made.append(ir.node("Add", [made[-1].outputs[0], bias]))
         total = made[-1].outputs[0]
-        epsilon = node.attributes.get("epsilon")
+        kind = "RMSNormalization" if opset >= 23 else "SimplifiedLayerNormalization"
+        attributes = {"axis": -1, "epsilon": attribute(node, "epsilon", 1e-12), "stash_type": 1}
         norm = ir.node(
-            "SimplifiedLayerNormalization" if simple else "LayerNormalization",
+            kind if simple else "LayerNormalization",
             [total, weight] if simple or beta is None else [total, weight, beta],
-            {"axis": -1, "epsilon": 1e-12 if epsilon is None else epsilon.as_float()},
+            attributes,
         )
         graph.insert_before(node, [*made, norm])
         for old, new in (

@@ -116,8 +116,13 @@ def outline(
             if value is None:
                 words.append("-")
                 continue
+            cache = value.is_graph_input() and facts.role(value) in _CACHES
+            if cache and node.op_type in ("Shape", "Size"):
+                # Lengths are read off whichever cache was at hand: all are as long.
+                words.append(f"a {facts.role(value)} {[*facts.roles.inputs[str(value.name)].axes]}")
+                continue
             if value not in said:
-                if value.is_graph_input() and facts.role(value) in _CACHES:
+                if cache:
                     said[value] = f"cache{caches}"
                     caches += 1
                 elif value.is_graph_input() or value.const_value is None:
