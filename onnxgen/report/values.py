@@ -101,6 +101,10 @@ class Proof:
         reason: one sentence where the status is not "proven".
         note: one sentence where the compared models are not what is written, bit for bit.
         twins: the types for which float32 was run in the whole models' comparison.
+        seconds: that ONNX Runtime loaded and ran models, those of analysis and of the rewrites'
+            checks too.
+        memory: bytes of anonymous memory that its process was seen to have at most; 0 where the
+            system does not say.
     """
 
     status: Literal["proven", "differs", "unproven", "unverifiable"]
@@ -112,6 +116,8 @@ class Proof:
     reason: str = ""
     note: str = ""
     twins: tuple[str, ...] = ()
+    seconds: float = 0.0
+    memory: int = 0
 
     @property
     def worst(self) -> Case | None:

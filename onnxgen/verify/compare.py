@@ -24,7 +24,7 @@ from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.errors import FileError
 from onnxgen.model_io import read_model
 from onnxgen.report.values import Case, Proof
-from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.runtime import Runtime, RuntimeFailure, SpentError
 from onnxgen.targets.contract import Contract, read_contract
 from onnxgen.twin import twin_types, unrunnable_types
 from onnxgen.verify.cases import Run, find_edges, plan
@@ -80,9 +80,11 @@ def verify_models(
     """
     if runtime is None:
         with Runtime() as own:
-            return verify_models(
+            proof = verify_models(
                 original, rewritten, roles=roles, edges=edges, runtime=own, progress=progress
             )
+            proof.seconds, proof.memory = own.seconds, own.memory
+            return proof
     model, other = _read(original), _read(rewritten)
     runtime.twins = twin_types(model) | twin_types(other)
     proof = Proof("unverifiable", tolerance(model, runtime), twins=names_of(runtime.twins))
@@ -107,6 +109,9 @@ def verify_models(
         return proof
     try:
         sides[1].load()
+    except SpentError as error:
+        proof.reason = str(error)
+        return proof
     except RuntimeFailure as error:
         sides[0].unload()
         proof.status = "differs"
@@ -126,7 +131,12 @@ def verify_models(
     finally:
         for side in sides:
             side.unload()
-    if not comparison.failures and (why := _fails_as_it_is(comparison, model, runs)):
+    try:
+        why = "" if comparison.failures else _fails_as_it_is(comparison, model, runs)
+    except SpentError as error:
+        proof.reason = str(error)
+        return proof
+    if why:
         proof.status, proof.reason = "differs", f"the rewritten model fails as it is: {why}"
         return proof
     far = [edge for edge in unrun if edge not in edges]
@@ -152,6 +162,8 @@ def _fails_as_it_is(comparison: _Comparison, model: ir.Model, runs: Sequence[Run
             if not run.steps and comparison.case(run).compared:
                 break
         return next(iter(comparison.failures.values()), "")
+    except SpentError:
+        raise
     except RuntimeFailure as error:
         return str(error)
     finally:
@@ -225,6 +237,8 @@ class _Comparison:
                 return replace(case, skipped=f"the original fails: {error}")
             try:
                 got = self.rewritten.run(step.feeds[1])
+            except SpentError as error:
+                return replace(case, skipped=str(error))
             except RuntimeFailure as error:
                 outside = self.contract.refuses(step.shape)
                 if outside:
