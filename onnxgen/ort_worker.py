@@ -1,38 +1,23 @@
-"""The child process that runs ONNX Runtime: reads pickled requests, writes pickled answers.
+"""The child process that runs ONNX Runtime: reads requests, writes answers.
 
 A model that is not ours can crash the runtime it is loaded into, so it is never loaded into
-the process that holds the user's work. Started by `onnxgen.runtime`, imports nothing of ours.
+the process that holds the user's work. Started by `onnxgen.runtime`, imports nothing of ours but
+`onnxgen.messages`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
-import pickle
-import struct
-import sys
-from typing import IO, Any
+import resource
+import threading
+import time
+from typing import Any
+
+from onnxgen.messages import MessageError, receive, send
 
 
-def read_message(stream: IO[bytes]) -> Any:
-    """One length-prefixed pickle; raises EOFError when the other side is gone."""
-    header = stream.read(8)
-    if len(header) < 8:
-        raise EOFError
-    (size,) = struct.unpack("<Q", header)
-    data = stream.read(size)
-    if len(data) < size:
-        raise EOFError
-    return pickle.loads(data)
-
-
-def write_message(stream: IO[bytes], message: Any) -> None:
-    data = pickle.dumps(message, protocol=5)
-    stream.write(struct.pack("<Q", len(data)))
-    stream.write(data)
-    stream.flush()
-
-
-def _load(request: dict[str, Any]) -> Any:
+def _load(model: bytes | str, request: dict[str, Any]) -> Any:
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -50,8 +35,8 @@ def _load(request: dict[str, Any]) -> Any:
         options.add_session_config_entry(key, request["folder"])
     if request["webgpu"]:
         _add_webgpu(ort, options)
-        return ort.InferenceSession(request["model"], options)
-    return ort.InferenceSession(request["model"], options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(model, options)
+    return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _add_webgpu(ort: Any, options: Any) -> None:
@@ -67,15 +52,15 @@ def _add_webgpu(ort: Any, options: Any) -> None:
     options.add_provider_for_devices([devices[0]], {})
 
 
-def _run(session: Any, request: dict[str, Any]) -> dict[str, Any]:
+def _run(session: Any, request: dict[str, Any], feeds: dict[str, Any]) -> dict[str, Any]:
     import onnxruntime as ort
 
     options = ort.RunOptions()
     options.log_severity_level = 4
     names = request["outputs"] or [output.name for output in session.get_outputs()]
     if request["aliases"]:
-        return _run_aliased(session, request["feeds"], names, request["aliases"], options)
-    return dict(zip(names, session.run(names, request["feeds"], options), strict=True))
+        return _run_aliased(session, feeds, names, request["aliases"], options)
+    return dict(zip(names, session.run(names, feeds, options), strict=True))
 
 
 def _run_aliased(
@@ -106,32 +91,52 @@ def _run_aliased(
 
 
 def main() -> None:
+    _end_with(os.getppid())
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash leaves no copy of the weights
     # ONNX Runtime and its libraries print to the standard streams: keep ours for messages.
-    answers = os.fdopen(os.dup(1), "wb")
+    requests, answers = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    requests = sys.stdin.buffer
     sessions: dict[int, Any] = {}
-    while True:
-        try:
-            request = read_message(requests)
-        except EOFError:
-            return
-        answer: tuple[str, Any]
-        try:
-            match request["do"]:
-                case "load":
-                    sessions[request["id"]] = _load(request)
-                    answer = ("ok", None)
-                case "run":
-                    answer = ("ok", _run(sessions[request["id"]], request))
-                case _:
-                    sessions.pop(request["id"], None)
-                    answer = ("ok", None)
-        except MemoryError:
-            answer = ("error", "out of memory")
-        except Exception as error:
-            answer = ("error", str(error))
-        write_message(answers, answer)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            request, arrays = receive(requests)
+            try:
+                send(answers, {}, _answer(sessions, request, arrays))
+            except MemoryError:
+                send(answers, {"error": "out of memory"}, {})
+            except MessageError as error:
+                send(answers, {"error": f"an output cannot be read: {error}"}, {})
+            except BrokenPipeError:
+                return
+            except Exception as error:
+                send(answers, {"error": str(error)}, {})
+
+
+def _answer(
+    sessions: dict[int, Any], request: dict[str, Any], arrays: dict[str, Any]
+) -> dict[str, Any]:
+    match request["do"]:
+        case "load":
+            model = arrays["model"].tobytes() if arrays else request["path"]
+            arrays.clear()
+            sessions[request["id"]] = _load(model, request)
+        case "run":
+            return _run(sessions[request["id"]], request, arrays)
+        case _:
+            sessions.pop(request["id"], None)
+    return {}
+
+
+def _end_with(parent: int) -> None:
+    """Have this process end when its parent does, even within a run: nobody waits for it then."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 if __name__ == "__main__":

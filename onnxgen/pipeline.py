@@ -237,5 +237,5 @@ def _prove(
     proof = verify_models(
         original, rewritten, roles=options.roles, runtime=runtime, progress=progress
     )
-    add_checks(proof, checkers)
+    add_checks(proof, checkers, runtime)
     return proof

@@ -169,7 +169,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
                         report.proof, report.paging.kernel = prove_operator(*sides)
                     else:
                         report.proof = prove_paged(*sides)
-                    add_checks(report.proof, checkers)
+                    add_checks(report.proof, checkers, runtime)
                 else:
                     report.proof = Proof("unproven", TOLERANCES[FLOAT], reason="told not to run")
                 clock.stop()

@@ -11,37 +11,63 @@ comparison of whole models all run models through here.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import select
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from onnxgen.ort_worker import read_message, write_message
+from onnxgen.bounds import Bounds, anonymous_memory, in_words
+from onnxgen.messages import MessageError, receive, send
 from onnxgen.twin import Types, float32_twin, widened
+
+_GLANCES = (0.002, 0.02)  # seconds between two looks at the process's memory, at first and later
 
 
 class RuntimeFailure(Exception):
-    """ONNX Runtime refused a model, failed while running it, died, or took too long.
+    """ONNX Runtime refused a model, failed while running it, died, or took too much.
 
     The message is the runtime's own, on one line.
     """
 
 
+class SpentError(RuntimeFailure):
+    """The time is spent that all loads and runs have together: it says nothing of the model asked."""
+
+
+class _LateError(Exception):
+    """What is waited for takes too long."""
+
+
+class _GreedyError(Exception):
+    """What is waited for takes too much memory."""
+
+
 class Runtime:
     """A child process with ONNX Runtime on CPU; started on first use, restarted when it dies.
 
+    The process is given nothing that a model's folder could hold: it looks for modules and
+    libraries where Python is installed, runs in a folder of ours, and takes no settings of ONNX
+    Runtime from the environment, by one of which a model may bring session options of its own.
+
     Attributes:
         aliases: inputs, by name, that are one buffer of the device with an output; none unless set.
+        seconds: that loads and runs took so far.
+        memory: bytes of anonymous memory that the process was seen to have at most; 0 where the
+            system does not say.
 
     Args:
-        timeout: seconds one load or one run may take.
+        bounds: what the process may take. After the first load or run that takes too long nothing
+            more is run: what follows would most likely wait for the same thing again.
         threads: threads of one run; 0 lets the runtime choose.
         twins: types of which models are run as their float32 twins; what is fed of them is
             widened, what comes out is float32.
@@ -52,17 +78,20 @@ class Runtime:
     def __init__(
         self,
         *,
-        timeout: float = 600.0,
+        bounds: Bounds | None = None,
         threads: int = 0,
         twins: Types = frozenset(),
         webgpu: bool = False,
     ) -> None:
-        self.timeout = timeout
+        self.bounds = bounds or Bounds()
         self.threads = threads
         self.twins = twins
         self.webgpu = webgpu
         self.aliases: dict[str, str] = {}
-        self._process: subprocess.Popen[bytes] | None = None
+        self.seconds = 0.0
+        self.memory = 0
+        self._late = ""
+        self._watch: _Watch | None = None
         self._sessions = 0
         self._alive: set[int] = set()
 
@@ -82,8 +111,10 @@ class Runtime:
             folder: where the external data of bytes is.
 
         Raises:
-            RuntimeFailure: the runtime refuses the model.
+            RuntimeFailure: the runtime refuses the model, or takes too much for it.
+            SpentError: there is no time left.
         """
+        self._check_time()
         self._sessions += 1
         with tempfile.TemporaryDirectory(prefix="onnxgen-") as scratch:
             source = model
@@ -91,13 +122,14 @@ class Runtime:
                 source = float32_twin(model, Path(scratch), self.twins, folder)
                 folder = folder if isinstance(source, bytes) else None
             request = {
-                "model": source if isinstance(source, bytes) else str(source),
+                "path": "" if isinstance(source, bytes) else os.path.abspath(source),
                 "optimize": optimize,
                 "threads": self.threads,
                 "webgpu": self.webgpu,
-                "folder": "" if folder is None else str(folder),
+                "folder": "" if folder is None else os.path.abspath(folder),
             }
-            self._ask("load", self._sessions, request)  # it maps the weights: they may go now
+            data = {"model": np.frombuffer(source, np.uint8)} if isinstance(source, bytes) else {}
+            self._ask("load", self._sessions, request, data)  # it maps the weights: they may go now
         self._alive.add(self._sessions)
         return self._sessions
 
@@ -110,80 +142,170 @@ class Runtime:
         """Run a loaded model; all outputs unless some are named.
 
         Raises:
-            RuntimeFailure: the run failed, or the session died with an earlier crash.
+            RuntimeFailure: the run failed or took too much, or the session died with an earlier
+                crash.
+            SpentError: there is no time left.
         """
+        self._check_time()
         if session not in self._alive:
             raise RuntimeFailure("the session was lost when ONNX Runtime crashed")
         if self.twins:
             feeds = {name: widened(array, self.twins) for name, array in feeds.items()}
-        request = {
-            "feeds": dict(feeds),
-            "outputs": list(outputs) if outputs else None,
-            "aliases": self.aliases,
-        }
-        answer: dict[str, np.ndarray[Any, Any]] = self._ask("run", session, request)
-        return answer
+        request = {"outputs": list(outputs) if outputs else None, "aliases": self.aliases}
+        return self._ask("run", session, request, feeds)
 
     def unload(self, session: int) -> None:
         """Free a session's memory."""
         if session in self._alive:
             self._alive.discard(session)
-            self._ask("unload", session, {})
+            self._ask("unload", session, {}, {})
 
     def close(self) -> None:
         """End the child process."""
-        process, self._process = self._process, None
+        watch, self._watch = self._watch, None
         self._alive.clear()
-        if process is None:
-            return
-        for stream in (process.stdin, process.stdout):
-            if stream:
-                with contextlib.suppress(OSError):
-                    stream.close()
-        process.kill()
-        process.wait()
+        if watch is not None:
+            watch.end()
 
-    def _ask(self, verb: str, session: int, request: dict[str, Any]) -> Any:
-        process = self._start()
-        assert process.stdin is not None
-        assert process.stdout is not None
-        late = False
+    def _check_time(self) -> None:
+        if self._late:
+            raise SpentError(f"{self._late}; nothing more was run")
+        if self.seconds >= self.bounds.time:
+            raise SpentError(f"ONNX Runtime had {self.bounds.time:g} s in all, which are spent")
+
+    def _ask(
+        self, verb: str, session: int, request: dict[str, Any], arrays: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        watch = self._start()
+        started = time.monotonic()
+        limit = min(self.bounds.timeout, self.bounds.time - self.seconds)
+        watch.deadline = started + limit
         try:
-            write_message(process.stdin, {"do": verb, "id": session, **request})
-            # Polled, not timed by a thread: a thread for each of some thousand questions costs
-            # more than the answers.
-            waiting = select.poll()
-            waiting.register(process.stdout, select.POLLIN)
-            late = not waiting.poll(self.timeout * 1000)
-            if late:
-                process.kill()
-            status, answer = read_message(process.stdout)
-        except (EOFError, OSError) as error:
-            code = process.wait()
+            request = {"do": verb, "id": session, **request}
+            send(watch.input, request, arrays, watch.writable)
+            watch.readable()
+            answer, found = receive(watch.output, watch.readable, most=self.bounds.memory)
+            watch.glance()
+        except _LateError as error:
             self.close()
-            cause = f"took more than {self.timeout:g} s" if late else f"crashed (status {code})"
+            if limit < self.bounds.timeout:
+                self.seconds = self.bounds.time
+                self._check_time()
+            self._late = f"ONNX Runtime took more than {limit:g} s during {verb}"
+            raise RuntimeFailure(self._late) from error
+        except _GreedyError as error:
+            self.close()
+            needed = f"needed more than {in_words(self.bounds.memory)} of memory"
+            raise RuntimeFailure(f"ONNX Runtime {needed} during {verb}") from error
+        except (EOFError, OSError, MessageError, ValueError, TypeError) as error:
+            cause = _how_it_ended(watch.process)
+            self.close()
             raise RuntimeFailure(f"ONNX Runtime {cause} during {verb}") from error
-        if status == "error":
-            raise RuntimeFailure(one_line(answer))
-        return answer
+        finally:
+            self.seconds += time.monotonic() - started
+            self.memory = max(self.memory, watch.memory)
+        if "error" in answer:
+            raise RuntimeFailure(one_line(str(answer["error"])))
+        return found
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
-            self._alive.clear()
-            environment = dict(os.environ)
-            # The child imports onnxgen from wherever this process did.
-            root = str(Path(__file__).resolve().parent.parent)
-            environment["PYTHONPATH"] = os.pathsep.join(
-                filter(None, [root, environment.get("PYTHONPATH")])
-            )
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "onnxgen.ort_worker"],
+    def _start(self) -> _Watch:
+        if self._watch is None or self._watch.process.poll() is not None:
+            self.close()
+            process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "onnxgen.ort_worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=environment,
+                cwd=Path(__file__).resolve().parent,
+                env=_environment(),
             )
-        return self._process
+            self._watch = _Watch(process, self.bounds.memory)
+        return self._watch
+
+
+class _Watch:
+    """Looks at a process while it is waited for: its time, and its memory.
+
+    Attributes:
+        input, output: descriptors of its standard streams, which do not block.
+        deadline: when it has taken too long.
+        memory: bytes of anonymous memory that it was seen to have at most.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], most: int) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self.process = process
+        self.input, self.output = process.stdin.fileno(), process.stdout.fileno()
+        self.deadline = math.inf
+        self.memory = 0
+        self._most = most
+        self._looked = 0.0
+        # Polled, not timed by a thread: a thread for each of some thousand questions costs
+        # more than the answers.
+        self._writable, self._readable = select.poll(), select.poll()
+        self._writable.register(self.input, select.POLLOUT)
+        self._readable.register(self.output, select.POLLIN)
+        for fd in (self.input, self.output):
+            os.set_blocking(fd, False)
+
+    def writable(self) -> None:
+        """Wait until it takes more of a question; raises _LateError or _GreedyError."""
+        self._wait(self._writable)
+
+    def readable(self) -> None:
+        """Wait until there is more of an answer; raises _LateError or _GreedyError."""
+        self._wait(self._readable)
+
+    def glance(self) -> None:
+        """Look at its memory, if nobody did just now."""
+        if time.monotonic() - self._looked > _GLANCES[-1]:
+            self._look()
+
+    def end(self) -> None:
+        for stream in (self.process.stdin, self.process.stdout):
+            if stream:
+                with contextlib.suppress(OSError):
+                    stream.close()
+        self.process.kill()
+        self.process.wait()
+
+    def _wait(self, ready: select.poll) -> None:
+        pause, slowest = _GLANCES
+        while not ready.poll(pause * 1000):
+            pause = min(1.5 * pause, slowest)
+            self._look()
+            if time.monotonic() > self.deadline:
+                raise _LateError
+
+    def _look(self) -> None:
+        self._looked = time.monotonic()
+        self.memory = max(self.memory, anonymous_memory(self.process.pid))
+        if self.memory > self._most:
+            raise _GreedyError
+
+
+def _environment() -> dict[str, str]:
+    """The environment without what would have the process load code from where the user works."""
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name != "PYTHONINSPECT" and (not name.startswith("ORT_") or "_WEBGPU_" in name)
+    }
+    # The child imports onnxgen from wherever this process did.
+    paths = [str(Path(__file__).resolve().parent.parent)]
+    paths += filter(os.path.isabs, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _how_it_ended(process: subprocess.Popen[bytes]) -> str:
+    try:
+        code = process.wait(5)
+    except subprocess.TimeoutExpired:
+        return "gave no answer that can be read"
+    if code == -signal.SIGKILL:
+        return "was killed, perhaps by a system short of memory,"
+    return f"crashed (status {code})"
 
 
 def one_line(message: str) -> str:

@@ -23,6 +23,7 @@ from onnxgen.passes.tidy import tidy
 from onnxgen.patterns import RULES
 from onnxgen.patterns.rule import Rule
 from onnxgen.report.values import Proof, Report
+from onnxgen.runtime import Runtime
 from onnxgen.targets.genai import Said
 from onnxgen.targets.genai_files import CONFIG, READ, genai_files
 from onnxgen.verify.rewrites import RewriteChecker
@@ -76,8 +77,9 @@ def raise_part(report: Report, work: Work) -> dict[str, MaskFamily]:
     return families
 
 
-def add_checks(proof: Proof, checkers: Sequence[RewriteChecker]) -> None:
-    """The figures of the rewrites' own checks go into a proof."""
+def add_checks(proof: Proof, checkers: Sequence[RewriteChecker], runtime: Runtime) -> None:
+    """The figures of the rewrites' own checks, and of all that was run, go into a proof."""
+    proof.seconds, proof.memory = runtime.seconds, runtime.memory
     if checkers:
         proof.rewrites = sum(checker.rewrites for checker in checkers)
         proof.structures = sum(checker.structures for checker in checkers)

@@ -20,6 +20,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from onnxgen import pipeline_paged
+from onnxgen.bounds import Bounds
 from onnxgen.errors import ModelDiffersError
 from onnxgen.report.values import Proof
 from onnxgen.runtime import Runtime
@@ -41,7 +42,7 @@ def device() -> Any:
     why = paged_kernel.missing()
     if why:
         pytest.skip(why)
-    with Runtime(webgpu=True, timeout=900) as found:
+    with Runtime(webgpu=True, bounds=Bounds(timeout=900)) as found:
         yield found
 
 

@@ -38,6 +38,8 @@ def proof(**changes: object) -> Proof:
         "rewrites": 12,
         "structures": 3,
         "rewrite_difference": 2e-7,
+        "seconds": 3.14,
+        "memory": 1_234_000_000,
     }
     return Proof(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -128,7 +130,7 @@ def test_outcomes_without_success() -> None:
     differs = said(proof(status="differs", reason="logits differ"))
     assert differs.startswith("Differs: 2 cases run")
     assert "logits differ" not in differs  # the command ends with that sentence
-    assert said(proof(status="unverifiable", cases=[], rewrites=0, reason="no ids")) == (
+    assert said(proof(status="unverifiable", cases=[], rewrites=0, seconds=0, reason="no ids")) == (
         "Unverifiable: no case was run\n"
     )
     assert "Warning: one" in said(report([], warnings=["one"]))
@@ -205,6 +207,13 @@ def test_report_files_are_refused_early(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "gone" / "report.json"):
         with pytest.raises(FileError, match="cannot be written"):
             files.check_writable(path)
+
+
+def test_a_proof_says_what_running_took() -> None:
+    assert "ONNX Runtime ran 3.1 s in at most 1.2 GB of memory" in said(proof())
+    assert "of memory" not in said(proof(memory=0))
+    document = as_json.verify_document("a", "b", proof(), 0, None)
+    assert (document["proof"]["seconds"], document["proof"]["memory"]) == (3.14, 1_234_000_000)
 
 
 def test_a_proof_on_twins_says_so() -> None:

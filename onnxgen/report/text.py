@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from onnxgen.bounds import in_words
 from onnxgen.report.as_json import summary
 from onnxgen.report.values import Case, Paging, Proof, Report, Site
 
@@ -109,6 +110,9 @@ def render_proof(proof: Proof | None) -> RenderableType:
                 f"  {_many(len(outside), 'case')} outside the contract fail as they must ({names})"
             )
         )
+    if proof.seconds:
+        memory = f" in at most {in_words(proof.memory)} of memory" if proof.memory else ""
+        lines.append(Text(f"  ONNX Runtime ran {proof.seconds:.1f} s{memory}"))
     return Group(*lines)
 
 

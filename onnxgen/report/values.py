@@ -155,6 +155,10 @@ class Proof:
         not_run: what the budget left out, one sentence each.
         layers: with the budget "layers": how many parts the models come apart into, and
             `layers_run`, how many of them were run: one of each kind.
+        seconds: that ONNX Runtime loaded and ran models, those of analysis and of the rewrites'
+            checks too.
+        memory: bytes of anonymous memory that its process was seen to have at most; 0 where the
+            system does not say.
     """
 
     status: Literal["proven", "differs", "unproven", "unverifiable"]
@@ -174,6 +178,8 @@ class Proof:
     not_run: list[str] = field(default_factory=list)
     layers: int = 0
     layers_run: int = 0
+    seconds: float = 0.0
+    memory: int = 0
 
     @property
     def worst(self) -> Case | None:

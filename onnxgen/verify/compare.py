@@ -27,7 +27,7 @@ from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.errors import FileError
 from onnxgen.model_io import read_model
 from onnxgen.report.values import Budget, Case, Proof
-from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.runtime import Runtime, RuntimeFailure, SpentError
 from onnxgen.targets.contract import read_contract
 from onnxgen.twin import twin_types, unrunnable_types
 from onnxgen.verify.bisection import find_origin
@@ -98,7 +98,7 @@ def verify_models(
     """
     if runtime is None:
         with Runtime() as own:
-            return verify_models(
+            proof = verify_models(
                 original,
                 rewritten,
                 roles=roles,
@@ -107,6 +107,8 @@ def verify_models(
                 runtime=own,
                 progress=progress,
             )
+            proof.seconds, proof.memory = own.seconds, own.memory
+            return proof
     model, other = _read(original), _read(rewritten)
     runtime.twins = twin_types(model) | twin_types(other)
     proof = Proof("unverifiable", tolerance(model, runtime), twins=names_of(runtime.twins))
@@ -130,7 +132,12 @@ def verify_models(
     comparison, runs = _compare(pair, proof, [*edges], progress)
     if comparison is None:
         return proof
-    if not comparison.failures and (why := _fails_as_it_is(comparison, model, runs)):
+    try:
+        why = "" if comparison.failures else _fails_as_it_is(comparison, model, runs)
+    except SpentError as error:
+        proof.reason = str(error)
+        return proof
+    if why:
         proof.status, proof.reason = "differs", f"the rewritten model fails as it is: {why}"
         return proof
     _conclude(proof, comparison.failures)
@@ -174,6 +181,9 @@ def _compare(
         return None, runs
     try:
         sides[1].load()
+    except SpentError as error:
+        proof.reason = str(error)
+        return None, runs
     except RuntimeFailure as error:
         sides[0].unload()
         proof.status = "differs"
@@ -261,6 +271,8 @@ def _fails_as_it_is(comparison: Comparison, model: ir.Model, runs: Sequence[Run]
             if not run.steps and comparison.case(run).compared:
                 break
         return next(iter(comparison.failures.values()), "")
+    except SpentError:
+        raise
     except RuntimeFailure as error:
         return str(error)
     finally:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from onnxgen.analysis.feeds import RunShape, make_feeds
 from onnxgen.analysis.roles import Roles
 from onnxgen.report.values import Case
-from onnxgen.runtime import RuntimeFailure
+from onnxgen.runtime import RuntimeFailure, SpentError
 from onnxgen.targets.contract import Contract
 from onnxgen.verify.cases import Run
 from onnxgen.verify.difference import NotANumberError, output_difference
@@ -78,6 +78,8 @@ class Comparison:
                 return replace(case, skipped=f"the original fails: {error}")
             try:
                 got = self.rewritten.run(step.feeds[1])
+            except SpentError as error:
+                return replace(case, skipped=str(error))
             except RuntimeFailure as error:
                 outside = self.contract.refuses(step.shape)
                 if outside:

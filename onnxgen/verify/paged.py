@@ -29,7 +29,7 @@ from onnxgen.analysis.edges import integer
 from onnxgen.analysis.roles import Roles
 from onnxgen.model_io import read_model
 from onnxgen.report.values import Case, Proof
-from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.runtime import Runtime, RuntimeFailure, SpentError
 from onnxgen.targets.paged import PagedModel
 from onnxgen.twin import twin_types
 from onnxgen.verify.cases import find_edges, too_large
@@ -89,6 +89,9 @@ def prove_paged(
         second = Side(runtime, path, as_written=False, full=full)
         try:
             second.load()
+        except SpentError as error:
+            proof.reason = str(error)
+            return proof
         except RuntimeFailure as error:
             proof.status = "differs"
             proof.reason = f"ONNX Runtime cannot load the paged model: {error}"
@@ -207,6 +210,9 @@ class _Run:
         run = {self._numbers[each]: count for each, count in counts.items()}
         try:
             outputs, spoiled = paged.run(run, original.embeddings)
+        except SpentError as error:
+            self._proof.reason = str(error)
+            return replace(case, skipped=str(error))
         except RuntimeFailure as error:
             self._proof.reason = f"the paged model fails in {case.name}: {error}"
             return replace(case, difference=math.inf)
