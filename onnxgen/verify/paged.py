@@ -132,6 +132,7 @@ def compare_steps(
     *,
     free: float = math.nan,
     special: Sequence[int] = (),
+    seed: int = 3,
     progress: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Take both models through a program; the proof takes its cases, and what differs.
@@ -140,11 +141,12 @@ def compare_steps(
         original, paged: loaded.
         free: what slots hold that are nobody's.
         special: tokens that the original compares its own with: prompts hold them.
+        seed: of the prompts' tokens.
     """
     first = Contiguous(original, roles, result.rows)
     first.special = special
     first.room = min(first.room, result.max_length or first.room)
-    _Run(first, PagedSide(paged, result, free), proof, progress).program(events)
+    _Run(first, PagedSide(paged, result, free), proof, progress, seed).program(events)
 
 
 class _Run:
@@ -156,6 +158,7 @@ class _Run:
         paged: PagedSide,
         proof: Proof,
         progress: Callable[[str], None],
+        seed: int,
     ) -> None:
         self._original = original
         self._paged = paged
@@ -164,7 +167,7 @@ class _Run:
         self._numbers: dict[str, int] = {}
         self._tokens: dict[str, list[int]] = {}
         self._next: dict[str, int] = {}
-        self._rng = np.random.default_rng(3)
+        self._rng = np.random.default_rng(seed)
 
     def program(self, events: Sequence[Event]) -> None:
         """Go through all steps; the first that differs is the last, and the proof says why."""
