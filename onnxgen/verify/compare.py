@@ -84,7 +84,7 @@ def verify_models(
                 original, rewritten, roles=roles, edges=edges, runtime=own, progress=progress
             )
     model, other = _read(original), _read(rewritten)
-    runtime.twins = twin_types(model) | twin_types(other)
+    runtime.twins = twin_types(model, other)
     proof = Proof("unverifiable", tolerance(model, runtime), twins=names_of(runtime.twins))
     mismatch = _mismatch(model, other)
     if mismatch:
@@ -114,7 +114,7 @@ def verify_models(
         return proof
     try:
         comparison = _Comparison(found, *sides, read_contract(other))
-        runs = plan(found, [*edges, *own_edges])
+        runs = plan(found, [*edges, *own_edges], comparison.contract.max_length)
         for number, run in enumerate(runs, 1):
             progress(f"comparing {number}/{len(runs)}: {run.name}")
             case = comparison.case(run)
@@ -214,7 +214,7 @@ class _Comparison:
         case = Case(run.name, shape.batch, shape.new, shape.past, shape.padding)
         if run.skipped:
             return replace(case, skipped=run.skipped)
-        feeds = make_feeds(self.roles, shape, np.random.default_rng(0))
+        feeds = make_feeds(self.roles, shape, np.random.default_rng(run.seed))
         step: _Step | None = _Step(shape, (feeds, feeds))
         worst, where = 0.0, ""
         for number in range(run.steps + 1):

@@ -110,7 +110,7 @@ def heads(view: View) -> Iterator[Damage]:
                 change = partial(strokes.pick, place, index, axis, picked)
                 yield Damage(kind, f"{label(node)} {part}", change)
         for a, b, kind in ((0, 1, "q and k swapped"), (1, 2, "k and v swapped")):
-            if len(node.input) > b and node.input[a] and node.input[b]:
+            if len(node.input) > b and view.alike(node.input[a], node.input[b]):
                 yield Damage(kind, label(node), partial(strokes.exchange, place, a, b))
         mask = {"Attention": 3, "SinkAttention": 3}.get(node.op_type)
         if node.op_type in ("GroupQueryAttention", "MultiHeadAttention"):

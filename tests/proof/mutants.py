@@ -105,9 +105,10 @@ def examine(job: Job) -> tuple[list[Outcome], list[str]]:
             if subject.baseline.status != "proven":
                 wrong.append(f"{subject.name} is not proven: {subject.baseline.reason}")
                 continue
-            rng = np.random.default_rng([job.seed, zlib.crc32(subject.name.encode())])
+            digest = zlib.crc32(subject.name.encode())
+            rng, other = (np.random.default_rng([job.seed, digest, number]) for number in (0, 1))
             view = View(subject.model, kinds_of(subject))
-            search = search_of(subject, rng, job.runs)
+            search = search_of(subject, other, job.runs)
             wrong += [f"undamaged, {line}" for line in search.odd]
             for damage in drawn(damages(view), rng, job.mutants):
                 outcomes.append(judged(subject, search, damage))

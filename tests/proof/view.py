@@ -85,6 +85,10 @@ class View:
         found = self.kinds.get(name)
         return None if found is None else found[1]
 
+    def alike(self, a: str, b: str) -> bool:
+        """Whether two values have one type and shape."""
+        return a in self.kinds and self.kinds[a] == self.kinds.get(b)
+
     def floating(self, name: str) -> bool:
         found = self.kinds.get(name)
         return found is not None and np.issubdtype(found[0], np.floating)
