@@ -48,10 +48,9 @@ def twin_types(model: ir.Model, rewritten: ir.Model | None = None) -> Types:
     """The types that a model is compared without, as a whole; none where it is compared as it is.
 
     Args:
-        rewritten: what it is compared with. A rounding to float16 that only this one does counts.
+        rewritten: what it is compared with. Roundings that only this one does count.
     """
     types = unrunnable_types(model)
-    types |= frozenset() if rewritten is None else unrunnable_types(rewritten)
     chooses = any(each is not None and has_choices(each) for each in (model, rewritten))
     return types | FLOAT16 if chooses and holds(model, FLOAT16) else types
 

@@ -94,6 +94,17 @@ def plan(roles: Roles, edges: Iterable[int] = (), longest: int | None = None) ->
     return kept
 
 
+def again(runs: Sequence[Run]) -> list[Run]:
+    """The runs without steps on other tokens, where a difference came near the tolerance."""
+    return [
+        replace(run, name=f"{run.name}, other values {turn}", seed=run.seed + 1000 * turn)
+        for turn in range(1, _TURNS + 1)
+        for run in runs
+        if not run.steps and not run.skipped
+    ]
+
+
+_TURNS = 3
 _SHAPES = (
     RunShape(1, 5),
     RunShape(2, 4),
@@ -107,14 +118,15 @@ _SHAPES = (
     RunShape(1, 4, 6, padding="left"),  # all that some kernels take over a past
     RunShape(2, 4, 2, padding="left", pads=(4, 1)),  # longer than the past
     RunShape(2, 4, 7, padding="right"),
-    RunShape(1, 4, 7, padding="right"),
+    RunShape(1, 4, 7, padding="right", pads=(1,)),
+    RunShape(1, 5, padding="left", pads=(1,)),
     RunShape(1, 1),
     RunShape(1, 1, 7),
     RunShape(2, 1, 8),
     RunShape(2, 1, 8, padding="left", encoder=5),
     RunShape(3, 1, 9, padding="left", pads=(0, 5, 8)),
     RunShape(2, 1, 7, padding="right"),
-    RunShape(1, 1, 7, padding="right"),
+    RunShape(1, 1, 7, padding="right", pads=(1,)),
 )
 # Prompts and pasts as users have them: tables have a row for every position, and frequencies that
 # turn hardly at all among the first.

@@ -35,7 +35,7 @@ from onnxgen.targets.paged import PagedModel
 from onnxgen.twin import FLOAT16, Types, has_choices, holds, twin_types
 from onnxgen.verify.cases import find_edges, too_large
 from onnxgen.verify.compare import TOLERANCES, compute_type, names_of
-from onnxgen.verify.difference import NotANumberError, scaled_difference
+from onnxgen.verify.difference import NotANumberError, is_close_call, scaled_difference
 from onnxgen.verify.paged_program import Event, program
 from onnxgen.verify.paged_sides import Contiguous, PagedSide
 from onnxgen.verify.precision import NOTE, rounds_activations
@@ -43,6 +43,9 @@ from onnxgen.verify.side import Side
 
 Array = npt.NDArray[Any]
 _MOST_SPECIAL = 4
+_SEEDS = (3, 4, 5)
+"""Of a program's tokens; all but the first where a difference came near the tolerance."""
+
 _SPARE = 6
 """Places of a static cache that a prompt leaves to what comes after it."""
 
@@ -138,9 +141,17 @@ def _compare(
             proof.reason = f"ONNX Runtime cannot load the paged model: {error}"
             return
         events = program(result.options.block_size, plan.edges, sharing=not result.switches)
-        compare_steps(
-            first, second, roles, result, events, proof, special=plan.special, progress=progress
-        )
+        seen = len(proof.cases)
+        for seed in _SEEDS:
+            compare_steps(
+                *(first, second, roles, result, events, proof),
+                special=plan.special,
+                seed=seed,
+                progress=progress,
+            )
+            near = (is_close_call(each.difference, proof.tolerance) for each in proof.cases[seen:])
+            if proof.reason or not any(near):
+                break
         second.unload()
         if proof.reason:
             return
@@ -339,7 +350,7 @@ class _Run:
         for name in counts:
             number = self._numbers[name]
             slots = paged.sequences.slots(number)
-            for pool in paged.result.pools:
+            for pool in paged.result.pools if len(slots) else ():
                 first, rows = self._original.cache(name, pool.past, len(slots))
                 found = paged.flat(pool.name)[slots[first:]]
                 yield f"{pool.output} of {name}", scaled_difference(rows.astype(found.dtype), found)

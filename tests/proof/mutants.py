@@ -119,7 +119,7 @@ def drawn(
     found: Mapping[str, Sequence[Damage]], rng: np.random.Generator, count: int
 ) -> list[Damage]:
     """One damage of each of so many kinds, those that a model has few of first and foremost."""
-    keys = {kind: rng.random() ** (len(each) ** 0.5) for kind, each in sorted(found.items())}
+    keys = {kind: rng.random() ** (len(each) ** 0.25) for kind, each in sorted(found.items())}
     kinds = sorted(keys, key=lambda kind: -keys[kind])
     return [found[kind][int(rng.integers(len(found[kind])))] for kind in kinds[:count]]
 

@@ -224,9 +224,14 @@ class _Paged:
             (draw_program(rng, options.block_size, sizes, not self._result.switches), seed)
             for seed in range(count)
         ]
-        with contextlib.suppress(NotRunError):
+        programs, self._programs = self._programs, []
+        for program in programs:
+            self._programs.append(program)
             found = self.differs(subject.model)
-            self.odd += [f"{subject.name}: {found}"] if found else []
+            if found:
+                self._programs.pop()
+            if found and not subject.operator:  # there rounding to float16 comes as far
+                self.odd.append(f"{subject.name}: {found}")
 
     def differs(self, model: onnx.ModelProto) -> str:
         self._runtime.twins = self._twins
