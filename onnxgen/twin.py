@@ -36,23 +36,32 @@ _TYPES = frozenset(
 _FLOAT = ir.DataType.FLOAT
 Types: TypeAlias = frozenset[ir.DataType]
 BFLOAT16: Types = frozenset({ir.DataType.BFLOAT16})
-_FLOAT16: Types = frozenset({ir.DataType.FLOAT16})
+FLOAT16: Types = frozenset({ir.DataType.FLOAT16})
 _CHOOSING = frozenset({"TopK", "ArgMax", "MoE", "QMoE"})
 
 
 def unrunnable_types(model: ir.Model) -> Types:
     """bfloat16, where a model holds it: ONNX Runtime's CPU has no kernels for it."""
-    return BFLOAT16 if _holds(model, BFLOAT16) else frozenset()
+    return BFLOAT16 if holds(model, BFLOAT16) else frozenset()
 
 
-def twin_types(model: ir.Model) -> Types:
-    """The types that a model is compared without, as a whole; none where it is compared as it is."""
+def twin_types(model: ir.Model, rewritten: ir.Model | None = None) -> Types:
+    """The types that a model is compared without, as a whole; none where it is compared as it is.
+
+    Args:
+        rewritten: what it is compared with. Roundings that only this one does count.
+    """
     types = unrunnable_types(model)
-    chooses = any(node.op_type in _CHOOSING for node in model.graph.all_nodes())
-    return types | _FLOAT16 if chooses and _holds(model, _FLOAT16) else types
+    chooses = any(each is not None and has_choices(each) for each in (model, rewritten))
+    return types | FLOAT16 if chooses and holds(model, FLOAT16) else types
 
 
-def _holds(model: ir.Model, types: Types) -> bool:
+def has_choices(model: ir.Model) -> bool:
+    """Whether a small difference may change which experts, or tokens, a model goes on with."""
+    return any(node.op_type in _CHOOSING for node in model.graph.all_nodes())
+
+
+def holds(model: ir.Model, types: Types) -> bool:
     """Whether any value of a model is of these types, in subgraphs and functions too."""
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
     return any(

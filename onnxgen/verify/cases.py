@@ -47,24 +47,29 @@ class Run:
         shape: its lengths.
         steps: greedy steps that follow, each model on its own cache.
         skipped: why it is not run, else "".
+        seed: of what is fed; another for every run, since the tokens of one are few.
     """
 
     name: str
     shape: RunShape
     steps: int = 0
     skipped: str = ""
+    seed: int = 0
 
 
-def plan(roles: Roles, edges: Iterable[int] = (), *, quick: bool = False) -> list[Run]:
+def plan(
+    roles: Roles, edges: Iterable[int] = (), longest: int | None = None, *, quick: bool = False
+) -> list[Run]:
     """The runs that the graph's fixed lengths allow, those with greedy steps last.
 
     Of the runs with steps one is enough: the first that the original can do.
 
     Args:
         edges: total lengths at which behaviour may switch.
+        longest: the most tokens, past and new, where a model says how many it takes.
         quick: a handful: no lengths around edges, no greedy steps.
     """
-    shapes = list(_QUICK if quick else _SHAPES)
+    shapes = [*_QUICK] if quick else [*_SHAPES, *_FAR, *_last(roles, longest)]
     if not {"S", "P", "T"} & {letter for each in roles.inputs.values() for letter in each.axes}:
         # An image or audio encoder: only the batch varies, and where it is free the length.
         free = any(
@@ -83,15 +88,26 @@ def plan(roles: Roles, edges: Iterable[int] = (), *, quick: bool = False) -> lis
         full = [RunShape(2, 3, max(caps) + 2, "left")] if caps else []
         runs += _fitting(roles, [Run("", shape, 3) for shape in (*_CHAINS, *full)])
     seen: set[tuple[RunShape, int]] = set()
-    kept = []
+    kept: list[Run] = []
     for run in runs:
         key = (run.shape, run.steps)
         if key not in seen:
             seen.add(key)
-            kept.append(run if run.name else replace(run, name=_name(roles, run)))
+            kept.append(replace(run, name=run.name or _name(roles, run), seed=len(kept)))
     return kept
 
 
+def again(runs: Sequence[Run]) -> list[Run]:
+    """The runs without steps on other tokens, where a difference came near the tolerance."""
+    return [
+        replace(run, name=f"{run.name}, other values {turn}", seed=run.seed + 1000 * turn)
+        for turn in range(1, _TURNS + 1)
+        for run in runs
+        if not run.steps and not run.skipped
+    ]
+
+
+_TURNS = 3
 _SHAPES = (
     RunShape(1, 5),
     RunShape(2, 4),
@@ -105,12 +121,25 @@ _SHAPES = (
     RunShape(1, 4, 6, padding="left"),  # all that some kernels take over a past
     RunShape(2, 4, 2, padding="left", pads=(4, 1)),  # longer than the past
     RunShape(2, 4, 7, padding="right"),
+    RunShape(1, 4, 7, padding="right", pads=(1,)),
+    RunShape(1, 5, padding="left", pads=(1,)),
     RunShape(1, 1),
     RunShape(1, 1, 7),
     RunShape(2, 1, 8),
     RunShape(2, 1, 8, padding="left", encoder=5),
     RunShape(3, 1, 9, padding="left", pads=(0, 5, 8)),
     RunShape(2, 1, 7, padding="right"),
+    RunShape(1, 1, 7, padding="right", pads=(1,)),
+)
+# Prompts and pasts as users have them: tables have a row for every position, and frequencies that
+# turn hardly at all among the first.
+_FAR = (
+    RunShape(1, 130),
+    RunShape(2, 33, padding="left", pads=(20, 0)),
+    RunShape(2, 33, padding="right", pads=(0, 17)),
+    RunShape(1, 4, 61),
+    RunShape(2, 1, 250, padding="left", pads=(0, 90)),
+    RunShape(2, 1, 777),
 )
 _QUICK = (
     RunShape(1, 5),
@@ -138,6 +167,13 @@ _CHAINS = (
     RunShape(1, 1, 7),
     RunShape(1, 3, 7),
 )
+
+
+def _last(roles: Roles, longest: int | None) -> list[RunShape]:
+    """Runs that end on the last place there is, and behind it."""
+    if longest is None or longest < 8 or not roles.pairs or too_large(roles, longest):
+        return []
+    return [RunShape(1, 1, longest - 1), RunShape(1, 3, longest - 3), RunShape(1, 1, longest)]
 
 
 def _edge_runs(roles: Roles, edges: Iterable[int]) -> list[Run]:

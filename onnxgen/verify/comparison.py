@@ -67,7 +67,7 @@ class Comparison:
         case = Case(run.name, shape.batch, shape.new, shape.past, shape.padding)
         if run.skipped:
             return replace(case, skipped=run.skipped)
-        feeds = make_feeds(self.roles, shape, np.random.default_rng(0))
+        feeds = make_feeds(self.roles, shape, np.random.default_rng(run.seed))
         step: Step | None = Step(shape, (feeds, feeds))
         worst, where = 0.0, ""
         for number in range(run.steps + 1):

@@ -20,6 +20,14 @@ class NotANumberError(Exception):
     """The original itself computes NaN for a real token: there is nothing to compare with."""
 
 
+def is_close_call(difference: float, tolerance: float) -> bool:
+    """Whether a difference is so near the tolerance that other values may be beyond it.
+
+    Of float32 alone: float16's rounding comes as near.
+    """
+    return tolerance / 4 < difference <= tolerance and tolerance <= 1e-4
+
+
 def output_difference(
     roles: Roles, output: OutputRole, shape: RunShape, original: Array, rewritten: Array
 ) -> float:

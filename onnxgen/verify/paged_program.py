@@ -45,6 +45,11 @@ def program(block_size: int, edges: Sequence[int], *, sharing: bool = True) -> l
         Event({"e": (2 * size, 0, "")}, {"b": 1, "e": 2 * size, "c": 1, "d": 1}, ("a",)),
     ]
     events += [Event({}, {"e": 1, "d": 1, "c": 1, "b": 1})] * 2
+    # Positions as users have them: a prompt of some blocks, and single tokens far behind.
+    events.append(Event({"f": (41, 0, ""), "g": (6, 150, "")}, {"f": 41, "g": 6, "d": 1}))
+    events.append(Event({"h": (3, 700, "")}, {"f": 1, "g": 1, "h": 3}))
+    events.append(Event({}, {"h": 1, "e": 1}, ("f", "g")))
+    events.append(Event({}, {"e": 1}, ("h",)))
     for edge in near:
         events.append(Event({f"n{edge}": (edge + 2, 0, "")}, {f"n{edge}": edge + 2, "c": 1}))
         events.append(Event({}, {"c": 1, f"n{edge}": 1}))

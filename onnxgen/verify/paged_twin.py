@@ -94,8 +94,9 @@ class _Expansion:
         op = self._builder.op
         heads, kv_heads = attribute(node, "num_heads"), attribute(node, "kv_num_heads")
         shape = given["key_cache"].shape
-        assert shape is not None
-        block, size = shape[1], shape[3]
+        block, size = (
+            (shape[1], shape[3]) if shape is not None and len(shape) == 4 else (None, None)
+        )
         if not isinstance(block, int) or not isinstance(size, int):
             raise RefusedError(f"{node.name}: the sizes of its pools are not known")
         lengths = [
@@ -208,14 +209,14 @@ class _Expansion:
             return rows
         op, ints = self._builder.op, self._builder.ints
         shape = given["cos_cache"].shape
-        assert shape is not None
+        columns = shape[1] if shape is not None and len(shape) == 2 else None
+        if not isinstance(columns, int):
+            raise RefusedError(f"{node.name}: the sizes of its rotary tables are not known")
         tables = [op("Cast", [given[f"{n}_cache"]], {"to": FLOAT}) for n in ("cos", "sin")]
         attributes = {
             "num_heads": heads,
             "interleaved": attribute(node, "rotary_interleaved", 0),
         }
-        columns = shape[1]
-        assert isinstance(columns, int)  # a table's sizes are numbers
         rotated = 2 * columns
         if rotated != size:
             attributes["rotary_embedding_dim"] = rotated
