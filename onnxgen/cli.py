@@ -19,7 +19,9 @@ from onnxgen.cli_words import (
     PathType,
     Progress,
     check_report_file,
+    check_verify,
     json_option,
+    no_verify_option,
     outcome_of,
     parse_roles,
     prepare_streams,
@@ -31,6 +33,7 @@ from onnxgen.cli_words import (
     show_outcome,
     show_progress,
     unexpected,
+    verify_option,
 )
 from onnxgen.errors import OnnxgenError, RefusedError
 from onnxgen.places import default_output
@@ -104,9 +107,8 @@ def main() -> None:
     metavar="N",
     help="With ort: the most tokens, past and new. Default: config.json's, else the model's own.",
 )
-@click.option(
-    "--no-verify", is_flag=True, help="Run nothing, per-rewrite checks included: unproven."
-)
+@verify_option
+@no_verify_option
 @click.option(
     "--disable",
     multiple=True,
@@ -134,6 +136,7 @@ def fuse(
     target: str,
     padding: Any,
     max_length: int | None,
+    budget: Any,
     no_verify: bool,
     disable: tuple[str, ...],
     opset: int | None,
@@ -159,12 +162,14 @@ def fuse(
     output = output or default_output(model)
     beside = (file.with_name(name) for file in (model, output) for name in (CONFIG, *READ))
     check_report_file(report_file, model, output, *beside)
+    check_verify(budget, no_verify)
     options = pipeline.FuseOptions(
         output=output,
         target=target,
         padding=padding,
         max_length=max_length,
         verify=not no_verify,
+        budget=budget,
         disable=disable,
         opset=opset,
         inline=inline,
@@ -182,12 +187,14 @@ def fuse(
 @main.command()
 @click.argument("original", type=PathType())
 @click.argument("rewritten", type=PathType())
+@verify_option
 @role_option
 @report_option
 @json_option
 def verify(
     original: Path,
     rewritten: Path,
+    budget: Any,
     roles: tuple[str, ...],
     report_file: Path | None,
     json_output: bool,
@@ -209,7 +216,7 @@ def verify(
 
     with outcome_of(show) as outcome, show_progress() as progress:
         outcome.value = proof = pipeline.verify(
-            original, rewritten, roles=parsed, progress=progress
+            original, rewritten, roles=parsed, budget=budget, progress=progress
         )
         outcome.exit_code = proof_exit_code(proof, unproven=RefusedError.exit_code)
         to_blame = rewritten if proof.status == "differs" else original

@@ -11,11 +11,14 @@ from onnxgen.cli_words import (
     PathType,
     Progress,
     check_report_file,
+    check_verify,
     json_option,
+    no_verify_option,
     parse_roles,
     report_of,
     report_option,
     role_option,
+    verify_option,
 )
 from onnxgen.places import default_folder
 from onnxgen.report.values import Report
@@ -74,9 +77,8 @@ from onnxgen.report.values import Report
 @click.option(
     "--check", is_flag=True, help="Convert nothing; say whether it could be, and why not."
 )
-@click.option(
-    "--no-verify", is_flag=True, help="Run nothing, per-rewrite checks included: unproven."
-)
+@verify_option
+@no_verify_option
 @click.option("--inline", is_flag=True, help="Expand functions of our own to standard ops.")
 @click.option(
     "--genai-config",
@@ -100,6 +102,7 @@ def to_paged(
     max_length: int | None,
     slot_mapping: bool,
     check: bool,
+    budget: Any,
     no_verify: bool,
     inline: bool,
     genai_config: bool,
@@ -127,6 +130,7 @@ def to_paged(
     output = output or default_folder(model)
     written = [output / name for name in ("model.onnx", CONFIG, *READ)]
     check_report_file(report_file, model, *map(model.with_name, (CONFIG, *READ)), *written)
+    check_verify(budget, no_verify)
     kinds = {None: None, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
     options = pipeline_paged.PageOptions(
         output=output,
@@ -134,6 +138,7 @@ def to_paged(
         max_length=max_length,
         check=check,
         verify=not no_verify,
+        budget=budget,
         inline=inline,
         roles=parse_roles(roles),
         genai_config=genai_config,

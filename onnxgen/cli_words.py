@@ -87,6 +87,17 @@ role_option = click.option(
     metavar="NAME=ROLE",
     help="Say what an input is for, such as tokens=ids, where its use leaves that open. Repeatable.",
 )
+verify_option = click.option(
+    "--verify",
+    "budget",
+    type=click.Choice(["quick", "full", "layers"]),
+    default="full",
+    show_default=True,
+    help="How much to compare: a few cases; all; all, of the model cut down to one layer of each kind.",
+)
+no_verify_option = click.option(
+    "--no-verify", is_flag=True, help="Run nothing, per-rewrite checks included: unproven."
+)
 report_option = click.option(
     "--report",
     "report_file",
@@ -113,6 +124,16 @@ def parse_roles(words: Sequence[str]) -> Mapping[str, str]:
         if roles.setdefault(name, role) != role:
             raise UsageError(f"--role gives {name} two roles, {roles[name]} and {role}")
     return roles
+
+
+def check_verify(budget: str, no_verify: bool) -> None:
+    """Whether the two options fit.
+
+    Raises:
+        UsageError: both are given.
+    """
+    if no_verify and budget != "full":
+        raise UsageError(f"--no-verify and --verify {budget} exclude one another")
 
 
 def proof_exit_code(proof: Proof | None, *, unproven: int) -> int:

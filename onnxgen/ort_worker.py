@@ -30,6 +30,8 @@ def _load(model: bytes | str, request: dict[str, Any]) -> Any:
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     if not request["optimize"]:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if not request["packed"]:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if request["folder"]:
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, request["folder"])

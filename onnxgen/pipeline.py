@@ -28,7 +28,7 @@ from onnxgen.passes.normalize import normalize
 from onnxgen.passes.tidy import tidy
 from onnxgen.patterns import RULES
 from onnxgen.places import default_output
-from onnxgen.report.values import Proof, Report
+from onnxgen.report.values import Budget, Proof, Report
 from onnxgen.runtime import Runtime
 from onnxgen.stages import (
     Clock,
@@ -66,6 +66,7 @@ class FuseOptions:
         max_length: for "ort": the most tokens, past and new; None for what config.json beside
             the model says, else what its own tables hold, at most 32768.
         verify: run the checks; without them nothing is run and the report says unproven.
+        budget: how much of them; see `onnxgen.verify.compare.verify_models`.
         disable: codes of rules to leave out.
         opset: version of the default domain to write; None for the target's own.
         inline: expand the functions of the `onnxgen` domain.
@@ -79,6 +80,7 @@ class FuseOptions:
     padding: Padding = "any"
     max_length: int | None = None
     verify: bool = True
+    budget: Budget = "full"
     disable: tuple[str, ...] = ()
     opset: int | None = None
     inline: bool = False
@@ -172,10 +174,15 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
 
 
 def verify(
-    original: Path, rewritten: Path, *, roles: Mapping[str, str], progress: Progress
+    original: Path,
+    rewritten: Path,
+    *,
+    roles: Mapping[str, str],
+    budget: Budget = "full",
+    progress: Progress,
 ) -> Proof:
     """Compare two models on the same inputs; see `onnxgen.verify.compare.verify_models`."""
-    return verify_models(original, rewritten, roles=roles, progress=progress)
+    return verify_models(original, rewritten, roles=roles, budget=budget, progress=progress)
 
 
 def _check_options(options: FuseOptions) -> None:
@@ -235,7 +242,12 @@ def _prove(
 ) -> Proof:
     """The comparison of the whole models, with the figures of the rewrites' own checks."""
     proof = verify_models(
-        original, rewritten, roles=options.roles, runtime=runtime, progress=progress
+        original,
+        rewritten,
+        roles=options.roles,
+        budget=options.budget,
+        runtime=runtime,
+        progress=progress,
     )
     add_checks(proof, checkers, runtime)
     return proof

@@ -25,7 +25,7 @@ from onnxgen.passes.normalize import normalize
 from onnxgen.passes.tidy import tidy
 from onnxgen.passes.to_paged import page_model
 from onnxgen.report import files
-from onnxgen.report.values import Paging, Proof, Report
+from onnxgen.report.values import Budget, Paging, Proof, Report
 from onnxgen.runtime import Runtime
 from onnxgen.stages import (
     Clock,
@@ -68,6 +68,7 @@ class PageOptions:
             rotary embedding goes inside; None as for `FuseOptions`.
         check: convert nothing; say whether it could be.
         verify: run the checks; without them nothing is run and the report says unproven.
+        budget: how much of them; see `onnxgen.verify.paged.prove_paged`.
         inline: expand the functions of the `onnxgen` domain.
         roles: what inputs are for, by name, where structure does not tell.
         genai_config: write genai_config.json and the tokenizer's files beside the output too.
@@ -79,6 +80,7 @@ class PageOptions:
     max_length: int | None = None
     check: bool = False
     verify: bool = True
+    budget: Budget = "full"
     inline: bool = False
     roles: Mapping[str, str] = field(default_factory=dict)
     genai_config: bool = False
@@ -166,9 +168,9 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
                     sides = (path, paths, results, roles, runtime, progress)
                     if options.paged.flavor == "ort":
                         assert report.paging is not None
-                        report.proof, report.paging.kernel = prove_operator(*sides)
+                        report.proof, report.paging.kernel = prove_operator(*sides, options.budget)
                     else:
-                        report.proof = prove_paged(*sides)
+                        report.proof = prove_paged(*sides, options.budget)
                     add_checks(report.proof, checkers, runtime)
                 else:
                     report.proof = Proof("unproven", TOLERANCES[FLOAT], reason="told not to run")

@@ -102,13 +102,20 @@ class Runtime:
         self.close()
 
     def load(
-        self, model: bytes | Path, *, optimize: bool = False, folder: Path | None = None
+        self,
+        model: bytes | Path,
+        *,
+        optimize: bool = False,
+        folder: Path | None = None,
+        packed: bool = True,
     ) -> int:
         """Load a model (bytes, or a path where it has external data) and return its handle.
 
         Args:
             optimize: run the runtime's own graph optimisations, as a user's session would.
             folder: where the external data of bytes is.
+            packed: let the runtime copy weights into the order that is fastest for it; else they
+                stay where they are mapped, on disk.
 
         Raises:
             RuntimeFailure: the runtime refuses the model, or takes too much for it.
@@ -126,6 +133,7 @@ class Runtime:
                 "optimize": optimize,
                 "threads": self.threads,
                 "webgpu": self.webgpu,
+                "packed": packed,
                 "folder": "" if folder is None else os.path.abspath(folder),
             }
             data = {"model": np.frombuffer(source, np.uint8)} if isinstance(source, bytes) else {}

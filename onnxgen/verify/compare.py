@@ -17,15 +17,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
 from onnxgen.analysis.roles import Roles, find_roles
-from onnxgen.errors import FileError
-from onnxgen.model_io import read_model
 from onnxgen.report.values import Budget, Case, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure, SpentError
 from onnxgen.targets.contract import read_contract
@@ -37,7 +35,7 @@ from onnxgen.verify.difference import is_close_call
 from onnxgen.verify.interface import mismatch
 from onnxgen.verify.landmarks import apart, find_landmarks
 from onnxgen.verify.layers import shorten
-from onnxgen.verify.opened import Source, opened
+from onnxgen.verify.opened import Source, read
 from onnxgen.verify.precision import NOTE, rounds_activations
 from onnxgen.verify.sensitivity import faint_inputs
 from onnxgen.verify.side import Side
@@ -110,7 +108,7 @@ def verify_models(
             )
             proof.seconds, proof.memory = own.seconds, own.memory
             return proof
-    model, other = _read(original), _read(rewritten)
+    model, other = read(original), read(rewritten)
     runtime.twins = twin_types(model, other)
     proof = Proof("unverifiable", tolerance(model, runtime), twins=names_of(runtime.twins))
     proof.budget = budget
@@ -123,11 +121,12 @@ def verify_models(
         progress("cutting the models down to one layer of each kind")
         short = shorten(original, rewritten, found)
         original, rewritten = short.original, short.rewritten
-        model, other = _read(original), _read(rewritten)
+        model, other = read(original), read(rewritten)
         there = {value.name for value in model.graph.inputs}
         found = find_roles(model, {n: r for n, r in (roles or {}).items() if n in there})
         proof.layers, proof.layers_run = short.layers, short.kept
-    pair = _Pair(runtime, original, rewritten, model, other, found)
+    packed = budget != "layers"  # copies of the weights would take the memory that is to be saved
+    pair = _Pair(runtime, original, rewritten, model, other, found, packed)
     if rounds_activations(model):
         proof.note = NOTE
     comparison, runs = _compare(pair, proof, [*edges], progress)
@@ -157,15 +156,19 @@ class _Pair:
     model: ir.Model
     other: ir.Model
     roles: Roles
+    packed: bool
 
     def sides(self, inner: Sequence[str] = ()) -> tuple[Side, Side]:
         # The original is what its nodes say; the rewritten one runs as it will for a user. Both
         # optimised by the runtime could be one and the same graph in the end, right or wrong.
-        full = rounds_activations(self.model)
-        return (
-            Side(self.runtime, self.original, as_written=True, full=full, inner=inner),
-            Side(self.runtime, self.rewritten, as_written=False, full=full, inner=inner),
+        make = partial(
+            Side,
+            self.runtime,
+            full=rounds_activations(self.model),
+            inner=inner,
+            packed=self.packed,
         )
+        return make(self.original, as_written=True), make(self.rewritten, as_written=False)
 
 
 def _compare(
@@ -313,15 +316,6 @@ def _conclude(proof: Proof, failures: Mapping[str, str]) -> None:
                 f"output {worst.output!r} differs by {worst.difference:.2g} standard deviations "
                 f"in the case {worst.name!r}; at most {proof.tolerance:g} is allowed"
             )
-
-
-def _read(source: Source) -> ir.Model:
-    if isinstance(source, Path):
-        return read_model(source)
-    try:
-        return ir.serde.deserialize_model(opened(source)[0])
-    except Exception as error:  # protobuf's DecodeError has no public base class
-        raise FileError("the serialized model is no ONNX model or is damaged") from error
 
 
 def tolerance(model: ir.Model, runtime: Runtime) -> float:

@@ -27,7 +27,7 @@ def find_joints(graph: ir.Graph, facts: Facts) -> list[ir.Value]:
     answers = [
         value
         for value in graph.outputs
-        if value in depths and facts.roles.outputs[str(value.name)].role not in ("present", "copy")
+        if value in depths and facts.roles.outputs[str(value.name)].role in ("rows", "other")
     ]
     if not answers:
         return []

@@ -24,10 +24,9 @@ import onnx_ir as ir
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import CONTRIB, attribute
 from onnxgen.analysis.roles import Roles
-from onnxgen.tensor_slots import tensor_slots
 from onnxgen.verify.joints import find_joints
 from onnxgen.verify.landmarks import carrying
-from onnxgen.verify.opened import Placed, Source, opened
+from onnxgen.verify.opened import Placed, Source, opened, read
 from onnxgen.verify.outline import Weights, outline
 
 
@@ -47,13 +46,16 @@ class Shortened:
     kept: int
 
 
-def shorten(original: Source, rewritten: Source, roles: Roles) -> Shortened:
+def shorten(
+    original: Source, rewritten: Source, roles: Roles, others: Roles | None = None
+) -> Shortened:
     """Cut two models down; what has no joints, or no two layers alike, stays as it is.
 
     Args:
         roles: the original's.
+        others: the rewritten model's, where they are not the same.
     """
-    sides = (_Cut.of(original, roles), _Cut.of(rewritten, roles))
+    sides = (_Cut.of(original, roles), _Cut.of(rewritten, others or roles))
     names = [name for name in sides[0].joints if name in sides[1].joints]
     if sorted(names, key=list(sides[1].joints).index) != names or len(names) < 2:
         return Shortened(original, rewritten, 1, 1)
@@ -89,11 +91,8 @@ class _Cut:
     @classmethod
     def of(cls, source: Source, roles: Roles) -> _Cut:
         proto, folder = opened(source)
-        model = ir.serde.deserialize_model(proto)
-        for slot in tensor_slots(model):
-            if isinstance(slot.tensor, ir.ExternalTensor) and folder is not None:
-                slot.tensor.base_dir = str(folder)
-        return cls(model, folder, roles)
+        data = proto.SerializeToString()
+        return cls(read(data if folder is None else Placed(data, folder)), folder, roles)
 
     def divide(self, names: Sequence[str]) -> None:
         """Keep these joints, and give every other output to the layer that makes it."""
@@ -146,7 +145,6 @@ class _Cut:
                 del graph.initializers[name]
         data = ir.serde.serialize_model(self.model).SerializeToString()
         return data if self.folder is None else Placed(data, self.folder)
-
 
     def _read_lengths_elsewhere(self, lost: Collection[ir.Value]) -> None:
         """Read the lengths of caches that go with their layers off caches of the same form."""

@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import onnx
+import onnx_ir as ir
 
+from onnxgen.errors import FileError
+from onnxgen.model_io import read_model
+from onnxgen.tensor_slots import tensor_slots
 from onnxgen.wire import cut_weights, tensors_of
 
 
@@ -46,6 +50,25 @@ def opened(source: Source) -> tuple[onnx.ModelProto, Path | None]:
         for key, value in place:
             tensor.external_data.add(key=key, value=str(value))
     return proto, _relocate(proto, source.parent)
+
+
+def read(source: Source) -> ir.Model:
+    """The model, as `read_model` reads a path.
+
+    Raises:
+        FileError: it cannot be read as a model.
+    """
+    if isinstance(source, Path):
+        return read_model(source)
+    try:
+        proto, folder = opened(source)
+        model = ir.serde.deserialize_model(proto)
+    except Exception as error:  # protobuf's DecodeError has no public base class
+        raise FileError("the serialized model is no ONNX model or is damaged") from error
+    for slot in tensor_slots(model):
+        if isinstance(slot.tensor, ir.ExternalTensor) and folder is not None:
+            slot.tensor.base_dir = str(folder)
+    return model
 
 
 def expose(proto: onnx.ModelProto, names: Iterable[str]) -> None:

@@ -19,7 +19,6 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,15 @@ import onnx_ir as ir
 
 from onnxgen.analysis.edges import integer
 from onnxgen.analysis.roles import Roles
-from onnxgen.model_io import read_model
-from onnxgen.report.values import Case, Proof
+from onnxgen.report.values import Budget, Case, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure, SpentError
 from onnxgen.targets.paged import PagedModel
 from onnxgen.twin import FLOAT16, Types, has_choices, holds, twin_types
 from onnxgen.verify.cases import find_edges, too_large
 from onnxgen.verify.compare import TOLERANCES, compute_type, names_of
 from onnxgen.verify.difference import NotANumberError, is_close_call, scaled_difference
+from onnxgen.verify.opened import Source, read
+from onnxgen.verify.paged_pairs import PagedPairs
 from onnxgen.verify.paged_program import Event, program
 from onnxgen.verify.paged_sides import Contiguous, PagedSide
 from onnxgen.verify.precision import NOTE, rounds_activations
@@ -51,12 +51,13 @@ _SPARE = 6
 
 
 def prove_paged(
-    original: Path,
-    written: Sequence[Path],
+    original: Source,
+    written: Sequence[Source],
     results: Sequence[PagedModel],
     roles: Roles,
     runtime: Runtime,
     progress: Callable[[str], None] = lambda message: None,
+    budget: Budget = "full",
 ) -> Proof:
     """Compare the original with what it was paged to, for each size of blocks.
 
@@ -68,33 +69,46 @@ def prove_paged(
         original: as `read_model` takes it.
         written: where each of `results` lies.
         roles: of the original, as it was paged.
+        budget: "quick", only for the size of blocks that was asked for, without edges; "full";
+            "layers", all, of the models cut down to one layer of each kind.
 
     Returns:
         "proven", "differs" (with step, sequence and tensor) or "unverifiable".
     """
-    model = read_model(original)
+    sides = PagedPairs([original] * len(written), written, results, roles)
+    if budget == "quick":
+        sides = sides.first()
+    elif budget == "layers":
+        progress("cutting the models down to one layer of each kind")
+        sides = sides.shortened()
+    roles = sides.roles
+    model = read(sides.originals[0])
     kinds = {compute_type(model), *(pool.dtype for pool in results[0].pools)}
     twins = twin_types(model)
     # Pools narrower than all that the original computes would let rounding choose experts.
     wide = _narrow_pools(model, results[0]) if has_choices(model) else frozenset()
     tolerance = max(TOLERANCES.get(ir.DataType.FLOAT if k in twins else k, 0.0) for k in kinds)
-    proof = Proof("unverifiable", tolerance, twins=names_of(twins | wide))
+    proof = Proof("unverifiable", tolerance, twins=names_of(twins | wide), budget=budget)
+    proof.layers, proof.layers_run = sides.layers, sides.layers_run
     near, _ = find_edges(model, roles)
-    sizes = [family.size for family in results[0].families if family.size]
+    lengths = [family.size for family in results[0].families if family.size]
+    edges = dict.fromkeys([*lengths, *near])
     plan = _Plan(
-        [edge for edge in dict.fromkeys([*sizes, *near]) if not too_large(roles, edge)],
+        [] if budget == "quick" else [e for e in edges if not too_large(roles, e)],
         _special_tokens(model, roles),
         rounds_activations(model),
     )
     if plan.full:
         proof.note = NOTE
-    sides = (original, written, results, roles, runtime, plan)
+    if budget == "quick":
+        left = "other sizes of blocks, and lengths at which behaviour may switch"
+        proof.not_run.append(f"{left} (--verify quick)")
     runtime.twins = twins | wide
-    _compare(*sides, proof, progress)
+    _compare(sides, runtime, plan, proof, progress)
     if wide and proof.status == "proven":
         runtime.twins = twins
         own = Proof("unverifiable", sys.float_info.max)  # only that it runs, and is finite
-        _compare(*sides, own, progress)
+        _compare(sides, runtime, plan, own, progress)
         if own.status != "proven":
             proof.status, proof.reason = "differs", f"with its pools as they are, {own.reason}"
     return proof
@@ -116,29 +130,29 @@ def _narrow_pools(model: ir.Model, result: PagedModel) -> Types:
 
 
 def _compare(
-    original: Path,
-    written: Sequence[Path],
-    results: Sequence[PagedModel],
-    roles: Roles,
+    sides: PagedPairs,
     runtime: Runtime,
     plan: _Plan,
     proof: Proof,
     progress: Callable[[str], None],
 ) -> None:
     """Load both, for each size of blocks, and go through its program; the proof takes what comes."""
-    first = Side(runtime, original, as_written=True, full=plan.full)
-    try:
-        first.load()
-    except RuntimeFailure as error:
-        proof.reason = f"ONNX Runtime cannot load the original: {error}"
-        return
-    for path, result in zip(written, results, strict=True):
-        second = Side(runtime, path, as_written=False, full=plan.full)
+    packed = proof.budget != "layers"
+    first: Side | None = None
+    for original, path, result in zip(sides.originals, sides.written, sides.results, strict=True):
+        if first is None or first.source is not original:
+            first = Side(runtime, original, as_written=True, full=plan.full, packed=packed)
+            try:
+                first.load()
+            except RuntimeFailure as error:
+                proof.reason = f"ONNX Runtime cannot load the original: {error}"
+                return
+        second = Side(runtime, path, as_written=False, full=plan.full, packed=packed)
         try:
             second.load()
         except SpentError as error:
             proof.reason = str(error)
-            return proof
+            return
         except RuntimeFailure as error:
             proof.status = "differs"
             proof.reason = f"ONNX Runtime cannot load the paged model: {error}"
@@ -147,7 +161,7 @@ def _compare(
         seen = len(proof.cases)
         for seed in _SEEDS:
             compare_steps(
-                *(first, second, roles, result, events, proof),
+                *(first, second, sides.roles, result, events, proof),
                 special=plan.special,
                 seed=seed,
                 progress=progress,
@@ -158,7 +172,8 @@ def _compare(
         second.unload()
         if proof.reason:
             return
-    first.unload()
+    if first is not None:
+        first.unload()
     if any(case.compared for case in proof.cases):
         proof.status = "proven"
     else:

@@ -27,7 +27,7 @@ import onnx_ir as ir
 from onnxgen.analysis.graph import attribute
 from onnxgen.analysis.roles import Roles
 from onnxgen.model_io import read_model
-from onnxgen.report.values import Proof
+from onnxgen.report.values import Budget, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.paged import PagedModel
 from onnxgen.targets.paged_schema import DOMAIN, NAME, live_schema
@@ -62,10 +62,11 @@ def prove_operator(
     roles: Roles,
     runtime: Runtime,
     progress: Callable[[str], None] = lambda message: None,
+    budget: Budget = "full",
 ) -> tuple[Proof, str]:
     """The proof as `prove_paged` makes it, and what is to be said of the kernel."""
     with staged_twins(written) as twins:
-        proof = prove_paged(original, twins, results, roles, runtime, progress)
+        proof = prove_paged(original, twins, results, roles, runtime, progress, budget)
     said = (
         f"ONNX Runtime's CPU has no kernel of {NAME}: what each says in the written file was run "
         "as standard operators"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -21,6 +22,7 @@ class Side:
         as_written: run what the nodes say, else what the runtime makes of them for a user.
         full: take from it the leave to round activations.
         inner: values inside that are to be answered too.
+        packed: as for `Runtime.load`.
     """
 
     def __init__(
@@ -31,11 +33,13 @@ class Side:
         as_written: bool,
         full: bool = False,
         inner: Sequence[str] = (),
+        packed: bool = True,
     ) -> None:
         self.runtime = runtime
         self.source = source
         self.full = full
         self.inner = tuple(inner)
+        self.packed = packed
         self.session = 0
         self._as_written = as_written
 
@@ -49,11 +53,14 @@ class Side:
             source = proto.SerializeToString()
         if self._as_written:
             try:
-                self.session = self.runtime.load(source, optimize=False, folder=folder)
+                self.session = self._load(source, folder, optimize=False)
                 return
             except RuntimeFailure:
                 self._as_written = False  # some graphs load only with their constants folded
-        self.session = self.runtime.load(source, optimize=True, folder=folder)
+        self.session = self._load(source, folder, optimize=True)
+
+    def _load(self, source: bytes | Path, folder: Path | None, *, optimize: bool) -> int:
+        return self.runtime.load(source, optimize=optimize, folder=folder, packed=self.packed)
 
     def unload(self) -> None:
         self.runtime.unload(self.session)
