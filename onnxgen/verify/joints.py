@@ -15,6 +15,7 @@ import onnx_ir as ir
 from onnxgen.analysis.facts import Facts
 from onnxgen.verify.landmarks import embeds_tokens
 
+_NO_TOKENS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)  # lengths, places, choices
 _SEEDS = ("embeds", "features", "pixels")
 
 
@@ -69,7 +70,8 @@ def _depths(graph: ir.Graph, facts: Facts) -> dict[ir.Value, int]:
             continue
         read = [depths[value] for value in node.inputs if value in depths]
         if read or embeds_tokens(node, facts):
-            depths.update((output, 1 + max(read, default=0)) for output in node.outputs)
+            deeper = 1 + max(read, default=0)
+            depths.update((v, deeper) for v in node.outputs if v.dtype not in _NO_TOKENS)
     return depths
 
 

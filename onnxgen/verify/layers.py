@@ -55,7 +55,10 @@ def shorten(
         roles: the original's.
         others: the rewritten model's, where they are not the same.
     """
-    sides = (_Cut.of(original, roles), _Cut.of(rewritten, others or roles))
+    sides = (
+        _Cut.of(original, roles, rewritten=False),
+        _Cut.of(rewritten, others or roles, rewritten=True),
+    )
     names = [name for name in sides[0].joints if name in sides[1].joints]
     if sorted(names, key=list(sides[1].joints).index) != names or len(names) < 2:
         return Shortened(original, rewritten, 1, 1)
@@ -80,8 +83,10 @@ def shorten(
 class _Cut:
     """One of the models, and its joints by name."""
 
-    def __init__(self, model: ir.Model, folder: Path | None, roles: Roles) -> None:
-        self.model, self.folder = model, folder
+    def __init__(
+        self, model: ir.Model, folder: Path | None, roles: Roles, *, rewritten: bool
+    ) -> None:
+        self.model, self.folder, self.rewritten = model, folder, rewritten
         _split_norms(model.graph)
         self.facts = Facts(model.graph, roles)
         self.carries = set(carrying(model.graph, self.facts))
@@ -89,10 +94,15 @@ class _Cut:
         self.parts: list[list[ir.Value]] = []
 
     @classmethod
-    def of(cls, source: Source, roles: Roles) -> _Cut:
+    def of(cls, source: Source, roles: Roles, *, rewritten: bool) -> _Cut:
         proto, folder = opened(source)
         data = proto.SerializeToString()
-        return cls(read(data if folder is None else Placed(data, folder)), folder, roles)
+        return cls(
+            read(data if folder is None else Placed(data, folder)),
+            folder,
+            roles,
+            rewritten=rewritten,
+        )
 
     def divide(self, names: Sequence[str]) -> None:
         """Keep these joints, and give every other output to the layer that makes it."""
@@ -115,9 +125,17 @@ class _Cut:
     def can_go(self, at: int) -> bool:
         """Whether what comes in is of the form that goes out, and no answer is lost."""
         before, after = self.parts[at - 1][0], self.parts[at][0]
-        of = self.facts.shapes.of
-        alike = self.facts.shapes.same_shape(of(before), of(after))
-        return alike and before.dtype == after.dtype and not after.is_graph_output()
+        if after.is_graph_output():
+            return False
+        shapes = self.facts.shapes
+        came, goes = shapes.of(before), shapes.of(after)
+        if not self.rewritten:
+            return shapes.same_shape(came, goes) and before.dtype == after.dtype
+        # Values are the original's; of their layout more may not be known than its fixed sizes.
+        if came is None or goes is None:
+            return True
+        fixed = [(a, b) for a, b in zip(came, goes, strict=False) if {type(a), type(b)} == {int}]
+        return len(came) == len(goes) and all(a == b for a, b in fixed)
 
     def without(self, gone: Sequence[int]) -> Source:
         """The model without these layers."""
