@@ -116,11 +116,15 @@ def verify_models(
         comparison = _Comparison(found, *sides, read_contract(other))
         runs = plan(found, [*edges, *own_edges], comparison.contract.max_length)
         for number, run in enumerate(runs, 1):
+            if run.instead and not proof.cases[-1].skipped:
+                continue
             progress(f"comparing {number}/{len(runs)}: {run.name}")
             case = comparison.case(run)
             if run.steps and case.compared:
                 proof.cases.append(case)
                 break
+            if run.instead:
+                proof.cases.pop()
             if not run.steps or run is runs[-1]:
                 proof.cases.append(case)
         close = proof.worst is not None and is_close_call(proof.worst.difference, proof.tolerance)
