@@ -21,9 +21,9 @@ from onnxgen.errors import FileError, UsageError
 from onnxgen.report.values import Case, Proof
 from onnxgen.runtime import Runtime
 from onnxgen.testing import corpus
-from onnxgen.verify.cases import find_edges, plan
+from onnxgen.verify.cases import again, find_edges, plan
 from onnxgen.verify.compare import verify_models
-from onnxgen.verify.difference import NotANumberError, output_difference
+from onnxgen.verify.difference import NotANumberError, is_close_call, output_difference
 
 Model = onnx.ModelProto
 
@@ -236,8 +236,9 @@ def test_a_model_equals_itself(runtime: Runtime, name: str) -> None:
     assert proof.reason == ""
     ran = [case for case in proof.cases if not case.skipped]
     assert len(ran) >= 3
-    # One side runs as written, the other as the runtime optimises it: noise, no more.
-    assert all(case.difference < proof.tolerance / 10 for case in ran if "fp16" not in name)
+    # One side runs as written, the other as the runtime optimises it: noise, no more (T5 does not
+    # scale its scores: 2.4e-5 among 130 tokens).
+    assert all(case.difference < proof.tolerance / 4 for case in ran if "fp16" not in name)
     assert proof.tolerance == (1e-2 if "fp16" in name else 1e-4)
 
 
@@ -384,6 +385,71 @@ def test_bfloat16_is_compared_on_float32_twins(runtime: Runtime) -> None:
     proof = verify_models(model, other, runtime=runtime)
     assert (proof.status, proof.twins) == ("differs", ("bfloat16",))
     assert not verify_models(line(), line(), runtime=runtime).twins
+
+
+@pytest.mark.parametrize("kind", [onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16])
+@pytest.mark.parametrize("name", ["gpt2/dynamo20", "mixtral/dynamo20-batched"])
+def test_a_rounding_that_only_the_rewritten_model_does_is_seen(
+    runtime: Runtime, name: str, kind: int
+) -> None:
+    original = exported(name)
+    rounded = copy.deepcopy(original)
+    nodes = rounded.graph.node
+    at = next(i for i, n in enumerate(nodes) if n.output[0] == rounded.graph.output[0].name)
+    between = [("Cast", nodes[at].input[0], "narrow", kind), ("Cast", "narrow", "wide", 1)]
+    nodes[at].input[0] = "wide"
+    for op, given, made, to in reversed(between):
+        nodes.insert(at, helper.make_node(op, [given], [made], to=to))
+    proof = verify_models(
+        original.SerializeToString(), rounded.SerializeToString(), runtime=runtime
+    )
+    assert (proof.status, proof.twins) == ("differs", ())
+
+
+def test_tables_are_read_far_behind(runtime: Runtime) -> None:
+    """A position that no short run comes to."""
+    original = exported("gpt2/dynamo20")
+    wrong = copy.deepcopy(original)
+    table = next(t for t in wrong.graph.initializer if t.name.endswith("wpe.weight"))
+    values = numpy_helper.to_array(table).copy()
+    values[63] = values[0]
+    table.CopyFrom(numpy_helper.from_array(values, table.name))
+    proof = verify_models(original.SerializeToString(), wrong.SerializeToString(), runtime=runtime)
+    assert proof.status == "differs"
+    assert {case.name for case in differing(proof)} == {"prefill of 90", "4 tokens over past 61"}
+
+
+def test_the_last_places_of_a_contract_are_run() -> None:
+    roles = find_roles(ir.from_proto(exported("llama/dynamo20")))
+    lengths = {run.shape.total for run in plan(roles, longest=64)}
+    assert {64, 65} <= lengths
+
+
+def test_every_run_has_tokens_of_its_own() -> None:
+    runs = plan(find_roles(ir.from_proto(exported("llama/dynamo20"))))
+    assert len({run.seed for run in runs}) == len(runs)
+    more = again(runs)
+    assert len(more) > len(runs)
+    assert not {run.seed for run in more} & {run.seed for run in runs}
+
+
+def test_a_difference_near_the_tolerance_is_looked_at_again(runtime: Runtime) -> None:
+    """Half of the tolerance in the planned runs: others are made, and far smaller ones are not."""
+    original = exported("llama/dynamo20")
+    counts = {}
+    for factor in (1 + 1e-6, 1 + 1.2e-5):
+        near = copy.deepcopy(original)
+        head = next(t for t in near.graph.initializer if t.name == "m.model.norm.weight")
+        values = numpy_helper.to_array(head) * np.float32(factor)
+        head.CopyFrom(numpy_helper.from_array(values, head.name))
+        proof = verify_models(
+            original.SerializeToString(), near.SerializeToString(), runtime=runtime
+        )
+        counts[factor] = len(proof.cases)
+    few, many = counts.values()
+    assert many > 2 * few
+    assert is_close_call(5e-5, 1e-4)
+    assert not any(is_close_call(each, 1e-4) for each in (2e-5, 1.1e-4))
 
 
 @pytest.mark.parametrize(

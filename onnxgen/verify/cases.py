@@ -48,6 +48,7 @@ class Run:
         steps: greedy steps that follow, each model on its own cache.
         skipped: why it is not run, else "".
         seed: of what is fed; another for every run, since the tokens of one are few.
+        instead: made only where the original fails on the run before, in its place.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Run:
     steps: int = 0
     skipped: str = ""
     seed: int = 0
+    instead: bool = False
 
 
 def plan(
@@ -69,7 +71,7 @@ def plan(
         longest: the most tokens, past and new, where a model says how many it takes.
         quick: a handful: no lengths around edges, no greedy steps.
     """
-    shapes = [*_QUICK] if quick else [*_SHAPES, *_FAR, *_last(roles, longest)]
+    shapes = [*_QUICK] if quick else [*_SHAPES, *_last(roles, longest)]
     if not {"S", "P", "T"} & {letter for each in roles.inputs.values() for letter in each.axes}:
         # An image or audio encoder: only the batch varies, and where it is free the length.
         free = any(
@@ -83,18 +85,32 @@ def plan(
         shapes += _COUNTED
     runs = _fitting(roles, [Run("", shape) for shape in shapes])
     runs += _fitting(roles, [] if quick else _edge_runs(roles, edges))
+    chains: list[Run] = []
     if not quick and roles.pairs and (roles.named("ids") or roles.named("embeds")):
         caps = [pair.cap for pair in roles.pairs if pair.cap is not None]
         full = [RunShape(2, 3, max(caps) + 2, "left")] if caps else []
-        runs += _fitting(roles, [Run("", shape, 3) for shape in (*_CHAINS, *full)])
+        chains = _fitting(roles, [Run("", shape, 3) for shape in (*_CHAINS, *full)])
+    tokens = {"S", "P", "T"} & {letter for each in roles.inputs.values() for letter in each.axes}
     seen: set[tuple[RunShape, int]] = set()
     kept: list[Run] = []
-    for run in runs:
-        key = (run.shape, run.steps)
-        if key not in seen:
+    for group in (
+        *([run] for run in runs),
+        *(_far(roles) if tokens and not quick else ()),
+        *([c] for c in chains),
+    ):
+        for number, run in enumerate(group):
+            key = (run.shape, run.steps)
+            if key in seen:
+                break
             seen.add(key)
-            kept.append(replace(run, name=run.name or _name(roles, run), seed=len(kept)))
+            name = run.name or _name(roles, run)
+            kept.append(replace(run, name=name, seed=len(kept), instead=number > 0))
     return kept
+
+
+def _far(roles: Roles) -> list[list[Run]]:
+    """Of each group, the first that the original can do is run."""
+    return [_fitting(roles, [Run("", shape) for shape in shapes]) for shapes in _FAR]
 
 
 def again(runs: Sequence[Run]) -> list[Run]:
@@ -134,12 +150,15 @@ _SHAPES = (
 # Prompts and pasts as users have them: tables have a row for every position, and frequencies that
 # turn hardly at all among the first.
 _FAR = (
-    RunShape(1, 130),
-    RunShape(2, 33, padding="left", pads=(20, 0)),
-    RunShape(2, 33, padding="right", pads=(0, 17)),
-    RunShape(1, 4, 61),
-    RunShape(2, 1, 250, padding="left", pads=(0, 90)),
-    RunShape(2, 1, 777),
+    (RunShape(1, 130), RunShape(1, 90), RunShape(1, 40)),
+    (RunShape(2, 33, padding="left", pads=(20, 0)),),
+    (RunShape(2, 33, padding="right", pads=(0, 17)),),
+    (RunShape(1, 4, 61),),
+    (
+        RunShape(2, 1, 250, padding="left", pads=(0, 90)),
+        RunShape(2, 1, 85, padding="left", pads=(0, 30)),
+    ),
+    (RunShape(2, 1, 777), RunShape(2, 1, 90)),
 )
 _QUICK = (
     RunShape(1, 5),

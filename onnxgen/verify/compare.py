@@ -198,11 +198,15 @@ def _compare(
     comparison = Comparison(pair.roles, *sides, contract, proof.tolerance)
     try:
         for number, run in enumerate(runs, 1):
+            if run.instead and not proof.cases[-1].skipped:
+                continue
             progress(f"comparing {number}/{len(runs)}: {run.name}")
             case = comparison.case(run)
             if run.steps and case.compared:
                 proof.cases.append(case)
                 break
+            if run.instead:
+                proof.cases.pop()
             if not run.steps or run is runs[-1]:
                 proof.cases.append(case)
         close = proof.worst is not None and is_close_call(proof.worst.difference, proof.tolerance)

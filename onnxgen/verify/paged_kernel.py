@@ -32,8 +32,9 @@ from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.paged import PagedModel
 from onnxgen.targets.paged_schema import DOMAIN, NAME, live_schema
 from onnxgen.verify.compare import TOLERANCES
-from onnxgen.verify.paged import compare_steps, prove_paged
+from onnxgen.verify.paged import prove_paged
 from onnxgen.verify.paged_program import program
+from onnxgen.verify.paged_steps import compare_steps
 from onnxgen.verify.paged_twin import staged_twins
 from onnxgen.verify.precision import rounds_activations
 from onnxgen.verify.side import Side
@@ -105,7 +106,7 @@ def run_kernel(
         return f"not run: {why}"
     sinks = any("head_sink" in said for said in _given(model))
     safe = result.options.block_size >= SAFE_BLOCK and not sinks
-    events = program(SAFE_BLOCK if safe else FEW, (), sharing=safe)
+    events = program(SAFE_BLOCK if safe else FEW, (), sharing=safe, far=False)
     with Runtime(webgpu=True) as device:
         device.aliases = {pool.name: pool.output for pool in result.pools}
         own = Proof("unverifiable", ROUNDING * TOLERANCES[ir.DataType.FLOAT16])

@@ -27,12 +27,15 @@ class Event:
     leaves: tuple[str, ...] = ()
 
 
-def program(block_size: int, edges: Sequence[int], *, sharing: bool = True) -> list[Event]:
+def program(
+    block_size: int, edges: Sequence[int], *, sharing: bool = True, far: bool = True
+) -> list[Event]:
     """What is run for a block size.
 
     Args:
         edges: lengths at which a mask starts to hide keys, or tables switch.
         sharing: whether one sequence takes another's block as its beginning.
+        far: whether there is a prompt of 41 tokens, and pasts of some hundreds.
     """
     size = block_size
     near = [edge for edge in edges if edge <= 64]
@@ -45,11 +48,13 @@ def program(block_size: int, edges: Sequence[int], *, sharing: bool = True) -> l
         Event({"e": (2 * size, 0, "")}, {"b": 1, "e": 2 * size, "c": 1, "d": 1}, ("a",)),
     ]
     events += [Event({}, {"e": 1, "d": 1, "c": 1, "b": 1})] * 2
-    # Positions as users have them: a prompt of some blocks, and single tokens far behind.
-    events.append(Event({"f": (41, 0, ""), "g": (6, 150, "")}, {"f": 41, "g": 6, "d": 1}))
-    events.append(Event({"h": (3, 700, "")}, {"f": 1, "g": 1, "h": 3}))
-    events.append(Event({}, {"h": 1, "e": 1}, ("f", "g")))
-    events.append(Event({}, {"e": 1}, ("h",)))
+    if far:  # positions as users have them
+        events += [
+            Event({"f": (41, 0, ""), "g": (6, 150, "")}, {"f": 41, "g": 6, "d": 1}),
+            Event({"h": (3, 700, "")}, {"f": 1, "g": 1, "h": 3}),
+            Event({}, {"h": 1, "e": 1}, ("f", "g")),
+            Event({}, {"e": 1}, ("h",)),
+        ]
     for edge in near:
         events.append(Event({f"n{edge}": (edge + 2, 0, "")}, {f"n{edge}": edge + 2, "c": 1}))
         events.append(Event({}, {"c": 1, f"n{edge}": 1}))

@@ -21,6 +21,7 @@ from onnxgen.targets.paged import PagedModel
 from onnxgen.verify.side import Side
 
 Array = npt.NDArray[Any]
+_FREE = 1 << 40
 VOCABULARY = 256
 """Of a model that takes embeddings: so many random ones stand for tokens."""
 
@@ -48,9 +49,9 @@ class Contiguous:
         self.vocabulary = tokens.bound or VOCABULARY
         self.special: Sequence[int] = ()
         self.single = roles.fixed.get("S") == 1
-        self.room = roles.static_room or 1 << 40
         self._caches: dict[str, dict[str, Array]] = {}
         self.least = self._least()
+        self.room = roles.static_room or self._room()
 
     def start(self, name: str, past: int) -> None:
         """Caches for a sequence that has a past already: random ones."""
@@ -110,17 +111,29 @@ class Contiguous:
         caps = {pair.cap for pair in self.roles.pairs if pair.cap is not None}
         held = {self.roles.inputs[p.past].shape[p.axis] for p in self.roles.pairs if not p.static}
         tried = {0, 1, *caps, *(size for size in held if isinstance(size, int))}
-        for past in sorted(tried):
-            try:
-                for count in (2, 1):
-                    self.start("", past)
-                    self.run("", [0] * count, past)
-            except RuntimeFailure:
-                continue
-            finally:
-                self.forget("")
-            return past
-        return 0
+        return next((past for past in sorted(tried) if self._takes(past, 2, 1)), 0)
+
+    def _room(self) -> int:
+        """How many tokens a sequence may have, as far as a program goes: some tables end early."""
+        few, many = 64, 1024
+        if self._takes(many, 1) or not self._takes(few, 1):
+            return _FREE
+        while many - few > 1:
+            middle = (few + many) // 2
+            few, many = (middle, many) if self._takes(middle, 1) else (few, middle)
+        return few + 1
+
+    def _takes(self, past: int, *counts: int) -> bool:
+        """Whether so many new tokens over a past are taken, each count."""
+        try:
+            for count in counts:
+                self.start("", past)
+                self.run("", [0] * count, past)
+        except RuntimeFailure:
+            return False
+        finally:
+            self.forget("")
+        return True
 
     def _shape(self, new: int, past: int) -> RunShape | None:
         found = forced_shape(self.roles, RunShape(1, new, past))

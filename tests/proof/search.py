@@ -23,8 +23,8 @@ from onnxgen.model_io import read_model
 from onnxgen.report.values import Proof
 from onnxgen.runtime import RuntimeFailure
 from onnxgen.verify.difference import NotANumberError, output_difference
-from onnxgen.verify.paged import compare_steps
 from onnxgen.verify.paged_program import Event
+from onnxgen.verify.paged_steps import compare_steps
 from onnxgen.verify.paged_twin import staged_twins
 from onnxgen.verify.precision import rounds_activations
 from onnxgen.verify.side import Side
