@@ -28,6 +28,7 @@ from onnxgen.analysis.symbols import (
     polynomial,
     terms_of,
 )
+from onnxgen.errors import RefusedError
 
 Shape: TypeAlias = tuple[Dim, ...]
 Content: TypeAlias = "np.ndarray[Any, Any]"  # of sizes
@@ -129,7 +130,24 @@ class Shapes:
         return atom(f"?{hint}{self._fresh}")
 
     def infer(self, node: ir.Node) -> None:
-        """Shapes and contents of a node's outputs, from its inputs'."""
+        """Shapes and contents of a node's outputs, from its inputs'.
+
+        Rules take for granted what their operators demand: axes that are there, sizes that
+        divide, as many starts as ends. Where they find nothing, nobody can run the node.
+
+        Raises:
+            RefusedError: the node cannot take inputs of such shapes.
+        """
+        try:
+            self._infer(node)
+        except (LookupError, ValueError, ArithmeticError, StopIteration) as error:
+            given = ", ".join(_shown(self.of(value)) for value in node.inputs)
+            raise RefusedError(
+                f"node '{node.name}' ({node.op_type}) cannot take inputs of the shapes {given}: "
+                "the model is damaged, or says wrong shapes"
+            ) from error
+
+    def _infer(self, node: ir.Node) -> None:
         shapes = shape_rules.output_shapes(self, node)
         for index, output in enumerate(node.outputs):
             shape = shapes[index] if shapes is not None and index < len(shapes) else None
@@ -186,3 +204,7 @@ def _atoms(dim: Dim) -> set[Atom]:
                 for argument in part.arguments:
                     found |= _atoms(argument)
     return found
+
+
+def _shown(shape: Shape | None) -> str:
+    return "?" if shape is None else f"[{', '.join(map(str, shape))}]"
