@@ -96,7 +96,9 @@ def check_sound(model: ir.Model) -> None:
         try:
             root.sort()
         except ValueError as error:
-            raise UnsoundError(f"nodes of {_called(root)} wait for each other in a circle") from error
+            raise UnsoundError(
+                f"nodes of {_called(root)} wait for each other in a circle"
+            ) from error
         _check_order(root, set(root.inputs))
     _check_calls(model)
 

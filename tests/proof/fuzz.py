@@ -1,9 +1,9 @@
 """Hostile models, by the thousand: each ends as documented, in time, in memory, in one sentence.
 
-    python -m tests.proof fuzz                 # 500 cases of all kinds
-    python -m tests.proof fuzz --long          # 20,000
-    python -m tests.proof.fuzz cycles 17       # one case: its command, files and outcome
-    python -m tests.proof.fuzz cycles 17 --keep DIR
+python -m tests.proof fuzz                 # 500 cases of all kinds
+python -m tests.proof fuzz --long          # 20,000
+python -m tests.proof.fuzz cycles 17       # one case: its command, files and outcome
+python -m tests.proof.fuzz cycles 17 --keep DIR
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ def measure(*, long: bool, jobs: int, seed: int) -> Table:
     cases = [(list(KINDS)[at % len(KINDS)], at // len(KINDS)) for at in range(count)]
     shares = [cases[at::jobs] for at in range(jobs)]
     with ThreadPoolExecutor(jobs) as pool:
-        found = [each for part in pool.map(lambda share: list(run(share, seed)), shares) for each in part]
+        found = [
+            each for part in pool.map(lambda share: list(run(share, seed)), shares) for each in part
+        ]
     return table(found, seed)
 
 
@@ -94,7 +96,11 @@ def main() -> None:
         found = fuzz_judge.outcome(options.kind, options.number, options.seed, folder)
         print((folder / "scratch" / "stdout").read_text("utf-8", "replace"))
         print((folder / "scratch" / "stderr").read_text("utf-8", "replace"))
-    print(f"exit {found.status}, {found.seconds:.2f} s, {found.peak / 1e6:.0f} MB", *found.failures, sep="\n")
+    print(
+        f"exit {found.status}, {found.seconds:.2f} s, {found.peak / 1e6:.0f} MB",
+        *found.failures,
+        sep="\n",
+    )
     sys.exit(bool(found.failures))
 
 

@@ -30,7 +30,9 @@ def subgraphs(draw: Draw) -> ModelProto:
         given = [node(op, draw.choice(("n c x", "n _ x", "_ c x", "n c", "")), "y", body=then)]
     else:
         then.input.extend([info("a"), info("b2")][: draw.randrange(3)])
-        given = [node(op, "x", "y", body=then, num_scan_inputs=draw.choice((0, 1, 1, 2, -1, 2**40)))]
+        given = [
+            node(op, "x", "y", body=then, num_scan_inputs=draw.choice((0, 1, 1, 2, -1, 2**40)))
+        ]
     nodes = [node("Relu", "x", "p"), *given, node("Relu", "p", "q")]
     if draw.random() < 0.3:
         draw.shuffle(nodes)
@@ -47,13 +49,20 @@ def _branch(draw: Draw, depth: int = 0) -> GraphProto:
         op = draw.choice(("Relu", "Identity", "Add", "If"))
         if op == "If":
             if depth < 3:
-                branches = {"then_branch": _branch(draw, depth + 1), "else_branch": _branch(draw, depth + 1)}
+                branches = {
+                    "then_branch": _branch(draw, depth + 1),
+                    "else_branch": _branch(draw, depth + 1),
+                }
                 nodes.append(helper.make_node("If", ["c"], [f"inner{at}"], **branches))
         else:
             read = [draw.choice(names) for _ in range(2 if op == "Add" else 1)]
-            nodes.append(helper.make_node(op, read, [draw.choice(("inner", "y", "p", f"inner{at}"))]))
+            nodes.append(
+                helper.make_node(op, read, [draw.choice(("inner", "y", "p", f"inner{at}"))])
+            )
     made = [name for each in nodes for name in each.output]
-    outs = [info(draw.choice((*made, *names)), dims=None) for _ in range(draw.choice((1, 1, 1, 0, 2)))]
+    outs = [
+        info(draw.choice((*made, *names)), dims=None) for _ in range(draw.choice((1, 1, 1, 0, 2)))
+    ]
     weight = helper.make_tensor(draw.choice(("w", "x", "p")), FLOAT, (4,), [1.0] * 4)
     tensors = [weight] if draw.random() < 0.5 else []
     return helper.make_graph(nodes, draw.choice(("body", "")), [], outs, tensors)
@@ -83,13 +92,25 @@ def containers(draw: Draw) -> ModelProto:
         ([node("OptionalHasElement", "q", "y")], [q], [info("y", BOOL, ())]),
         ([node("SequenceConstruct", "x x", "q")], [info("x")], [q]),
         ([node("SequenceEmpty", "", "q")], [], [q]),
-        ([node("SequenceMap", "q", "y", body=_relu_body())], [q], [helper.make_value_info("y", kind)]),
+        (
+            [node("SequenceMap", "q", "y", body=_relu_body())],
+            [q],
+            [helper.make_value_info("y", kind)],
+        ),
         ([node("Optional", "x", "q")], [info("x")], [q]),
         ([node("Optional", "", "q", type=kind)], [], [q]),
-        ([node("SequenceConstruct", "x x", "s"), node("SequenceAt", "s n", "y")], [info("x")], [info("y", dims=None)]),
+        (
+            [node("SequenceConstruct", "x x", "s"), node("SequenceAt", "s n", "y")],
+            [info("x")],
+            [info("y", dims=None)],
+        ),
         ([node("Relu", "x", "y")], [info("x"), q], [info("y", dims=None)]),
         ([node("ZipMap", "x", "q", domain="ai.onnx.ml", classlabels_int64s=[1])], [info("x")], [q]),
-        ([node("Loop", "n _ q", "y", body=_sequence_body(kind))], [q], [helper.make_value_info("y", kind)]),
+        (
+            [node("Loop", "n _ q", "y", body=_sequence_body(kind))],
+            [q],
+            [helper.make_value_info("y", kind)],
+        ),
     ]
     nodes, inputs, outputs = draw.choice(ways)
     return model(nodes, [integers("n", draw.choice((0, 1, -1)), scalar=True)], inputs, outputs)
@@ -106,7 +127,19 @@ def _sequence_body(kind: onnx.TypeProto) -> GraphProto:
     return helper.make_graph(nodes, "body", ins, outs)
 
 
-SHAPES = ((), (1,), (4,), ("b",), ("b", 4), (4, 4), ("b", "s", 4), (2, 3, 4), ("b", 2, "s", 2), (0, 4), None)
+SHAPES = (
+    (),
+    (1,),
+    (4,),
+    ("b",),
+    ("b", 4),
+    (4, 4),
+    ("b", "s", 4),
+    (2, 3, 4),
+    ("b", 2, "s", 2),
+    (0, 4),
+    None,
+)
 OPERATORS: dict[str, tuple[str, int, dict[str, tuple[Any, ...]]]] = {
     "Attention": ("", 6, {"q_num_heads": (2, 0, -1, 2**40), "kv_num_heads": (2, 1, 3), "scale": (0.0, 1.0),
                           "is_causal": (0, 1, 7), "softcap": (-1.0, 5.0), "qk_matmul_output_mode": (0, 9)}),
@@ -136,7 +169,7 @@ OPERATORS: dict[str, tuple[str, int, dict[str, tuple[Any, ...]]]] = {
     "ScatterElements": ("", 3, {"axis": (0, -9), "reduction": ("add", "odd")}),
     "GatherND": ("", 2, {"batch_dims": (0, 5, -1)}),
     "Reshape": ("", 2, {"allowzero": (0, 1)}),
-    "Transpose": ("", 1, {"perm": ([1, 0], [0, 0], [5], [])}),
+    "Transpose": ("", 1, {"perm": ([1, 0], [0, 0], [5], [-1])}),
     "Split": ("", 2, {"axis": (0, 9), "num_outputs": (1, 3, 0, 2**31)}),
     "Concat": ("", 4, {"axis": (0, -1, 9)}),
     "Slice": ("", 5, {}),
@@ -165,17 +198,29 @@ def skeletons(draw: Draw) -> ModelProto:
         for at in range(draw.choice((most, most, draw.randrange(most + 2)))):
             given.append(_operand(draw, f"v{number}_{at}", inputs, tensors, values))
         made = [f"o{number}_{at}" for at in range(draw.choice((1, 1, 1, 2, 3, 5)))]
-        attributes = {key: draw.choice(found) for key, found in choices.items() if draw.random() < 0.7}
-        nodes.append(helper.make_node(op, given, made, name=f"n{number}", domain=domain, **attributes))
+        attributes = {
+            key: draw.choice(found) for key, found in choices.items() if draw.random() < 0.7
+        }
+        nodes.append(
+            helper.make_node(op, given, made, name=f"n{number}", domain=domain, **attributes)
+        )
         values += made
-    outputs = [info(name, draw.choice((FLOAT, FLOAT, FLOAT16)), None) for name in values[-2:] if name != "x"]
+    outputs = [
+        info(name, draw.choice((FLOAT, FLOAT, FLOAT16)), None)
+        for name in values[-2:]
+        if name != "x"
+    ]
     opset = draw.choice((23, 24, 24, 20, 17, 13, 9))
     return model(nodes, tensors, inputs, outputs, opset)
 
 
-def _operand(draw: Draw, name: str, inputs: list[Any], tensors: list[Any], values: list[str]) -> str:
+def _operand(
+    draw: Draw, name: str, inputs: list[Any], tensors: list[Any], values: list[str]
+) -> str:
     """An input of a node: an earlier value, a new input, a weight, a small constant, none."""
-    kind = draw.choice((FLOAT, FLOAT, FLOAT, INT64, FLOAT16, BOOL, TensorProto.INT32, BFLOAT16, DOUBLE))
+    kind = draw.choice(
+        (FLOAT, FLOAT, FLOAT, INT64, FLOAT16, BOOL, TensorProto.INT32, BFLOAT16, DOUBLE)
+    )
     pick = draw.random()
     if pick < 0.35:
         return draw.choice(values)
@@ -193,6 +238,9 @@ def _operand(draw: Draw, name: str, inputs: list[Any], tensors: list[Any], value
         raw = bytes(draw.choice((0, 1)) for _ in range(size * width))
         tensors.append(TensorProto(name=name, data_type=kind, dims=dims, raw_data=raw))
         return name
-    chosen = [draw.choice((0, 1, -1, 2, 4, draw.choice(SIZES))) for _ in range(draw.choice((0, 1, 1, 2, 3)))]
+    chosen = [
+        draw.choice((0, 1, -1, 2, 4, draw.choice(SIZES)))
+        for _ in range(draw.choice((0, 1, 1, 2, 3)))
+    ]
     tensors.append(integers(name, *chosen, scalar=len(chosen) == 1 and draw.random() < 0.5))
     return name

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, OperatorSetIdProto
-from onnx import TensorProto, ValueInfoProto, helper
+from onnx import (
+    AttributeProto,
+    GraphProto,
+    ModelProto,
+    NodeProto,
+    OperatorSetIdProto,
+    TensorProto,
+    ValueInfoProto,
+    helper,
+)
 
 from tests.proof.fuzz_seeds import Draw
 
@@ -42,7 +50,9 @@ def garbage(draw: Draw) -> bytes:
         case 0:
             return draw.randbytes(draw.choice((0, 1, 2, 17, 4000)))
         case 1:
-            return draw.choice(('{"ir_version": 9}', "<html>", "version https://git-lfs\n")).encode()
+            return draw.choice(
+                ('{"ir_version": 9}', "<html>", "version https://git-lfs\n")
+            ).encode()
         case 2:
             return varint(draw.randrange(1, 30) << 3 | 2) + varint(draw.choice(HOSTILE)) + b"x" * 9
         case 3:
@@ -129,7 +139,9 @@ def _long(draw: Draw, depth: int) -> bytes:
                 graph += field(1, node.SerializeToString())
         case 1:
             dims = (1,) * depth
-            graph = field(1, NodeProto(op_type="Relu", input=["x"], output=["y"]).SerializeToString())
+            graph = field(
+                1, NodeProto(op_type="Relu", input=["x"], output=["y"]).SerializeToString()
+            )
         case 2:
             node = NodeProto(op_type="Concat", input=["x"] * depth, output=["y"])
             node.attribute.append(helper.make_attribute("axis", 0))

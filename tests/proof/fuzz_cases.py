@@ -1,7 +1,7 @@
 """A case of fuzzing: the files that are written, and the command that is run on them.
 
-    case = make_case("cycles", 17, seed=0)
-    case.files["in.onnx"], case.words
+case = make_case("cycles", 17, seed=0)
+case.files["in.onnx"], case.words
 """
 
 from __future__ import annotations
@@ -15,11 +15,35 @@ from tests.proof import fuzz_bodies, fuzz_bytes, fuzz_damage, fuzz_graphs, fuzz_
 from tests.proof.fuzz_seeds import Draw
 
 _MODULES = (fuzz_bytes, fuzz_damage, fuzz_naming, fuzz_graphs, fuzz_bodies)
-_NAMES = (
-    "truncated flipped garbage nested fields cycles types disagreeing constants axes attributes "
-    "wiring names duplicates domains opsets metadata surroundings external huge zeros narrow "
-    "functions ends subgraphs containers skeletons"
-).split()
+_NAMES = [
+    "truncated",
+    "flipped",
+    "garbage",
+    "nested",
+    "fields",
+    "cycles",
+    "types",
+    "disagreeing",
+    "constants",
+    "axes",
+    "attributes",
+    "wiring",
+    "names",
+    "duplicates",
+    "domains",
+    "opsets",
+    "metadata",
+    "surroundings",
+    "external",
+    "huge",
+    "zeros",
+    "narrow",
+    "functions",
+    "ends",
+    "subgraphs",
+    "containers",
+    "skeletons",
+]
 KINDS: dict[str, Callable[[Draw], bytes | ModelProto]] = {
     name: next(getattr(module, name) for module in _MODULES if hasattr(module, name))
     for name in _NAMES
@@ -75,8 +99,22 @@ def _command(draw: Draw) -> tuple[list[str], bool]:
         words.append(draw.choice(("portable", "ort")))
         extra = (["--check"], ["--inline"], ["--slot-mapping"], ["--logits", "last"], [], [], [])
         return [*words, *draw.choice(extra), *_report(draw)], False
-    words = ["fuse", "in.onnx", "-o", "out.onnx", *fewer, "--target", draw.choice(("onnx", "onnx", "ort"))]
-    extra = (["--inline"], ["--genai-config"], ["--opset", "23"], ["--opset", "24"], ["--opset", "21"])
+    words = [
+        "fuse",
+        "in.onnx",
+        "-o",
+        "out.onnx",
+        *fewer,
+        "--target",
+        draw.choice(("onnx", "onnx", "ort")),
+    ]
+    extra = (
+        ["--inline"],
+        ["--genai-config"],
+        ["--opset", "23"],
+        ["--opset", "24"],
+        ["--opset", "21"],
+    )
     words += draw.choice((*extra, [], [], [], [], []))
     return [*words, *_report(draw)], False
 

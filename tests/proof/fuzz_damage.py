@@ -54,7 +54,9 @@ def _somewhere(draw: Draw, message: Any) -> Any:
         if not inner or draw.random() < 0.12:
             return message
         chosen = draw.choice(inner)
-        message = draw.choice(chosen) if hasattr(chosen, "append") or hasattr(chosen, "add") else chosen
+        message = (
+            draw.choice(chosen) if hasattr(chosen, "append") or hasattr(chosen, "add") else chosen
+        )
 
 
 def repeated(field: Any) -> bool:
@@ -214,7 +216,9 @@ def constants(draw: Draw) -> ModelProto:
     model = draw.model()
     tensors = [each for each in model.graph.initializer if _small_integers(each)]
     for node in nodes_of(model):
-        tensors += [each.t for each in node.attribute if each.HasField("t") and _small_integers(each.t)]
+        tensors += [
+            each.t for each in node.attribute if each.HasField("t") and _small_integers(each.t)
+        ]
     for tensor in draw.few(tensors):
         values = onnx.numpy_helper.to_array(tensor).copy()
         kind = np.iinfo(values.dtype)
@@ -232,7 +236,9 @@ def constants(draw: Draw) -> ModelProto:
 
 def _small_integers(tensor: TensorProto) -> bool:
     kinds = (TensorProto.INT64, TensorProto.INT32)
-    return tensor.data_type in kinds and int(np.prod(tensor.dims)) <= 64 and not tensor.external_data
+    return (
+        tensor.data_type in kinds and int(np.prod(tensor.dims)) <= 64 and not tensor.external_data
+    )
 
 
 def axes(draw: Draw) -> ModelProto:

@@ -14,10 +14,28 @@ from tests.proof.fuzz_seeds import Draw
 FLOAT, INT64, BOOL = TensorProto.FLOAT, TensorProto.INT64, TensorProto.BOOL
 NARROW = tuple(
     TensorProto.DataType.Value(name)
-    for name in (
-        "INT4 UINT4 INT2 UINT2 FLOAT4E2M1 FLOAT8E4M3FN FLOAT8E4M3FNUZ FLOAT8E5M2 FLOAT8E5M2FNUZ "
-        "FLOAT8E8M0 BFLOAT16 FLOAT16 COMPLEX64 COMPLEX128 STRING BOOL INT8 UINT16 UINT64 DOUBLE"
-    ).split()
+    for name in [
+        "INT4",
+        "UINT4",
+        "INT2",
+        "UINT2",
+        "FLOAT4E2M1",
+        "FLOAT8E4M3FN",
+        "FLOAT8E4M3FNUZ",
+        "FLOAT8E5M2",
+        "FLOAT8E5M2FNUZ",
+        "FLOAT8E8M0",
+        "BFLOAT16",
+        "FLOAT16",
+        "COMPLEX64",
+        "COMPLEX128",
+        "STRING",
+        "BOOL",
+        "INT8",
+        "UINT16",
+        "UINT64",
+        "DOUBLE",
+    ]
     if name in TensorProto.DataType.keys()
 )
 Dims = Sequence[int | str] | None
@@ -82,14 +100,27 @@ def huge(draw: Draw) -> ModelProto:
             node("ConstantOfShape", "n", "c"),
             node("ScatterND", "c index one", "h"),
         ],
-        "einsum": [node("ConstantOfShape", "to1", "c"), node("Einsum", "c,c", "h", equation="i,j->ij")],
+        "einsum": [
+            node("ConstantOfShape", "to1", "c"),
+            node("Einsum", "c,c", "h", equation="i,j->ij"),
+        ],
         "loop": [node("Loop", "to _ one", "h", body=_counting())],
         "cumsum": [node("ConstantOfShape", "n", "c"), node("CumSum", "c from", "h")],
         "window": [node("HannWindow", "to", "h")],
-        "split": [node("SplitToSequence", "x to", "q", axis=2), node("ConcatFromSequence", "q", "h", axis=2)],
+        "split": [
+            node("SplitToSequence", "x to", "q", axis=2),
+            node("ConcatFromSequence", "q", "h", axis=2),
+        ],
     }
     chosen = draw.choice(list(bodies))
-    tensors = [dims, one, *scalars, integers("zero", 0), integers("two", 0, 1), integers("to1", big)]
+    tensors = [
+        dims,
+        one,
+        *scalars,
+        integers("zero", 0),
+        integers("two", 0, 1),
+        integers("to1", big),
+    ]
     tensors += [integers("four", big, 1, 1), integers("index", 0, 0)]
     nodes = bodies[chosen]
     if draw.random() < 0.25:  # the size is computed, and known all the same
@@ -173,7 +204,9 @@ def _few_ops(draw: Draw) -> ModelProto:
     extra: dict[str, Any] = {"axis": 0} if op == "Concat" else {}
     extra |= {"to": kind} if op == "Cast" else {}
     nodes = [node(op, given, "v", **extra), node("Identity", "v", "y")]
-    return model(nodes, [weight], [info("x", kind)], [info("y", kind, None)], draw.choice((17, 21, 24)))
+    return model(
+        nodes, [weight], [info("x", kind)], [info("y", kind, None)], draw.choice((17, 21, 24))
+    )
 
 
 def functions(draw: Draw) -> ModelProto:
@@ -186,7 +219,9 @@ def functions(draw: Draw) -> ModelProto:
         ring = draw.choice((1, 2, 5, depth))
         made = [_function(f"F{at}", [f"F{(at + 1) % ring}"]) for at in range(ring)]
     elif way == 2:  # each calls the next, once
-        made = [_function(f"F{at}", [f"F{at + 1}"] if at + 1 < depth else []) for at in range(depth)]
+        made = [
+            _function(f"F{at}", [f"F{at + 1}"] if at + 1 < depth else []) for at in range(depth)
+        ]
     elif way in (3, 4):  # each calls the next twice or more: as many nodes as grains on a board
         times = draw.choice((2, 2, 3, 10))
         depth = draw.choice((2, 5, 16, 28, 31, 40, 100))
@@ -215,7 +250,9 @@ def functions(draw: Draw) -> ModelProto:
         inner.ref_attr_name = draw.choice(("alpha", "beta", ""))
         made[0].node[0].op_type = "LeakyRelu"
         if draw.random() < 0.5:
-            calls[0].attribute.append(helper.make_attribute("alpha", draw.choice((0.5, 3, "a", [1.0]))))
+            calls[0].attribute.append(
+                helper.make_attribute("alpha", draw.choice((0.5, 3, "a", [1.0])))
+            )
     if draw.random() < 0.3:
         body = helper.make_graph(calls, "t", [], [info("y", dims=None)])
         calls = [node("If", "c", "y", then_branch=body, else_branch=body)]
@@ -254,15 +291,21 @@ def ends(draw: Draw) -> ModelProto:
             lambda: model([node("Add", "w w", "y")], [weight], [], [y]),
             lambda: model([node("Relu", "x", "")], (), [x], [y]),
             lambda: model([node("Relu", "", "y")], (), [x], [y]),
-            lambda: model([node("Identity", "x", "y"), node("Identity", "y", "z")], (), [x], [info("z")]),
+            lambda: model(
+                [node("Identity", "x", "y"), node("Identity", "y", "z")], (), [x], [info("z")]
+            ),
             lambda: model([relu, node("Relu", "x", "unread")], (), [x, info("spare", 7, ())], [y]),
             lambda: ModelProto(ir_version=10, graph=GraphProto()),
             lambda: model([node("Constant", "", "y", value_floats=[1.0])], (), [], [y]),
-            lambda: model([node("Constant", "", "y", value_string=b"\xff")], (), [], [info("y", 8, ())]),
+            lambda: model(
+                [node("Constant", "", "y", value_string=b"\xff")], (), [], [info("y", 8, ())]
+            ),
         )
     )()
     if draw.random() < 0.25:
         found.graph.output.append(info(draw.choice(NAMES)))
     if draw.random() < 0.15:
-        found.graph.input.append(info(draw.choice(NAMES), draw.choice((0, 1, 7, 99)), (draw.choice(SIZES),)))
+        found.graph.input.append(
+            info(draw.choice(NAMES), draw.choice((0, 1, 7, 99)), (draw.choice(SIZES),))
+        )
     return found

@@ -19,7 +19,9 @@ def names(draw: Draw) -> ModelProto:
     old = draw.few(sorted(every), 8)
     known = [each.name for each in (*graph.input, *graph.output)]
     old += draw.few(known, 3) if draw.random() < 0.6 else []
-    renamed = {name: draw.choice(NAMES) + draw.choice(("", "", str(at))) for at, name in enumerate(old)}
+    renamed = {
+        name: draw.choice(NAMES) + draw.choice(("", "", str(at))) for at, name in enumerate(old)
+    }
     for node in nodes_of(model):
         for side in (node.input, node.output):
             for at, name in enumerate(side):
@@ -123,7 +125,9 @@ def metadata(draw: Draw) -> ModelProto:
     model = draw.ours() if draw.random() < 0.8 else draw.model()
     own = {each.key: each.value for each in model.metadata_props}
     for _ in range(draw.choice((1, 2, 4))):
-        key = draw.choice([*own, *own, "onnxgen.roles", "onnxgen.contract", "onnxgen.paged", *NAMES[:6]])
+        key = draw.choice(
+            [*own, *own, "onnxgen.roles", "onnxgen.contract", "onnxgen.paged", *NAMES[:6]]
+        )
         value = own.get(key, "{}")
         match draw.randrange(5):
             case 0:
@@ -176,7 +180,9 @@ def _changed(draw: Draw, value: object) -> object:
     if isinstance(value, list) and value and draw.random() < 0.8:
         at = draw.randrange(len(value))
         return [*value[:at], _changed(draw, value[at]), *value[at + 1 :]]
-    return draw.choice((None, True, -1, 0, 3, 2**63, 1e300, "", "past", "mask", [], {}, [[1]], {"a": 1}))
+    return draw.choice(
+        (None, True, -1, 0, 3, 2**63, 1e300, "", "past", "mask", [], {}, [[1]], {"a": 1})
+    )
 
 
 def surroundings(draw: Draw) -> ModelProto:
@@ -231,7 +237,19 @@ def external(draw: Draw) -> ModelProto:
         tensor.data_location = draw.choice((1, 1, 1, 1, 0))
         if draw.random() < 0.6:
             key = draw.choice(("location", "offset", "length", "checksum", "basepath", ""))
-            odd = (*map(str, SIZES), "", "1e3", "0x10", " 4 ", "٣", "nan", "4_0", "w.bin", ".", "in.onnx")
+            odd = (
+                *map(str, SIZES),
+                "",
+                "1e3",
+                "0x10",
+                " 4 ",
+                "٣",
+                "nan",
+                "4_0",
+                "w.bin",
+                ".",
+                "in.onnx",
+            )
             entries[key] = draw.choice((*odd, "W.BIN", "./w.bin", "a\x00b", "x" * 5000))
         if draw.random() < 0.15:
             entries.pop(draw.choice(list(entries)))
