@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from onnxgen.errors import OnnxgenError, RefusedError, UsageError
+from onnxgen.errors import OnnxgenError, RefusedError, UsageError, one_line
 from onnxgen.places import same_place
 from onnxgen.report import as_json, files
 from onnxgen.report.values import Proof, Report
@@ -50,7 +50,7 @@ def _debugging() -> bool:
 
 
 def say_error(error: Exception | str) -> None:
-    click.echo(f"Error: {error}", err=True)
+    click.echo(f"Error: {one_line(str(error))}", err=True)
 
 
 def unexpected(error: Exception) -> OnnxgenError:

@@ -23,6 +23,19 @@ class OnnxgenError(Exception):
     exit_code = 1
     report: Report | None = None
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+LONGEST = 1500  # characters of a sentence; names of a model can be of any length, and hold anything
+
+
+def one_line(message: str) -> str:
+    """A message on one line that any terminal can show, shortened where it is very long."""
+    message = "".join(each if each.isprintable() else ascii(each)[1:-1] for each in message)
+    half = LONGEST // 2
+    return message if len(message) <= LONGEST else f"{message[:half]} … {message[-half:]}"
+
 
 class ModelDiffersError(OnnxgenError):
     """The rewritten model does not compute what the original computes."""

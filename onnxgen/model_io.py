@@ -25,6 +25,7 @@ import onnx_ir as ir
 
 from onnxgen import wire
 from onnxgen.errors import FileError, RefusedError
+from onnxgen.soundness import UnsoundError, check_sound
 from onnxgen.staging import Staged, staged
 from onnxgen.tensor_slots import EmbeddedTensor, tensor_slots
 
@@ -72,6 +73,10 @@ def read_model(path: Path) -> ir.Model:
         detail = " ".join(str(error.__cause__ or error).split())[:300]
         raise FileError(f"{path} is no valid ONNX model: {detail}") from error
     _check_connected(path, model)
+    try:
+        check_sound(model)
+    except UnsoundError as error:
+        raise FileError(f"{path} is no valid ONNX model: {error}") from error
     for slot in tensor_slots(model):
         if isinstance(slot.tensor, ir.ExternalTensor):
             slot.tensor.base_dir = str(real.parent)

@@ -105,7 +105,14 @@ def drop_dead(model: ir.Model) -> None:
 def merge_duplicates(model: ir.Model) -> None:
     """Nodes that compute the same from the same inputs become one."""
     common.DeduplicateInitializersPass(size_limit=_SMALL)(model)
-    common.CommonSubexpressionEliminationPass()(model)
+    if not any(_names_type(node) for node in model.graph):
+        common.CommonSubexpressionEliminationPass()(model)
+
+
+def _names_type(node: ir.Node) -> bool:
+    """Whether an attribute is a type, which the pass above cannot compare."""
+    kinds = (ir.AttributeType.TYPE_PROTO, ir.AttributeType.TYPE_PROTOS)
+    return any(each.type in kinds for each in node.attributes.values())
 
 
 def set_dtypes(model: ir.Model) -> None:

@@ -262,7 +262,7 @@ def test_nodes_in_any_order_and_of_outer_graphs(tmp_path: Path) -> None:
     )
     path = tmp_path / "model.onnx"
     path.write_bytes(proto.SerializeToString())
-    assert [node.op_type for node in read_model(path).graph] == ["Add", "MatMul", "If"]
+    assert [node.op_type for node in read_model(path).graph] == ["MatMul", "Add", "If"]
 
 
 def test_embedded_data_of_the_wrong_length(tmp_path: Path) -> None:

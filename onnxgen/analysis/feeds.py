@@ -10,6 +10,7 @@ Shapes: B batch, S new tokens, P past, T = P + S, L length of a static cache, E 
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from onnxgen.analysis.roles import InputRole, Roles
 
 Array = npt.NDArray[Any]
+MOST_FED = 1 << 26  # numbers fed to one run: 256 MiB of float32
 Padding = Literal["none", "left", "right", "holes"]
 
 
@@ -172,6 +174,9 @@ def misfit(roles: Roles, shape: RunShape) -> str:
         return "the graph counts tokens from the left: padding can only stand behind them"
     if shape.spare and not (roles.counted and _grows_by_mask(roles)):
         return "the graph's caches are as long as their tokens"
+    fed = sum(math.prod(_dims(each, roles, shape)) for each in roles.inputs.values())
+    if fed > MOST_FED:
+        return f"its inputs would be {fed} numbers, more than {MOST_FED}"
     return ""
 
 

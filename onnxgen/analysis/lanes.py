@@ -126,7 +126,10 @@ class _Writer:
         rule = None if node is None else _LANE_OPS.get(node.op_type)
         if node is None or rule is None:
             raise NotLanes
-        return rule(self, node, value)
+        try:
+            return rule(self, node, value)
+        except (IndexError, ValueError) as error:  # not as many lanes as the shapes say
+            raise NotLanes from error
 
     def _operand(self, node: ir.Node, index: int, output: ir.Value) -> Lanes:
         """An operand of an elementwise operator, or a part of a Concat: activation or table."""

@@ -28,12 +28,14 @@ from onnxgen.analysis.symbols import (
     polynomial,
     terms_of,
 )
+from onnxgen.errors import RefusedError
 
 Shape: TypeAlias = tuple[Dim, ...]
 Content: TypeAlias = "np.ndarray[Any, Any]"  # of sizes
 
 # Index tensors up to this many elements are followed by content; no shape is longer.
 MAX_CONTENT = 64
+LARGEST = 2**63 - 1
 
 
 class Shapes:
@@ -111,8 +113,14 @@ class Shapes:
         return total
 
     def merge(self, a: Dim, b: Dim) -> Dim:
-        """Note that an operator needs `a == b`; returns the better known of the two."""
+        """Note that an operator needs `a == b`; returns the better known of the two.
+
+        Raises:
+            ValueError: they are two different numbers.
+        """
         a, b = self.resolve(a), self.resolve(b)
+        if isinstance(a, int) and isinstance(b, int) and a != b:
+            raise ValueError(f"{a} is not {b}")
         zero = a - b
         for monomial, factor in sorted(terms_of(zero), key=_better_gone):
             if len(monomial) == 1 and abs(factor) == 1:
@@ -129,7 +137,24 @@ class Shapes:
         return atom(f"?{hint}{self._fresh}")
 
     def infer(self, node: ir.Node) -> None:
-        """Shapes and contents of a node's outputs, from its inputs'."""
+        """Shapes and contents of a node's outputs, from its inputs'.
+
+        Rules take for granted what their operators demand: axes that are there, sizes that
+        divide, as many starts as ends. Where they find nothing, nobody can run the node.
+
+        Raises:
+            RefusedError: the node cannot take inputs of such shapes.
+        """
+        try:
+            self._infer(node)
+        except (LookupError, ValueError, ArithmeticError, StopIteration) as error:
+            given = ", ".join(_shown(self.of(value)) for value in node.inputs)
+            raise RefusedError(
+                f"node '{node.name}' ({node.op_type}) cannot take inputs of the shapes {given}: "
+                "the model is damaged, or says wrong shapes"
+            ) from error
+
+    def _infer(self, node: ir.Node) -> None:
         shapes = shape_rules.output_shapes(self, node)
         for index, output in enumerate(node.outputs):
             shape = shapes[index] if shapes is not None and index < len(shapes) else None
@@ -138,9 +163,12 @@ class Shapes:
                     size if isinstance(size, int) else self.unknown("dim") for size in output.shape
                 )
             if shape is not None:
-                self._shapes[output] = tuple(map(self.resolve, shape))
+                shape = tuple(map(self.resolve, shape))
+                if any(isinstance(size, int) and not 0 <= size <= LARGEST for size in shape):
+                    raise ValueError(f"no tensor has the shape {_shown(shape)}")
+                self._shapes[output] = shape
         content = content_rules.output_content(self, node)
-        if content is not None and content.size <= MAX_CONTENT:
+        if content is not None and content.size <= MAX_CONTENT and not _overflows(content):
             self._contents[node.outputs[0]] = content
             self._shapes[node.outputs[0]] = content.shape
 
@@ -186,3 +214,12 @@ def _atoms(dim: Dim) -> set[Atom]:
                 for argument in part.arguments:
                     found |= _atoms(argument)
     return found
+
+
+def _overflows(content: Content) -> bool:
+    """Whether arithmetic left the range of int64, where a runtime begins again at its other end."""
+    return any(isinstance(each, int) and not -LARGEST <= each <= LARGEST for each in content.flat)
+
+
+def _shown(shape: Shape | None) -> str:
+    return "?" if shape is None else f"[{', '.join(map(str, shape))}]"

@@ -143,6 +143,8 @@ def _unsqueeze(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None]:
         return [None]
     rank = len(source) + len(axes)
     new = {axis % rank for axis in axes}
+    if len(new) != len(axes):
+        raise ValueError("an axis is named twice")
     rest = iter(source)
     return [tuple(1 if axis in new else next(rest) for axis in range(rank))]
 

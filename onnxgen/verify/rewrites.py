@@ -8,6 +8,7 @@ as a user would feed them. Parts of one structure are run once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import CutError
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.feeds import RunShape, input_sizes, make_feeds, nearest_shape
+from onnxgen.analysis.feeds import MOST_FED, RunShape, input_sizes, make_feeds, nearest_shape
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.scores import MASKED
 from onnxgen.analysis.symbols import evaluate
@@ -191,6 +192,8 @@ class RewriteChecker:
                     feeds[name] = np.array(numbers, dtype=np.int64).reshape(content.shape)
                     continue
             shaped = [int(size) for size in sizes if size is not None]
+            if min(shaped, default=0) < 0 or math.prod(shaped) > MOST_FED:
+                return f"{name!r} would be of the shape {shaped}"
             if value in rewrite.choices:
                 wide = value.dtype != ir.DataType.INT32
                 chosen = _chosen(rng, shaped, rewrite.choices[value])
