@@ -9,7 +9,8 @@ What goes where:
 
 The data file is named after the output and the hash of its content, `model.fused.<sha>.data`,
 so it never replaces another one's content: a model that is written again leaves the data file
-of its previous version, which other models may reference; delete it when none does. Nothing
+of its previous version, which other models may reference; delete it when none does. What a run
+that was killed leaves under temporary names the next one on the same output removes. Nothing
 random is in the content of either file: the same model gives the same bytes.
 """
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -30,9 +30,10 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxgen.data_file import DataFile, create, sync
+from onnxgen.data_file import DataFile
 from onnxgen.errors import FileError, UsageError
 from onnxgen.places import check_place, same_place
+from onnxgen.scratch import create, held, scratch_path, sweep, sync
 from onnxgen.tensor_slots import EmbeddedTensor, TensorSlot, tensor_slots
 from onnxgen.wire import Serializer, WireError, tensors_of
 
@@ -70,6 +71,8 @@ class Staged:
             FileError: one cannot be moved; the block's end then removes what was not.
         """
         with _writing(self.output):
+            if self.data is not None and not self.data.exists():
+                raise OSError(None, f"its data file {self.data.name} was removed meanwhile")
             os.replace(self.path, self.output)
         for path, place in self.beside.items():
             with _writing(place):
@@ -113,27 +116,34 @@ def staged(
     check_output(output, Path(source), read, force=force)
     _check_beside(beside or {}, output, Path(source), read)
     folder = output.parent.resolve()
+    for suffix in (".data", ".onnx"):
+        sweep(folder, output.stem, suffix)
     created: list[Path] = []
+    data_file = DataFile(folder, output.stem, created)
     stage: Staged | None = None
     with _termination_raises():
         try:
             with _writing(output):
-                made = stage = _write(model, slots, folder / output.name, created)
+                made = stage = _write(model, slots, folder / output.name, data_file, created)
             for name, content in (beside or {}).items():
                 with _writing(folder / name):
                     made.beside[_scratch(folder / name, content, created)] = folder / name
-            yield stage
+            with held([made.path, *made.beside]):
+                yield stage
         finally:
-            left = stage.beside if stage is not None and stage.committed else created
-            for path in left:
+            committed = stage is not None and stage.committed
+            for path in created:
                 with contextlib.suppress(OSError):
                     path.unlink()
+            if not committed:
+                data_file.remove()
 
 
 def _scratch(place: Path, content: bytes, created: list[Path]) -> Path:
     """Write a file under a temporary name beside its place."""
     check_place(place)
-    path = place.with_name(f".{place.name}.{secrets.token_hex(6)}")
+    sweep(place.parent, place.name)
+    path = scratch_path(place.parent, place.name)
     with create(path, created) as file:
         file.write(content)
         sync(file)
@@ -162,14 +172,17 @@ def _check_beside(names: Iterable[str], output: Path, source: Path, reads: list[
 
 
 def _write(
-    model: ir.Model, slots: Sequence[TensorSlot], output: Path, created: list[Path]
+    model: ir.Model,
+    slots: Sequence[TensorSlot],
+    output: Path,
+    data: DataFile,
+    created: list[Path],
 ) -> Staged:
     """Write the data file, then the model that refers to it."""
     proto = _without_weights(model, slots)
     moved = _what_moves(slots, output.parent, proto.ByteSize())
-    data = DataFile(output.parent, created)
     places = {index: data.add(slots[index].tensor) for index in moved}
-    name = data.finish(output.stem)
+    name = data.finish()
 
     main = len(proto.graph.initializer)
     embedded: dict[int, ir.TensorProtocol] = {}
@@ -193,7 +206,7 @@ def _write(
     serializer = Serializer(proto, embedded)
     if serializer.size > MAX_FILE:
         raise FileError(f"{output} cannot be written: its graph alone takes over 2 GB")
-    path = output.with_name(f".{output.stem}.{secrets.token_hex(6)}.onnx")
+    path = scratch_path(output.parent, output.stem, ".onnx")
     with create(path, created) as file:
         serializer.write(file)
         sync(file)
