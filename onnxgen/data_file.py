@@ -63,8 +63,10 @@ class DataFile:
             self._places[key] = (start, tensor.nbytes)
         return self._places[key]
 
-    def finish(self) -> str:
+    def finish(self, *, passing: bool = False) -> str:
         """Give the file its name, which holds the hash of its content; "" when it is empty.
+
+        Of a model that is never committed it keeps its temporary name (`passing`).
 
         A file of that name is used as it is, and marked, by its time: whoever made it is
         perhaps about to remove it.
@@ -74,6 +76,8 @@ class DataFile:
         with self._file as file:
             file.truncate(self._size)  # a hole at the end is part of it too
             sync(file)
+        if passing:
+            return self._path.name
         digest = self._hash.hexdigest()
         for name in (f"{self._stem}.{digest[:12]}.data", f"{self._stem}.{digest}.data"):
             final = self._folder / name

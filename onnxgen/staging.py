@@ -32,6 +32,7 @@ import onnx_ir as ir
 
 from onnxgen.data_file import DataFile
 from onnxgen.errors import FileError, UsageError
+from onnxgen.mapped import cleaned
 from onnxgen.places import check_place, same_place
 from onnxgen.scratch import create, held, scratch_path, sweep, sync
 from onnxgen.tensor_slots import EmbeddedTensor, TensorSlot, tensor_slots
@@ -89,6 +90,7 @@ def staged(
     force: bool,
     beside: Mapping[str, bytes] | None = None,
     reads: Collection[Path] = (),
+    passing: bool = False,
 ) -> Iterator[Staged]:
     """Write `model` beside `output`; it takes its place when commit() is called.
 
@@ -103,6 +105,7 @@ def staged(
         force: allow `output` to be `source`.
         beside: further files of the output's folder, by name; files there are replaced.
         reads: files that were read too, such as data files that the model no longer refers to.
+        passing: it is never committed: its data file, too, has a temporary name.
 
     Raises:
         UsageError: `output`, or a file beside it, is the source or another file that was read.
@@ -121,22 +124,25 @@ def staged(
     created: list[Path] = []
     data_file = DataFile(folder, output.stem, created)
     stage: Staged | None = None
-    with _termination_raises():
-        try:
-            with _writing(output):
-                made = stage = _write(model, slots, folder / output.name, data_file, created)
-            for name, content in (beside or {}).items():
-                with _writing(folder / name):
-                    made.beside[_scratch(folder / name, content, created)] = folder / name
-            with held([made.path, *made.beside]):
-                yield stage
-        finally:
-            committed = stage is not None and stage.committed
-            for path in created:
-                with contextlib.suppress(OSError):
-                    path.unlink()
-            if not committed:
-                data_file.remove()
+
+    def clean() -> None:
+        committed = stage is not None and stage.committed
+        for path in created:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if not committed:
+            data_file.remove()
+
+    with _termination_raises(), cleaned(clean):
+        with _writing(output):
+            place = folder / output.name
+            made = stage = _write(model, slots, place, data_file, created, passing=passing)
+        for name, content in (beside or {}).items():
+            with _writing(folder / name):
+                made.beside[_scratch(folder / name, content, created)] = folder / name
+        scratch = [made.data] if passing and made.data is not None else []
+        with held([made.path, *made.beside, *scratch]):
+            yield made
 
 
 def _scratch(place: Path, content: bytes, created: list[Path]) -> Path:
@@ -177,12 +183,14 @@ def _write(
     output: Path,
     data: DataFile,
     created: list[Path],
+    *,
+    passing: bool,
 ) -> Staged:
     """Write the data file, then the model that refers to it."""
     proto = _without_weights(model, slots)
     moved = _what_moves(slots, output.parent, proto.ByteSize())
     places = {index: data.add(slots[index].tensor) for index in moved}
-    name = data.finish()
+    name = data.finish(passing=passing)
 
     main = len(proto.graph.initializer)
     embedded: dict[int, ir.TensorProtocol] = {}
