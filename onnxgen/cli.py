@@ -36,6 +36,7 @@ from onnxgen.cli_words import (
     verify_option,
 )
 from onnxgen.errors import OnnxgenError, RefusedError
+from onnxgen.mapped import cut_off_in_words
 from onnxgen.places import default_output
 from onnxgen.report import as_json, files
 from onnxgen.report.values import Proof, Report
@@ -49,7 +50,8 @@ class _Program(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         prepare_streams()
         try:
-            return super().invoke(ctx)
+            with cut_off_in_words():
+                return super().invoke(ctx)
         except OnnxgenError as error:
             say_error(error)
             ctx.exit(error.exit_code)

@@ -1,8 +1,8 @@
 """The data file of a model: its large tensors behind one another, and its content's hash as name.
 
-    data = DataFile(folder, created)
+    data = DataFile(folder, "model.fused", created)
     offset, length = data.add(tensor)      # any number of them
-    name = data.finish("model.fused")      # model.fused.3c95c0305701.data
+    name = data.finish()                   # model.fused.3c95c0305701.data
 
 Tensors that come from files are copied in pieces, and derived ones made in pieces: none is in
 memory as a whole.
@@ -10,9 +10,9 @@ memory as a whole.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -20,6 +20,7 @@ from typing import BinaryIO
 import onnx_ir as ir
 
 from onnxgen.derived import DerivedTensor, bytes_of
+from onnxgen.scratch import create, scratch_path, sync
 
 ALIGNMENT = 4096  # of each tensor, so that it can be mapped
 CHUNK = 4 * 1024 * 1024
@@ -31,14 +32,17 @@ class DataFile:
 
     Args:
         folder: where it goes.
+        stem: what its name begins with.
         created: gets every path that was created, so that it can be removed.
     """
 
-    def __init__(self, folder: Path, created: list[Path]) -> None:
+    def __init__(self, folder: Path, stem: str, created: list[Path]) -> None:
         self._folder = folder
+        self._stem = stem
         self._created = created
+        self._mark: tuple[int, int] | None = None
         self._file: BinaryIO | None = None
-        self._path = folder / f".{secrets.token_hex(6)}.data"
+        self._path = scratch_path(folder, stem, ".data")
         self._hash = hashlib.sha256()
         self._size = 0
         self._places: dict[str, tuple[int, int]] = {}
@@ -59,24 +63,40 @@ class DataFile:
             self._places[key] = (start, tensor.nbytes)
         return self._places[key]
 
-    def finish(self, stem: str) -> str:
-        """Give the file its name, which holds the hash of its content; "" when it is empty."""
+    def finish(self, *, passing: bool = False) -> str:
+        """Give the file its name, which holds the hash of its content; "" when it is empty.
+
+        Of a model that is never committed it keeps its temporary name (`passing`).
+
+        A file of that name is used as it is, and marked, by its time: whoever made it is
+        perhaps about to remove it.
+        """
         if self._file is None:
             return ""
         with self._file as file:
             file.truncate(self._size)  # a hole at the end is part of it too
             sync(file)
+        if passing:
+            return self._path.name
         digest = self._hash.hexdigest()
-        for name in (f"{stem}.{digest[:12]}.data", f"{stem}.{digest}.data"):
+        for name in (f"{self._stem}.{digest[:12]}.data", f"{self._stem}.{digest}.data"):
             final = self._folder / name
             if not os.path.lexists(final):
-                self._created.append(final)
                 os.rename(self._path, final)
+                self._final, self._mark = final, _mark(final)
                 return name
             if _holds(final, digest):
+                with contextlib.suppress(OSError):
+                    os.utime(final)
                 self._path.unlink()
                 return name
         raise OSError(None, f"{final} is there already and holds something else")
+
+    def remove(self) -> None:
+        """Remove the file, if it was made here and no other run uses it."""
+        with contextlib.suppress(OSError):
+            if self._mark is not None and self._mark == _mark(self._final):
+                self._final.unlink()
 
     def _append(self, content: bytes) -> None:
         if self._file is None:
@@ -118,13 +138,7 @@ def _holds(path: Path, digest: str) -> bool:
         return hashlib.file_digest(file, "sha256").hexdigest() == digest
 
 
-def create(path: Path, created: list[Path]) -> BinaryIO:
-    """Open a new file for writing; never an existing one, never through a link."""
-    created.append(path)
-    return os.fdopen(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666), "wb")
-
-
-def sync(file: BinaryIO) -> None:
-    """Have a file's content on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
+def _mark(path: Path) -> tuple[int, int]:
+    """Which file it is, and when somebody last said to use it."""
+    status = path.lstat()
+    return status.st_ino, status.st_mtime_ns

@@ -156,6 +156,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
                             force=options.force,
                             beside=extra,
                             reads=reads,
+                            passing=each is not result,
                         )
                     )
                     for each, name, extra in zip(

@@ -9,7 +9,8 @@ What goes where:
 
 The data file is named after the output and the hash of its content, `model.fused.<sha>.data`,
 so it never replaces another one's content: a model that is written again leaves the data file
-of its previous version, which other models may reference; delete it when none does. Nothing
+of its previous version, which other models may reference; delete it when none does. What a run
+that was killed leaves under temporary names the next one on the same output removes. Nothing
 random is in the content of either file: the same model gives the same bytes.
 """
 
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import signal
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -30,9 +30,11 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from onnxgen.data_file import DataFile, create, sync
+from onnxgen.data_file import DataFile
 from onnxgen.errors import FileError, UsageError
+from onnxgen.mapped import cleaned
 from onnxgen.places import check_place, same_place
+from onnxgen.scratch import create, held, scratch_path, sweep, sync
 from onnxgen.tensor_slots import EmbeddedTensor, TensorSlot, tensor_slots
 from onnxgen.wire import Serializer, WireError, tensors_of
 
@@ -70,6 +72,8 @@ class Staged:
             FileError: one cannot be moved; the block's end then removes what was not.
         """
         with _writing(self.output):
+            if self.data is not None and not self.data.exists():
+                raise OSError(None, f"its data file {self.data.name} was removed meanwhile")
             os.replace(self.path, self.output)
         for path, place in self.beside.items():
             with _writing(place):
@@ -86,6 +90,7 @@ def staged(
     force: bool,
     beside: Mapping[str, bytes] | None = None,
     reads: Collection[Path] = (),
+    passing: bool = False,
 ) -> Iterator[Staged]:
     """Write `model` beside `output`; it takes its place when commit() is called.
 
@@ -100,6 +105,7 @@ def staged(
         force: allow `output` to be `source`.
         beside: further files of the output's folder, by name; files there are replaced.
         reads: files that were read too, such as data files that the model no longer refers to.
+        passing: it is never committed: its data file, too, has a temporary name.
 
     Raises:
         UsageError: `output`, or a file beside it, is the source or another file that was read.
@@ -113,27 +119,37 @@ def staged(
     check_output(output, Path(source), read, force=force)
     _check_beside(beside or {}, output, Path(source), read)
     folder = output.parent.resolve()
+    for suffix in (".data", ".onnx"):
+        sweep(folder, output.stem, suffix)
     created: list[Path] = []
+    data_file = DataFile(folder, output.stem, created)
     stage: Staged | None = None
-    with _termination_raises():
-        try:
-            with _writing(output):
-                made = stage = _write(model, slots, folder / output.name, created)
-            for name, content in (beside or {}).items():
-                with _writing(folder / name):
-                    made.beside[_scratch(folder / name, content, created)] = folder / name
-            yield stage
-        finally:
-            left = stage.beside if stage is not None and stage.committed else created
-            for path in left:
-                with contextlib.suppress(OSError):
-                    path.unlink()
+
+    def clean() -> None:
+        committed = stage is not None and stage.committed
+        for path in created:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        if not committed:
+            data_file.remove()
+
+    with _termination_raises(), cleaned(clean):
+        with _writing(output):
+            place = folder / output.name
+            made = stage = _write(model, slots, place, data_file, created, passing=passing)
+        for name, content in (beside or {}).items():
+            with _writing(folder / name):
+                made.beside[_scratch(folder / name, content, created)] = folder / name
+        scratch = [made.data] if passing and made.data is not None else []
+        with held([made.path, *made.beside, *scratch]):
+            yield made
 
 
 def _scratch(place: Path, content: bytes, created: list[Path]) -> Path:
     """Write a file under a temporary name beside its place."""
     check_place(place)
-    path = place.with_name(f".{place.name}.{secrets.token_hex(6)}")
+    sweep(place.parent, place.name)
+    path = scratch_path(place.parent, place.name)
     with create(path, created) as file:
         file.write(content)
         sync(file)
@@ -162,14 +178,19 @@ def _check_beside(names: Iterable[str], output: Path, source: Path, reads: list[
 
 
 def _write(
-    model: ir.Model, slots: Sequence[TensorSlot], output: Path, created: list[Path]
+    model: ir.Model,
+    slots: Sequence[TensorSlot],
+    output: Path,
+    data: DataFile,
+    created: list[Path],
+    *,
+    passing: bool,
 ) -> Staged:
     """Write the data file, then the model that refers to it."""
     proto = _without_weights(model, slots)
     moved = _what_moves(slots, output.parent, proto.ByteSize())
-    data = DataFile(output.parent, created)
     places = {index: data.add(slots[index].tensor) for index in moved}
-    name = data.finish(output.stem)
+    name = data.finish(passing=passing)
 
     main = len(proto.graph.initializer)
     embedded: dict[int, ir.TensorProtocol] = {}
@@ -193,7 +214,7 @@ def _write(
     serializer = Serializer(proto, embedded)
     if serializer.size > MAX_FILE:
         raise FileError(f"{output} cannot be written: its graph alone takes over 2 GB")
-    path = output.with_name(f".{output.stem}.{secrets.token_hex(6)}.onnx")
+    path = scratch_path(output.parent, output.stem, ".onnx")
     with create(path, created) as file:
         serializer.write(file)
         sync(file)

@@ -138,11 +138,11 @@ def test_nothing_in_it_is_nothing() -> None:
 
 def test_zeros_are_holes_that_read_as_zeros(tmp_path: Path) -> None:
     created: list[Path] = []
-    data = DataFile(tmp_path, created)
+    data = DataFile(tmp_path, "model", created)
     first = DerivedTensor(whole(ir.tensor(np.ones((4, 1 << 18), np.float32))), "a")
     last = DerivedTensor(whole(ir.tensor(np.zeros((16, 1 << 20), np.float32))), "b")
     places = [data.add(each) for each in (first, last)]
-    path = tmp_path / data.finish("model")
+    path = tmp_path / data.finish()
     assert path.stat().st_size == sum(places[1])
     assert path.stat().st_blocks * 512 < 8 << 20
     content = path.read_bytes()
@@ -153,11 +153,11 @@ def test_zeros_are_holes_that_read_as_zeros(tmp_path: Path) -> None:
 def test_what_is_derived_alike_is_written_once(tmp_path: Path) -> None:
     sources = [ir.tensor(np.ones((4, 8, 2), np.float32) * at) for at in range(2)]
     made = [whole(sources[0]), whole(sources[0]).interleaved(), whole(sources[1]).interleaved()]
-    data = DataFile(tmp_path, [])
+    data = DataFile(tmp_path, "model", [])
     places = [data.add(DerivedTensor(rows, "w")) for rows in made]
     assert len(set(places)) == 3
     assert [data.add(DerivedTensor(rows, "again")) for rows in made] == places
-    (tmp_path / data.finish("model")).unlink()
+    (tmp_path / data.finish()).unlink()
     graph = ir.Graph([], [], nodes=[])
     builder = Builder(graph, Facts(graph).shapes)
     values = [builder.derived(rows) for rows in (*made, whole(sources[0]).interleaved())]

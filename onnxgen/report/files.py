@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import secrets
 from pathlib import Path
 
 from onnxgen.errors import FileError, UsageError
 from onnxgen.places import check_place
 from onnxgen.report import as_json
+from onnxgen.scratch import create, scratch_path, sweep
 
 
 def check_writable(path: Path) -> None:
@@ -41,10 +41,12 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         FileError: it cannot be written.
     """
-    scratch = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
+    sweep(path.parent, path.name)
+    scratch = scratch_path(path.parent, path.name)
     try:
         try:
-            scratch.write_text(text, encoding="utf-8")
+            with create(scratch, []) as file:
+                file.write(text.encode())
             os.replace(scratch, path)
         finally:
             scratch.unlink(missing_ok=True)
