@@ -44,6 +44,7 @@ class FuseOptions:
     padding: str = "any"
     max_length: int | None = None
     verify: bool = True
+    budget: str = "full"
     disable: tuple[str, ...] = ()
     opset: int | None = None
     inline: bool = False
