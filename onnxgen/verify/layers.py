@@ -14,7 +14,7 @@ Shapes: B batch, S new tokens, H hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from onnxgen.analysis.roles import Roles
 from onnxgen.verify.joints import find_joints
 from onnxgen.verify.landmarks import carrying
 from onnxgen.verify.opened import Placed, Source, opened, read
-from onnxgen.verify.outline import Weights, outline
+from onnxgen.verify.outline import Places, outline
 
 
 @dataclass(frozen=True)
@@ -47,17 +47,22 @@ class Shortened:
 
 
 def shorten(
-    original: Source, rewritten: Source, roles: Roles, others: Roles | None = None
+    original: Source,
+    rewritten: Source,
+    roles: Roles,
+    others: Roles | None = None,
+    aliases: Mapping[str, str] | None = None,
 ) -> Shortened:
     """Cut two models down; what has no joints, or no two layers alike, stays as it is.
 
     Args:
         roles: the original's.
         others: the rewritten model's, where they are not the same.
+        aliases: of caches that the rewritten model has other names for, the original's, by these.
     """
     sides = (
-        _Cut.of(original, roles, rewritten=False),
-        _Cut.of(rewritten, others or roles, rewritten=True),
+        _Cut.of(original, roles),
+        _Cut.of(rewritten, others or roles, aliases or {}),
     )
     names = [name for name in sides[0].joints if name in sides[1].joints]
     if sorted(names, key=list(sides[1].joints).index) != names or len(names) < 2:
@@ -68,9 +73,10 @@ def shorten(
     seen: set[tuple[str, str]] = set()
     gone = []
     for at in range(1, len(names)):
-        weights = Weights(digests)
-        before = sides[0].outline(at, weights)
-        key = before, sides[1].outline(at, Weights(digests), weights)
+        places = Places(digests)
+        answers = sides[0].answers(at)
+        before = sides[0].outline(at, answers, places)
+        key = before, sides[1].outline(at, answers, Places(digests), places)
         if key in seen and all(side.can_go(at) for side in sides):
             gone.append(at)
         seen.add(key)
@@ -84,9 +90,14 @@ class _Cut:
     """One of the models, and its joints by name."""
 
     def __init__(
-        self, model: ir.Model, folder: Path | None, roles: Roles, *, rewritten: bool
+        self,
+        model: ir.Model,
+        folder: Path | None,
+        roles: Roles,
+        aliases: Mapping[str, str] | None,
     ) -> None:
-        self.model, self.folder, self.rewritten = model, folder, rewritten
+        self.model, self.folder = model, folder
+        self.aliases, self.rewritten = aliases or {}, aliases is not None
         _split_norms(model.graph)
         self.facts = Facts(model.graph, roles)
         self.carries = set(carrying(model.graph, self.facts))
@@ -94,14 +105,14 @@ class _Cut:
         self.parts: list[list[ir.Value]] = []
 
     @classmethod
-    def of(cls, source: Source, roles: Roles, *, rewritten: bool) -> _Cut:
+    def of(cls, source: Source, roles: Roles, aliases: Mapping[str, str] | None = None) -> _Cut:
         proto, folder = opened(source)
         data = proto.SerializeToString()
         return cls(
             read(data if folder is None else Placed(data, folder)),
             folder,
             roles,
-            rewritten=rewritten,
+            aliases,
         )
 
     def divide(self, names: Sequence[str]) -> None:
@@ -118,9 +129,21 @@ class _Cut:
             if output not in self.joints.values() and 0 < at < len(self.parts):
                 self.parts[at].append(output)
 
-    def outline(self, at: int, weights: Weights, original: Weights | None = None) -> str:
+    def answers(self, at: int) -> list[str]:
+        """The names of a layer's outputs, as the original has them."""
+        return [self.aliases.get(str(v.name), str(v.name)) for v in self.parts[at][1:]]
+
+    def outline(
+        self, at: int, answers: Sequence[str], places: Places, original: Places | None = None
+    ) -> str:
+        """A layer's structure; its outputs in the order in which the original has them."""
+        joint, *outputs = self.parts[at]
+        own = dict(zip(self.answers(at), outputs, strict=True))
+        if set(own) != set(answers):
+            return f"answers {sorted(own)}"
+        targets = [joint, *(own[name] for name in answers)]
         start = self.parts[at - 1][0]
-        return outline(self.facts, self.parts[at], start, self.carries, weights, original)
+        return outline(self.facts, targets, start, self.carries, places, original, self.aliases)
 
     def can_go(self, at: int) -> bool:
         """Whether what comes in is of the form that goes out, and no answer is lost."""
@@ -130,7 +153,8 @@ class _Cut:
         shapes = self.facts.shapes
         came, goes = shapes.of(before), shapes.of(after)
         if not self.rewritten:
-            return shapes.same_shape(came, goes) and before.dtype == after.dtype
+            kinds = {before.dtype, after.dtype} - {None}
+            return shapes.same_shape(came, goes) and len(kinds) < 2
         # Values are the original's; of their layout more may not be known than its fixed sizes.
         if came is None or goes is None:
             return True

@@ -7,7 +7,7 @@ weights. Small constants, and those of masks and tables, count by their contents
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,14 +38,15 @@ def digest(tensor: ir.TensorProtocol) -> str:
 
 
 @dataclass
-class Weights:
-    """The weights of a part, numbered as they are met; another part's are told by these numbers.
+class Places:
+    """The weights and caches of a part, numbered as they are met; another's are told by these numbers.
 
     Args:
         digests: hashes by place in a file; shared, so that each weight is read once.
     """
 
     digests: dict[Any, str]
+    caches: dict[str, int] = field(default_factory=dict)
     numbers: dict[Any, int] = field(default_factory=dict)
     tensors: list[ir.TensorProtocol] = field(default_factory=list)
 
@@ -91,8 +92,9 @@ def outline(
     targets: Sequence[ir.Value],
     start: ir.Value,
     carries: Collection[ir.Value],
-    weights: Weights,
-    original: Weights | None = None,
+    places: Places,
+    original: Places | None = None,
+    aliases: Mapping[str, str] | None = None,
 ) -> str:
     """The structure of what lies between a value and those that follow from it.
 
@@ -100,15 +102,15 @@ def outline(
         targets: the part's last values, in an order that equal parts share.
         start: the value that it continues.
         carries: the values of its graph that carry tokens.
-        weights: gets the part's own.
-        original: the weights of the part that this one is to equal: those that are the same
-            tensors count by their number there, others as new ones.
+        places: gets the part's own.
+        original: those of the part that this one is to equal: weights that are the same tensors,
+            and its caches, count by their number there, others as new ones.
+        aliases: the original's names of caches that have others here.
     """
     stop = frozenset([start])
     nodes = sorted_nodes(ancestors(targets, stop))
     said: dict[ir.Value, str] = {start: "start"}
     lines: list[str] = []
-    caches = 0
     for node in nodes:
         inside = any(output in carries for output in node.outputs)
         words = []
@@ -123,11 +125,11 @@ def outline(
                 continue
             if value not in said:
                 if cache:
-                    said[value] = f"cache{caches}"
-                    caches += 1
+                    name = (aliases or {}).get(str(value.name), str(value.name))
+                    said[value] = _cache(name, places, original)
                 elif value.is_graph_input() or value.const_value is None:
                     said[value] = f"input {value.name}"
-            words.append(said.get(value) or _constant(value, inside, weights, original))
+            words.append(said.get(value) or _constant(value, inside, places, original))
         for output in node.outputs:
             said[output] = f"v{len(said)}"
         attributes = sorted(node.attributes.values(), key=lambda each: each.name)
@@ -140,7 +142,14 @@ def outline(
 _CACHES = ("past", "static_past", "cross_past")
 
 
-def _constant(value: ir.Value, inside: bool, weights: Weights, original: Weights | None) -> str:
+def _cache(name: str, places: Places, original: Places | None) -> str:
+    if original is None:
+        return f"cache {places.caches.setdefault(name, len(places.caches))}"
+    known = original.caches.get(name)
+    return f"foreign {name}" if known is None else f"cache {known}"
+
+
+def _constant(value: ir.Value, inside: bool, places: Places, original: Places | None) -> str:
     tensor = value.const_value
     assert tensor is not None
     if not inside or tensor.size <= SMALL or tensor.dtype in _INDICES:
@@ -152,7 +161,7 @@ def _constant(value: ir.Value, inside: bool, weights: Weights, original: Weights
     like = None if original is None else original.like(tensor)
     if like is not None:
         return f"weight {like}"
-    return f"{'weight' if original is None else 'new'} {weights.number(tensor)}: {kind}"
+    return f"{'weight' if original is None else 'new'} {places.number(tensor)}: {kind}"
 
 
 def _attribute(attribute: ir.Attr) -> str:

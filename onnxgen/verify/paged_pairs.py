@@ -41,7 +41,12 @@ class PagedPairs:
         results = []
         layers = run = 0
         for original, path, result in zip(self.originals, self.written, self.results, strict=True):
-            short = shorten(original, path, self.roles, _roles_of(result))
+            names = {
+                own: theirs
+                for pool in result.pools
+                for own, theirs in ((pool.name, pool.past), (pool.output, pool.present))
+            }
+            short = shorten(original, path, self.roles, _roles_of(result), names)
             # One original for all sizes of blocks, where they are cut alike.
             same = bool(originals) and originals[0] == short.original
             originals.append(originals[0] if same else short.original)
