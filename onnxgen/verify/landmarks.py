@@ -116,7 +116,9 @@ def _rows(facts: Facts, value: ir.Value) -> tuple[int, int] | None:
     tokens = [*facts.roles.named("ids"), *facts.roles.named("embeds")]
     given = next((v for v in facts.graph.inputs if tokens and v.name == tokens[0].name), None)
     dims, sizes = facts.shapes.of(value), facts.shapes.of(given)
-    if dims is None or sizes is None or not {"B", "S"} <= set(tokens[0].axes):
+    if dims is None or sizes is None or len(sizes) != len(tokens[0].axes):
+        return None
+    if not {"B", "S"} <= set(tokens[0].axes):
         return None
     batch, new = (sizes[tokens[0].axes.index(letter)] for letter in "BS")
     same = facts.shapes.same
