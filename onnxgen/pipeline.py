@@ -49,8 +49,9 @@ from onnxgen.targets.genai import genai_config
 from onnxgen.targets.genai_files import READ
 from onnxgen.targets.ort.config import context_length
 from onnxgen.twin import unrunnable_types
-from onnxgen.verify.compare import TOLERANCES, verify_models
+from onnxgen.verify.compare import verify_models
 from onnxgen.verify.rewrites import RewriteChecker
+from onnxgen.verify.tolerances import TOLERANCES
 
 FLOAT = ir.DataType.FLOAT
 

@@ -49,10 +49,10 @@ from onnxgen.targets.paged import PagedModel, PagedOptions, check_paged_options
 from onnxgen.targets.paged_ort import CODE as PAGED_ORT
 from onnxgen.targets.paged_ort import lower_paged
 from onnxgen.twin import unrunnable_types
-from onnxgen.verify.compare import TOLERANCES
 from onnxgen.verify.paged import prove_paged
 from onnxgen.verify.paged_kernel import prove_operator
 from onnxgen.verify.rewrites import RewriteChecker
+from onnxgen.verify.tolerances import TOLERANCES
 
 FLOAT = ir.DataType.FLOAT
 

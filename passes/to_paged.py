@@ -124,6 +124,8 @@ class _Writer:
     def _splice(self, replaced: Sequence[tuple[ir.Value, ir.Value]]) -> None:
         for old, new in replaced:
             self._rows = [new if row is old else row for row in self._rows]
+            # What is computed keeps its name, as in `passes.rewriting`.
+            old.name, new.name = f"{old.name}:contiguous", old.name
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
         nodes = self._builder.take()
         self._graph.extend(nodes)

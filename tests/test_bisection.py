@@ -9,16 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from click.testing import CliRunner
 from onnx import TensorProto, helper
 
-from onnxgen import pipeline
+from onnxgen import pipeline, pipeline_paged
 from onnxgen.analysis.roles import find_roles
 from onnxgen.cli import main
 from onnxgen.errors import ModelDiffersError, RefusedError
 from onnxgen.model_io import read_model
 from onnxgen.pipeline import FuseOptions
+from onnxgen.pipeline_paged import PageOptions
 from onnxgen.report.text import console, render
 from onnxgen.report.values import Proof
 from onnxgen.runtime import Runtime
@@ -258,3 +260,27 @@ def test_masks_and_tables_are_no_landmarks(fused: tuple[Path, Path]) -> None:
     assert "model.rotary_emb" not in scopes
     assert {f"model.layers.{n}.{part}" for n in range(3) for part in ("self_attn", "mlp")} <= scopes
     assert all(each.rows is not None for each in landmarks if not each.name.startswith("present"))
+
+
+def test_what_no_output_of_a_paged_model_shows_is_found_inside(
+    fused: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = change(fused[0], tmp_path, ".o", 0.0)
+    options = PageOptions(output=tmp_path / "paged")
+    report = pipeline_paged.to_paged(path, options, lambda message: None)
+    assert report.proof is not None
+    assert report.proof.inner > 20
+    assert {each.what for each in report.proof.faint} >= {"past", "mask"}
+    shutil.rmtree(options.output)
+    finish = pipeline_paged.onnx_target.finish
+
+    def broken(model, version, target):
+        finish(model, version, target)
+        node = [node for node in model.graph if node.op_type == "PagedAttention"][1]
+        scale = node.attributes["scale"].as_float()
+        node.attributes["scale"] = ir.AttrFloat32("scale", 1.5 * scale)
+
+    monkeypatch.setattr(pipeline_paged.onnx_target, "finish", broken)
+    with pytest.raises(RefusedError, match="hardly depend on what differs inside"):
+        pipeline_paged.to_paged(path, options, lambda message: None)
+    assert not options.output.exists()

@@ -15,7 +15,7 @@ Shapes: B batch, S new tokens, P past tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,17 +39,7 @@ from onnxgen.verify.opened import Source, read
 from onnxgen.verify.precision import NOTE, rounds_activations
 from onnxgen.verify.sensitivity import faint_inputs
 from onnxgen.verify.side import Side
-
-TOLERANCES: Mapping[ir.DataType, float] = {
-    ir.DataType.DOUBLE: 1e-4,
-    ir.DataType.FLOAT: 1e-4,
-    ir.DataType.FLOAT16: 1e-2,
-    ir.DataType.BFLOAT16: 1e-4,  # run as float32 twins
-}
-"""Largest allowed difference, over the original output's standard deviation."""
-
-INNER = 10
-"""Tolerances that a value inside may be apart: products of small numbers carry more noise."""
+from onnxgen.verify.tolerances import INNER, names_of, tolerance
 
 _INNER_SHAPES = (RunShape(1, 5), RunShape(1, 3, 7), RunShape(2, 5, padding="left"))
 
@@ -320,35 +310,3 @@ def _conclude(proof: Proof, failures: Mapping[str, str]) -> None:
                 f"output {worst.output!r} differs by {worst.difference:.2g} standard deviations "
                 f"in the case {worst.name!r}; at most {proof.tolerance:g} is allowed"
             )
-
-
-def tolerance(model: ir.Model, runtime: Runtime) -> float:
-    """The largest allowed difference for a model, as the runtime runs it."""
-    kind = compute_type(model)
-    return TOLERANCES[ir.DataType.BFLOAT16 if kind in runtime.twins else kind]
-
-
-def names_of(types: Iterable[ir.DataType]) -> tuple[str, ...]:
-    """Types in words, for the report."""
-    return tuple(sorted(each.name.lower() for each in types))
-
-
-def compute_type(model: ir.Model) -> ir.DataType:
-    """The floating point type that most weights have; where there are none, the inputs'."""
-    counts: dict[ir.DataType, int] = {}
-
-    def count(tensor: ir.TensorProtocol | None) -> None:
-        if tensor is not None and tensor.dtype in TOLERANCES:
-            counts[tensor.dtype] = counts.get(tensor.dtype, 0) + int(tensor.size)
-
-    for value in model.graph.initializers.values():
-        count(value.const_value)
-    graphs = [model.graph, *(function.graph for function in model.functions.values())]
-    for node in (node for graph in graphs for node in graph.all_nodes()):
-        attribute = node.attributes.get("value") if node.op_type == "Constant" else None
-        if attribute is not None and attribute.type == ir.AttributeType.TENSOR:
-            count(attribute.as_tensor())
-    for value in model.graph.inputs:
-        if not counts and value.dtype is not None and value.dtype in TOLERANCES:
-            return value.dtype
-    return max(counts, key=lambda dtype: counts[dtype], default=ir.DataType.FLOAT)

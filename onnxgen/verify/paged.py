@@ -17,30 +17,36 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxgen.analysis.edges import integer
+from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
 from onnxgen.analysis.roles import Roles
 from onnxgen.report.values import Budget, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure, SpentError
 from onnxgen.targets.paged import PagedModel
 from onnxgen.twin import FLOAT16, Types, has_choices, holds, twin_types
 from onnxgen.verify.cases import find_edges, too_large
-from onnxgen.verify.compare import TOLERANCES, compute_type, names_of
 from onnxgen.verify.difference import is_close_call
+from onnxgen.verify.landmarks import find_landmarks
 from onnxgen.verify.opened import Source, read
 from onnxgen.verify.paged_pairs import PagedPairs
 from onnxgen.verify.paged_program import program
 from onnxgen.verify.paged_steps import compare_steps
 from onnxgen.verify.precision import NOTE, rounds_activations
+from onnxgen.verify.sensitivity import faint_inputs
 from onnxgen.verify.side import Side
+from onnxgen.verify.tolerances import INNER, TOLERANCES, compute_type, names_of
 
 Array = npt.NDArray[Any]
 _MOST_SPECIAL = 4
+_FEW = 8  # steps in which the values inside are compared
 _SEEDS = (3, 4, 5)
 """Of a program's tokens; all but the first where a difference came near the tolerance."""
 
@@ -106,7 +112,44 @@ def prove_paged(
         _compare(sides, runtime, plan, own, progress)
         if own.status != "proven":
             proof.status, proof.reason = "differs", f"with its pools as they are, {own.reason}"
+    if proof.status == "proven":
+        progress("comparing values inside")
+        _look_inside(sides, runtime, plan, proof)
     return proof
+
+
+def _look_inside(sides: PagedPairs, runtime: Runtime, plan: _Plan, proof: Proof) -> None:
+    """Compare the values inside that have a row for each token, where the outputs agree."""
+    original, path, result = sides.originals[0], sides.written[0], sides.results[0]
+    roles, packed = sides.roles, proof.budget != "layers"
+    shape = nearest_shape(roles, RunShape(1, 5, 3))
+    if shape is None:
+        return
+    landmarks = find_landmarks(read(original), read(path), roles)
+    names = [each.name for each in landmarks if each.name not in roles.outputs]
+    make = partial(Side, runtime, full=plan.full, packed=packed)
+    first = make(original, as_written=True, inner=names)
+    try:
+        first.load()
+        proof.faint = faint_inputs(first, roles, proof.tolerance)
+        found = first.run(make_feeds(roles, shape, np.random.default_rng(0)), names or None)
+        rows = [n for n in names if found[n].ndim == 3 and found[n].shape[:2] == (1, shape.new)]
+        second = make(path, as_written=False, inner=rows)
+        second.load()
+    except RuntimeFailure:
+        first.unload()
+        return  # with so many outputs it does not run: what the outputs say stands
+    own = Proof("unverifiable", INNER * proof.tolerance)
+    wide = replace(result, rows=(*result.rows, *((name, name) for name in rows)))
+    events = program(result.options.block_size, (), sharing=not result.switches, far=False)
+    compare_steps(first, second, roles, wide, events[:_FEW], own, special=plan.special)
+    for side in (first, second):
+        side.unload()
+    proof.inner = len(rows)
+    proof.inner_difference = own.worst.difference if own.worst is not None else 0.0
+    if own.status == "differs":
+        proof.status = "unverifiable"
+        proof.reason = f"the outputs agree and hardly depend on what differs inside: {own.reason}"
 
 
 @dataclass(frozen=True)

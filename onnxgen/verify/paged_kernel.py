@@ -31,13 +31,13 @@ from onnxgen.report.values import Budget, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.paged import PagedModel
 from onnxgen.targets.paged_schema import DOMAIN, NAME, live_schema
-from onnxgen.verify.compare import TOLERANCES
 from onnxgen.verify.paged import prove_paged
 from onnxgen.verify.paged_program import program
 from onnxgen.verify.paged_steps import compare_steps
 from onnxgen.verify.paged_twin import staged_twins
 from onnxgen.verify.precision import rounds_activations
 from onnxgen.verify.side import Side
+from onnxgen.verify.tolerances import TOLERANCES
 
 PACKAGE = "onnxruntime_ep_webgpu"
 SAFE_BLOCK, FEW = 32, 12

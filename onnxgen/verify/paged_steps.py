@@ -203,7 +203,11 @@ class _Run:
         for _, output in paged.result.rows[1:]:
             for index, name in enumerate(counts):
                 if counts[name]:
-                    found = outputs[output][edges[index] : edges[index + 1]]
+                    rows = outputs[output]
+                    rows = (
+                        rows[0] if rows.ndim == 3 else rows
+                    )  # inside tokens may be a batch of one
+                    found = rows[edges[index] : edges[index + 1]]
                     yield f"{output} of {name}", scaled_difference(wanted[name][output], found)
         for name in counts:
             number = self._numbers[name]

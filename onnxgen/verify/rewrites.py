@@ -26,9 +26,9 @@ from onnxgen.analysis.symbols import evaluate
 from onnxgen.patterns.rule import Rewrite
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.contract import Contract
-from onnxgen.verify.compare import TOLERANCES
 from onnxgen.verify.parts import Part
 from onnxgen.verify.precision import without_leave
+from onnxgen.verify.tolerances import TOLERANCES
 
 # Lengths that are different from one another and from 1, so that a swapped axis cannot pass.
 SHAPES = (
