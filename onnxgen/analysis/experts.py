@@ -92,7 +92,7 @@ def mixture_of(facts: Facts, node: ir.Node) -> Mixture | None:
         try:
             mixture = _mixture(facts, value, found, reached)
         except Unread as error:
-            error.products = tuple(nodes)
+            error.products = tuple(sorted(nodes, key=lambda each: facts.order(each.outputs[0])))
             unread = unread or error
             continue
         ends = nodes

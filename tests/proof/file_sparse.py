@@ -29,7 +29,7 @@ _SHARES = re.compile(rb"^(RssAnon|RssFile):\s+(\d+) kB", re.MULTILINE)
 def measure(*, long: bool) -> tuple[list[tuple[str, ...]], list[str], list[str]]:
     """Rows of the table, notes and failures."""
     rows, wrong = [], []
-    forms = ["llama/dynamo20", "qwen3/torchscript", "gpt_oss/dynamo23"] if long else [_SHORT]
+    forms = ["llama/dynamo20", "qwen3/torchscript", "gemma2/dynamo23"] if long else [_SHORT]
     with tempfile.TemporaryDirectory(prefix="onnxgen-proof-") as name:
         if not _knows_holes(Path(name)):
             return [], ["20 GB: not run, the file system here knows no holes"], []
