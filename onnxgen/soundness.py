@@ -172,6 +172,11 @@ def _check_node(node: ir.Node, version: int) -> None:
         return
     needed, types = _attributes(schema)
     _check_demands(node, schema.min_input, needed, types)
+    unknown = next((name for name in node.attributes if name not in types), None)
+    if unknown is not None and schema.since_version <= version:
+        raise UnsoundError(f"{_where(node)} has the attribute '{unknown}', which is none of its")
+    if node.op_type == "Constant" and len(node.attributes) != 1:
+        raise UnsoundError(f"{_where(node)} has {len(node.attributes)} values, not one")
     for index, formal in enumerate(schema.inputs):
         missing = index >= len(node.inputs) or node.inputs[index] is None
         if formal.option == _SINGLE and missing:

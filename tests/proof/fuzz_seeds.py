@@ -74,7 +74,11 @@ class Draw(random.Random):
 
 @functools.cache
 def _entries() -> list[CorpusEntry]:
-    return corpus()
+    """One form of each model: the others differ in what fuzzing does not."""
+    forms: dict[str, list[CorpusEntry]] = {}
+    for entry in corpus():
+        forms.setdefault(entry.model, []).append(entry)
+    return [found[at % len(found)] for at, found in enumerate(forms.values())]
 
 
 @functools.cache
