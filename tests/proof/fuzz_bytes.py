@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from onnx import (
     AttributeProto,
     GraphProto,
