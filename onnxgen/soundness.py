@@ -235,7 +235,9 @@ def _attributes(schema: onnx.defs.OpSchema) -> tuple[tuple[str, ...], dict[str, 
     """Names of those that are needed, and every one's type."""
     found = schema.attributes
     needed = tuple(name for name, each in found.items() if each.required)
-    return needed, {name: int(each.type.value) for name, each in found.items()}
+    return needed, {
+        name: int(getattr(each.type, "value", each.type)) for name, each in found.items()
+    }
 
 
 def _check_calls(model: ir.Model) -> None:

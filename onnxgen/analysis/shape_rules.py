@@ -51,10 +51,10 @@ ALONG = names(
 
 
 def output_shapes(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None] | None:
-    axis = attribute(node, "axis") if node.op_type in ALONG else None
-    rank = shapes.rank(node.inputs[0]) if axis is not None else None
-    if rank is not None and not -max(rank, 1) <= axis < max(rank, 1):
-        raise IndexError(f"there is no axis {axis}")
+    if node.op_type in ALONG and "axis" in node.attributes:
+        axis, rank = node.attributes["axis"].as_int(), shapes.rank(node.inputs[0])
+        if rank is not None and not -max(rank, 1) <= axis < max(rank, 1):
+            raise IndexError(f"there is no axis {axis}")
     contrib = contrib_shapes.RULES.get(node.op_type) if node.domain == CONTRIB else None
     rule = contrib or _SHAPE_RULES.get(node.op_type)
     if rule is not None:
