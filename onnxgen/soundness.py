@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import onnx
 import onnx_ir as ir
@@ -233,11 +233,9 @@ def _schema(op_type: str, domain: str, version: int) -> onnx.defs.OpSchema | Non
 @functools.cache
 def _attributes(schema: onnx.defs.OpSchema) -> tuple[tuple[str, ...], dict[str, int]]:
     """Names of those that are needed, and every one's type."""
-    found = schema.attributes
+    found: Mapping[str, Any] = schema.attributes
     needed = tuple(name for name, each in found.items() if each.required)
-    return needed, {
-        name: int(getattr(each.type, "value", each.type)) for name, each in found.items()
-    }
+    return needed, {name: int(each.type.value) for name, each in found.items()}
 
 
 def _check_calls(model: ir.Model) -> None:
