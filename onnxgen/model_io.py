@@ -222,6 +222,10 @@ def _check_embedded_data(path: Path, proto: onnx.ModelProto, cut: Collection[str
         external = tensor.data_location == onnx.TensorProto.EXTERNAL
         if external or (tensor.name in cut and not tensor.raw_data):
             continue
+        if min(tensor.dims, default=0) < 0:
+            raise FileError(
+                f"{path} is damaged: tensor '{tensor.name}' has the shape {list(tensor.dims)}"
+            )
         try:
             dtype = ir.DataType(tensor.data_type)
         except ValueError:

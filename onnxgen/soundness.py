@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import onnx
 import onnx_ir as ir
@@ -29,8 +29,8 @@ DEEPEST = 100  # functions that call functions; more than an inliner's recursion
 _TYPES_BY_NAME = ("to", "dtype", "stash_type", "softmax_precision", "output_dtype")
 _UNDEFINED = ir.DataType.UNDEFINED
 
-# ONNX Runtime's operators, which onnx has no schemas of: attributes by type, and by operator how
-# many inputs it needs and which attributes (onnxruntime 1.32's schemas).
+# ONNX Runtime's operators, which onnx has no schemas of: attributes by type, and by operator which
+# inputs and attributes it needs (onnxruntime 1.32's schemas).
 _CONTRIB_TYPES: Mapping[str, int] = {
     name: kind
     for kind, names in (
@@ -54,29 +54,29 @@ _CONTRIB_TYPES: Mapping[str, int] = {
     )
     for name in names.split()
 }
-_CONTRIB_NEEDS: Mapping[str, tuple[int, str]] = {
-    "Attention": (2, "num_heads"),
-    "BiasGelu": (2, ""),
-    "DecoderMaskedMultiHeadAttention": (1, "num_heads"),
-    "EmbedLayerNormalization": (7, ""),
-    "FastGelu": (1, ""),
-    "FusedMatMul": (2, ""),
-    "GatherBlockQuantized": (3, ""),
-    "Gelu": (1, ""),
-    "GroupQueryAttention": (7, "num_heads kv_num_heads"),
-    "MatMulNBits": (3, "K N block_size"),
-    "MoE": (5, ""),
-    "MultiHeadAttention": (1, "num_heads"),
-    "PackedAttention": (5, "num_heads"),
-    "PackedMultiHeadAttention": (6, "num_heads"),
-    "PagedAttention": (8, "num_heads kv_num_heads"),
-    "QAttention": (5, "num_heads"),
-    "QMoE": (6, ""),
-    "QuickGelu": (1, ""),
-    "RotaryEmbedding": (4, ""),
-    "SkipLayerNormalization": (3, ""),
-    "SkipSimplifiedLayerNormalization": (3, ""),
-    "TransposeMatMul": (2, ""),
+_CONTRIB_NEEDS: Mapping[str, tuple[str, str]] = {
+    "Attention": ("0 1", "num_heads"),
+    "BiasGelu": ("0 1", ""),
+    "DecoderMaskedMultiHeadAttention": ("0", "num_heads"),
+    "EmbedLayerNormalization": ("0 2 3 5 6", ""),
+    "FastGelu": ("0", ""),
+    "FusedMatMul": ("0 1", ""),
+    "GatherBlockQuantized": ("0 1 2", ""),
+    "Gelu": ("0", ""),
+    "GroupQueryAttention": ("0 5 6", "num_heads kv_num_heads"),
+    "MatMulNBits": ("0 1 2", "K N block_size"),
+    "MoE": ("0 1 2 4", ""),
+    "MultiHeadAttention": ("0", "num_heads"),
+    "PackedAttention": ("0 1 2 3 4", "num_heads"),
+    "PackedMultiHeadAttention": ("0 4 5", "num_heads"),
+    "PagedAttention": ("0 3 5 6 7", "num_heads kv_num_heads"),
+    "QAttention": ("0 1 2 3 4", "num_heads"),
+    "QMoE": ("0 1 2 5", ""),
+    "QuickGelu": ("0", ""),
+    "RotaryEmbedding": ("0 1 2 3", ""),
+    "SkipLayerNormalization": ("0 1 2", ""),
+    "SkipSimplifiedLayerNormalization": ("0 1 2", ""),
+    "TransposeMatMul": ("0 1", ""),
 }
 
 
@@ -160,8 +160,12 @@ def _check_call(node: ir.Node, function: ir.Function) -> None:
 
 
 def _check_contrib(node: ir.Node) -> None:
-    inputs, attributes = _CONTRIB_NEEDS.get(node.op_type, (0, ""))
-    _check_demands(node, inputs, attributes.split(), _CONTRIB_TYPES)
+    needed, attributes = _CONTRIB_NEEDS.get(node.op_type, ("", ""))
+    inputs = [int(each) for each in needed.split()]
+    _check_demands(node, max(inputs, default=-1) + 1, attributes.split(), _CONTRIB_TYPES)
+    for index in inputs:
+        if node.inputs[index] is None:
+            raise UnsoundError(f"{_where(node)} is not given its input {index}")
     if not node.outputs:
         raise UnsoundError(f"{_where(node)} has no outputs")
 
@@ -172,6 +176,11 @@ def _check_node(node: ir.Node, version: int) -> None:
         return
     needed, types = _attributes(schema)
     _check_demands(node, schema.min_input, needed, types)
+    unknown = next((name for name in node.attributes if name not in types), None)
+    if unknown is not None and schema.since_version <= version:
+        raise UnsoundError(f"{_where(node)} has the attribute '{unknown}', which is none of its")
+    if node.op_type == "Constant" and len(node.attributes) != 1:
+        raise UnsoundError(f"{_where(node)} has {len(node.attributes)} values, not one")
     for index, formal in enumerate(schema.inputs):
         missing = index >= len(node.inputs) or node.inputs[index] is None
         if formal.option == _SINGLE and missing:
@@ -224,7 +233,7 @@ def _schema(op_type: str, domain: str, version: int) -> onnx.defs.OpSchema | Non
 @functools.cache
 def _attributes(schema: onnx.defs.OpSchema) -> tuple[tuple[str, ...], dict[str, int]]:
     """Names of those that are needed, and every one's type."""
-    found = schema.attributes
+    found: Mapping[str, Any] = schema.attributes
     needed = tuple(name for name, each in found.items() if each.required)
     return needed, {name: int(each.type.value) for name, each in found.items()}
 

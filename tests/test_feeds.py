@@ -147,3 +147,19 @@ def test_a_mask_for_all_sequences_shows_what_one_of_them_needs() -> None:
     feeds = make_feeds(Roles({"m": role}, {}), shape, np.random.default_rng(0))
     assert feeds["m"].shape == (1, 1, 4, 4)
     assert feeds["m"].all()
+
+
+def test_inputs_beyond_memory_are_not_made() -> None:
+    text = '<ir_version: 10, opset_import: ["" : 20]> g (float[b, 4611686018427387904] x) => (float y) { y = Relu (x) }'
+    roles = find_roles(ir.from_onnx_text(text))
+    assert "numbers, more than" in misfit(roles, RunShape())
+    with pytest.raises(ValueError, match="more than"):
+        make_feeds(roles, RunShape(), random())
+
+
+def test_caches_of_odd_ranks_are_none() -> None:
+    """A past without axes, written where a cache is: a file may say so, and nobody can run it."""
+    text = '<ir_version: 10, opset_import: ["" : 24]> g (float[b, 1, 4] x, float past, int64[b] at) => (float y) { y = TensorScatter <axis = -2> (past, x, at) }'
+    roles = find_roles(ir.from_onnx_text(text))
+    assert roles.pairs == ()
+    assert roles.static_room is None

@@ -377,3 +377,15 @@ def test_weights_in_a_file_of_their_own_stay_there(tmp_path: Path) -> None:
 def test_a_dropout_whose_mask_is_an_output_stays() -> None:
     text = "(float[b,5,8] x) => (float[b,5,8] y, bool[b,5,8] k) { d, k = Dropout(x)  y = Relu(d) }"
     assert_normal(text, text)
+
+
+def test_types_as_attributes_stand_in_no_ones_way() -> None:
+    """onnx-ir's common subexpressions cannot compare them."""
+    kind = onnx.helper.make_tensor_type_proto(1, [2])
+    node = onnx.helper.make_node("Optional", [], ["q"], type=kind)
+    info = onnx.helper.make_value_info("q", onnx.helper.make_optional_type_proto(kind))
+    graph = onnx.helper.make_graph([node], "g", [], [info])
+    imports = [onnx.helper.make_opsetid("", 20)]
+    model = ir.from_proto(onnx.helper.make_model(graph, opset_imports=imports, ir_version=10))
+    normalize(model, 24, runtime())
+    assert [node.op_type for node in model.graph] == ["Optional"]

@@ -14,6 +14,7 @@ from onnxgen.analysis.facts import sizes_in_use
 from onnxgen.analysis.roles import find_roles
 from onnxgen.analysis.shapes import Shapes
 from onnxgen.analysis.symbols import Dim, atom, evaluate
+from onnxgen.errors import RefusedError
 from onnxgen.passes.normalize import raise_opset, set_dtypes
 from onnxgen.testing import CorpusEntry, corpus
 from tests.graphs import facts_of, feeds_of, parse, run
@@ -277,3 +278,37 @@ def test_assumptions_are_taken_only_when_given() -> None:
     u = model.graph.inputs[1]
     assert str(plain.of(u)) == "(u[0], u[1], 12)"
     assert str(assumed.of(u)) == "(x[0], 5, 12)"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "y = Transpose <perm = [0, 5]> (x)",
+        "y = Softmax <axis = 2> (x)",
+        "y = Concat <axis = -3> (x, x)",
+        "a = Constant <value_ints = [1, 1]> () y = Unsqueeze (x, a)",
+        "a = Constant <value_ints = [0, 1]> () b = Constant <value_ints = [2]> () y = Slice (x, a, b)",
+        "w = Constant <value = float[2, 1] {1.0, 2.0}> () y = MatMul (x, w)",
+        "n = Constant <value_ints = [-3, 4]> () y = ConstantOfShape (n)",
+    ],
+)
+def test_a_node_that_cannot_take_its_inputs_is_refused(body: str) -> None:
+    model = ir.from_proto(parse(f"(float[b, 4] x) => (float y) {{ {body} }}"))
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    with pytest.raises(RefusedError, match=r"cannot take inputs of the shapes \[x\[0\], 4\]|\[2\]"):
+        Shapes(model.graph)
+
+
+def test_a_shape_as_long_as_no_shape_is_not_made() -> None:
+    """A target of 2^40 sizes: unknown, where it is not refused, and no list of them is made."""
+    model = ir.from_proto(
+        parse("(float[b] x, int64[1099511627776] n) => (float[] y) { y = Expand (x, n) }")
+    )
+    assert Shapes(model.graph).of(model.graph.outputs[0]) is None
+
+
+def test_arithmetic_that_leaves_int64_is_not_followed() -> None:
+    body = "n = Constant <value_ints = [9223372036854775807]> () y = Add (n, n)"
+    model = ir.from_proto(parse(f"(float[b] x) => (int64 y) {{ {body} }}"))
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    assert Shapes(model.graph).content(model.graph.outputs[0]) is None

@@ -19,7 +19,12 @@ from onnxgen.analysis.shapes import Shapes
 
 
 def axes_of(role: str, shape: tuple[Dim, ...], join: Join | None) -> tuple[str, ...]:
-    """A letter for each dim of an input of this role."""
+    """A letter for each dim of an input of this role; "" for each where it has not that many."""
+    letters = _letters(role, shape, join)
+    return letters if len(letters) == len(shape) else ("",) * len(shape)
+
+
+def _letters(role: str, shape: tuple[Dim, ...], join: Join | None) -> tuple[str, ...]:
     rank = len(shape)
     if join is not None:
         letters = {1: ["B"], 2: ["B", "D"], 3: ["B", "K", "D"]}.get(rank - 1)

@@ -41,7 +41,20 @@ LIKE_FIRST = names(
 )
 
 
+# Operators whose `axis` is one of their first input's.
+ALONG = names(
+    """
+    ArgMax ArgMin Concat Gather GatherElements Hardmax LayerNormalization LogSoftmax
+    RMSNormalization ScatterElements SimplifiedLayerNormalization Softmax Split TensorScatter TopK
+    """
+)
+
+
 def output_shapes(shapes: Shapes, node: ir.Node) -> Sequence[Shape | None] | None:
+    if node.op_type in ALONG and "axis" in node.attributes:
+        axis, rank = node.attributes["axis"].as_int(), shapes.rank(node.inputs[0])
+        if rank is not None and not -max(rank, 1) <= axis < max(rank, 1):
+            raise IndexError(f"there is no axis {axis}")
     contrib = contrib_shapes.RULES.get(node.op_type) if node.domain == CONTRIB else None
     rule = contrib or _SHAPE_RULES.get(node.op_type)
     if rule is not None:

@@ -26,6 +26,8 @@ from onnxgen.analysis.symbols import (
     product,
 )
 
+MAX_RANK = 64  # of a shape that is told by a tensor; ONNX Runtime takes no more than that
+
 if TYPE_CHECKING:
     from onnxgen.analysis.shapes import Shape, Shapes
 
@@ -64,7 +66,7 @@ def shape_of_content(shapes: Shapes, node: ir.Node, index: int) -> list[Dim] | N
     if content is not None:
         return list(content.flat)
     length = shapes.of(node.inputs[index])
-    if length and isinstance(length[0], int):
+    if length and isinstance(length[0], int) and length[0] <= MAX_RANK:
         return [shapes.unknown("dim") for _ in range(length[0])]
     return None
 

@@ -95,6 +95,7 @@ def _confine(folder: Path, scratch: Path) -> None:
     os.dup2(null, 0)
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(scratch / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), number)
+        setattr(sys, name, os.fdopen(number, "w", encoding="utf-8", closefd=False))
 
 
 def _group_lives(group: int) -> bool:

@@ -40,7 +40,10 @@ def run(cases: Iterable[tuple[str, int]], seed: int) -> Iterator[Outcome]:
     """The outcomes of cases, each of a kind and a number, on a server of their own."""
     with Server() as server:
         for kind, number in cases:
-            yield server.run(kind, number, seed)
+            found = server.run(kind, number, seed)
+            if found.failures:
+                print(f"{kind} {number}: {'; '.join(found.failures)}", file=sys.stderr, flush=True)
+            yield found
 
 
 def table(outcomes: list[Outcome], seed: int) -> Table:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from onnx import (
     AttributeProto,
     GraphProto,
@@ -134,7 +136,7 @@ def _long(draw: Draw, depth: int) -> bytes:
         case 0:
             names = ["x", *(f"v{at}" for at in range(depth - 1)), "y"]
             op = draw.choice(("Relu", "Neg", "Identity", "Nope"))
-            for before, after in zip(names, names[1:], strict=False):
+            for before, after in itertools.pairwise(names):
                 node = NodeProto(op_type=op, input=[before], output=[after])
                 graph += field(1, node.SerializeToString())
         case 1:

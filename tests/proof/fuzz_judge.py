@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from tests.proof.fork_server import UNCAUGHT, Ended, Outcome, command, run_forked
@@ -14,8 +15,18 @@ CODES = {0: "done", 1: "differs", 2: "usage", 3: "refused", 4: "file", 5: "expec
 LONGEST = 2000  # characters of an error's sentence
 
 
-def outcome(kind: str, number: int, seed: int, folder: Path) -> Outcome:
-    """Make a case in a folder that does not exist yet, run it, and judge it."""
+def outcome(
+    kind: str,
+    number: int,
+    seed: int,
+    folder: Path,
+    instead: Callable[[], int] | None = None,
+) -> Outcome:
+    """Make a case in a folder that does not exist yet, run it, and judge it.
+
+    Args:
+        instead: is run in the place of the command, to see what the judge says of it.
+    """
     try:
         case = make_case(kind, number, seed)
     except Exception as error:
@@ -25,7 +36,7 @@ def outcome(kind: str, number: int, seed: int, folder: Path) -> Outcome:
         each.mkdir(parents=True)
     for name, content in case.files.items():
         (work / name).write_bytes(content)
-    ended = run_forked(command(case.words, case.own_worker), work, scratch)
+    ended = run_forked(instead or command(case.words, case.own_worker), work, scratch)
     said = (scratch / "stderr").read_text("utf-8", "replace")
     failures = [*_ended_well(ended), *_said_well(ended, said), *_left_well(case, ended, work)]
     # ".ses" is a note that ONNX Runtime writes wherever it is imported.
