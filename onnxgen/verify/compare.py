@@ -27,7 +27,7 @@ from onnxgen.report.values import Case, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.targets.contract import Contract, read_contract
 from onnxgen.twin import twin_types, unrunnable_types
-from onnxgen.verify.cases import Run, again, find_edges, plan
+from onnxgen.verify.cases import Run, again, feeds_of, find_edges, plan
 from onnxgen.verify.difference import NotANumberError, is_close_call, output_difference
 from onnxgen.verify.precision import NOTE, rounds_activations
 from onnxgen.verify.side import Side, Source
@@ -224,7 +224,7 @@ class _Comparison:
         case = Case(run.name, shape.batch, shape.new, shape.past, shape.padding)
         if run.skipped:
             return replace(case, skipped=run.skipped)
-        feeds = make_feeds(self.roles, shape, np.random.default_rng(run.seed))
+        feeds = feeds_of(self.roles, run)
         step: _Step | None = _Step(shape, (feeds, feeds))
         worst, where = 0.0, ""
         for number in range(run.steps + 1):
