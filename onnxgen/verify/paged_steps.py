@@ -164,7 +164,7 @@ class _Run:
         new = min(new, max(original.room - past - _SPARE, 1))
         if past + new > original.room:
             return
-        fresh = self._dealt(past + new)
+        fresh = [0] * past + self._dealt(new)  # a past is random keys: its tokens are not run
         for place, token in enumerate(original.special):
             if past + 2 * place + 1 < len(fresh):
                 fresh[past + 2 * place + 1] = token
