@@ -10,8 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from onnxgen import pipeline_paged
-from onnxgen.errors import RefusedError
+from onnxgen.errors import OnnxgenError, RefusedError
 from onnxgen.pipeline_paged import PageOptions, to_paged
 from onnxgen.report.values import Proof
 from onnxgen.runtime import Runtime
@@ -41,6 +40,16 @@ def test_a_model_of_few_positions_is_run_as_far_as_they_go(made: dict[str, Subje
     assert proof.status == "proven"
     assert any("90 of f over 0" in case.name for case in proof.cases)
     assert not any(" over 150" in case.name or " over 700" in case.name for case in proof.cases)
+
+
+def test_prompts_begin_with_nothing_before_them_and_share_blocks(
+    made: dict[str, Subject],
+) -> None:
+    for subject in made.values():
+        first, *_, fifth = subject.baseline.cases[:5]
+        assert "5 of a over 0" in first.name
+        size = subject.results[0].options.block_size
+        assert f"4 of d over {size}" in fifth.name  # its first block is another's
 
 
 def test_a_model_without_such_a_limit_is_run_far_behind(made: dict[str, Subject]) -> None:
@@ -92,7 +101,7 @@ def test_as_it_is_such_a_model_has_to_run(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(Runtime, "load", refuse)
     options = PageOptions(tmp_path / "out", PagedOptions(flavor="ort"))
-    with pytest.raises(pipeline_paged.RefusedError.__mro__[1]) as caught:
+    with pytest.raises(OnnxgenError) as caught:
         to_paged(path, options, lambda _: None)
     assert "with its pools as they are" in str(caught.value)
 
