@@ -239,6 +239,8 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
     dims = _dims(each, roles, shape)
     values: Array
     match each.role:
+        case "ids" if 0 < math.prod(dims) <= each.bound:  # no token twice: more rows are read
+            values = rng.permutation(each.bound)[: math.prod(dims)].reshape(dims)
         case "ids" | "type_ids":
             values = rng.integers(0, each.bound or 2, dims)
         case "positions":

@@ -11,14 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxgen.analysis.edges import COMPARISONS, FARTHEST, LIMITS, OFFSETS, integer
-from onnxgen.analysis.feeds import RunShape, forced_shape, misfit, nearest_shape
+from onnxgen.analysis.feeds import RunShape, forced_shape, make_feeds, misfit, nearest_shape
 from onnxgen.analysis.graph import names
 from onnxgen.analysis.roles import Roles
 
+Array = npt.NDArray[Any]
 LONGEST = 8192
 """No run is longer than this: an edge beyond it is noted, not run."""
 
@@ -49,6 +53,7 @@ class Run:
         skipped: why it is not run, else "".
         seed: of what is fed; another for every run, since the tokens of one are few.
         instead: made only where the original fails on the run before, in its place.
+        scale: of the caches that are fed.
     """
 
     name: str
@@ -57,6 +62,7 @@ class Run:
     skipped: str = ""
     seed: int = 0
     instead: bool = False
+    scale: float = 1.0
 
 
 def plan(
@@ -113,17 +119,26 @@ def _far(roles: Roles) -> list[list[Run]]:
     return [_fitting(roles, [Run("", shape) for shape in shapes]) for shapes in _FAR]
 
 
+def feeds_of(roles: Roles, run: Run) -> dict[str, Array]:
+    """What a run is fed."""
+    feeds = make_feeds(roles, run.shape, np.random.default_rng(run.seed))
+    for each in roles.named("past") if run.scale != 1 else ():
+        if each.dtype.is_floating_point():
+            feeds[each.name] = (feeds[each.name] * run.scale).astype(feeds[each.name].dtype)
+    return feeds
+
+
 def again(runs: Sequence[Run]) -> list[Run]:
-    """The runs without steps on other tokens, where a difference came near the tolerance."""
+    """The runs without steps on other values, where a difference came near the tolerance."""
     return [
-        replace(run, name=f"{run.name}, other values {turn}", seed=run.seed + 1000 * turn)
-        for turn in range(1, _TURNS + 1)
+        replace(run, name=f"{run.name}, other values {turn}", seed=run.seed + 1000 * turn, scale=by)
+        for turn, by in enumerate(_SCALES, 1)
         for run in runs
         if not run.steps and not run.skipped
     ]
 
 
-_TURNS = 3
+_SCALES = (1.0, 3.0, 0.3)
 _SHAPES = (
     RunShape(1, 5),
     RunShape(2, 4),

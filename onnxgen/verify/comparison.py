@@ -14,7 +14,7 @@ from onnxgen.analysis.roles import Roles
 from onnxgen.report.values import Case
 from onnxgen.runtime import RuntimeFailure, SpentError
 from onnxgen.targets.contract import Contract
-from onnxgen.verify.cases import Run
+from onnxgen.verify.cases import Run, feeds_of
 from onnxgen.verify.difference import NotANumberError, output_difference
 from onnxgen.verify.side import Side
 
@@ -67,7 +67,7 @@ class Comparison:
         case = Case(run.name, shape.batch, shape.new, shape.past, shape.padding)
         if run.skipped:
             return replace(case, skipped=run.skipped)
-        feeds = make_feeds(self.roles, shape, np.random.default_rng(run.seed))
+        feeds = feeds_of(self.roles, run)
         step: Step | None = Step(shape, (feeds, feeds))
         worst, where = 0.0, ""
         for number in range(run.steps + 1):

@@ -25,7 +25,7 @@ def is_close_call(difference: float, tolerance: float) -> bool:
 
     Of float32 alone: float16's rounding comes as near.
     """
-    return tolerance / 4 < difference <= tolerance and tolerance <= 1e-4
+    return tolerance / 5 < difference <= tolerance and tolerance <= 1e-4
 
 
 def output_difference(

@@ -35,7 +35,7 @@ def program(
     Args:
         edges: lengths at which a mask starts to hide keys, or tables switch.
         sharing: whether one sequence takes another's block as its beginning.
-        far: whether there is a prompt of 41 tokens, and pasts of some hundreds.
+        far: whether there is a prompt of 90 tokens, and pasts of some hundreds.
     """
     size = block_size
     near = [edge for edge in edges if edge <= 64]
@@ -50,7 +50,7 @@ def program(
     events += [Event({}, {"e": 1, "d": 1, "c": 1, "b": 1})] * 2
     if far:  # positions as users have them
         events += [
-            Event({"f": (41, 0, ""), "g": (6, 150, "")}, {"f": 41, "g": 6, "d": 1}),
+            Event({"f": (90, 0, ""), "g": (6, 150, "")}, {"f": 90, "g": 6, "d": 1}),
             Event({"h": (3, 700, "")}, {"f": 1, "g": 1, "h": 3}),
             Event({}, {"h": 1, "e": 1}, ("f", "g")),
             Event({}, {"e": 1}, ("h",)),

@@ -127,6 +127,7 @@ class Contiguous:
         """Whether so many new tokens over a past are taken, each count."""
         try:
             for count in counts:
+                self.forget("")  # each count on a cache of its own
                 self.start("", past)
                 self.run("", [0] * count, past)
         except RuntimeFailure:

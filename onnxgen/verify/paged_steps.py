@@ -76,6 +76,7 @@ class _Run:
         self._tokens: dict[str, list[int]] = {}
         self._next: dict[str, int] = {}
         self._rng = np.random.default_rng(seed)
+        self._deck: list[int] = []
 
     def program(self, events: Sequence[Event]) -> None:
         """Go through all steps; the first that differs is the last, and the proof says why."""
@@ -166,7 +167,7 @@ class _Run:
         new = min(new, max(original.room - past - _SPARE, 1))
         if past + new > original.room:
             return
-        fresh = self._rng.integers(0, original.vocabulary, past + new).tolist()
+        fresh = [0] * past + self._dealt(new)  # a past is random keys: its tokens are not run
         for place, token in enumerate(original.special):
             if past + 2 * place + 1 < len(fresh):
                 fresh[past + 2 * place + 1] = token
@@ -185,6 +186,13 @@ class _Run:
             for pool in paged.result.pools:
                 first, rows = original.cache(name, pool.past, past)
                 paged.flat(pool.name)[slots[first:]] = rows
+
+    def _dealt(self, count: int) -> list[int]:
+        """Random tokens; none comes again before all have come."""
+        while len(self._deck) < count:
+            self._deck += self._rng.permutation(self._original.vocabulary).tolist()
+        dealt, self._deck = self._deck[:count], self._deck[count:]
+        return dealt
 
     def _extend(self, name: str, tokens: list[int]) -> None:
         self._tokens[name] += tokens

@@ -64,7 +64,10 @@ _ATTRIBUTES: Mapping[str, Mapping[str, Callable[[Any], list[Any]]]] = {
     },
     "gelu": {"approximate": lambda value: ["none" if value == b"tanh" else "tanh"]},
 }
-_DEFAULTS = {"approximate": b"none", "scale": 0.25}
+_DEFAULTS: Mapping[tuple[str, str], Any] = {
+    ("Gelu", "approximate"): b"none",
+    ("Attention", "is_causal"): 0,
+}
 
 
 def attributes(view: View) -> Iterator[Damage]:
@@ -72,8 +75,7 @@ def attributes(view: View) -> Iterator[Damage]:
     for place, node in (*view.nodes, *view.inner):
         for kind, names in _ATTRIBUTES.items():
             for name, others in names.items():
-                default = b"none" if node.op_type == "Gelu" and name == "approximate" else None
-                value = view.attribute(node, name, default)
+                value = view.attribute(node, name, _DEFAULTS.get((node.op_type, name)))
                 if value is None or isinstance(value, onnx.AttributeProto):
                     continue
                 for other in others(value):

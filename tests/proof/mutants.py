@@ -197,7 +197,7 @@ def measure(*, long: bool, jobs: int, seed: int) -> Table:
     """Damage models of every family, in the long run; of a few, in the short one."""
     start = time.monotonic()
     if long:
-        work = [Job(entry, forms, 10, 64, seed) for entry, forms in chosen(seed, 2)]
+        work = [Job(entry, forms, 14, 64, seed) for entry, forms in chosen(seed, 1)]
     else:
         work = [Job(testing.corpus(name)[0], forms, 10, 24, seed) for name, forms in SHORT]
     every = []

@@ -273,13 +273,16 @@ def draw_program(
     events: list[Event] = []
     waiting: dict[str, int] = {}
     done: dict[str, int] = {}
+    plain: set[str] = set()  # those without a past of random keys: their beginnings can be shared
     for step in range(steps):
         leaves = tuple(n for n in waiting if rng.random() < 0.08)
         for name in leaves:
             del waiting[name], done[name]
-        joins = dict(_joining(rng, step, size, edges, done if sharing else {}, len(waiting)))
+        shared = {n: length for n, length in done.items() if sharing and n in plain}
+        joins = dict(_joining(rng, step, size, edges, shared, len(waiting)))
         for name, (new, past, _) in joins.items():
             waiting[name], done[name] = new, past
+            plain |= {name} if not past else set()
         counts = {}
         for name in waiting:
             most = max(waiting[name], 1)
