@@ -9,6 +9,7 @@ gone after the next.
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -172,12 +173,13 @@ def _whole(
 
 
 def _short(sentence: str) -> str:
+    sentence = re.sub(r"/\S*/onnxgen-proof-\w+", "…", sentence)
     return sentence if len(sentence) < 110 else sentence[:107] + "..."
 
 
 def _shown(words: list[str]) -> str:
     kept = [word for word in words if word not in ("--no-verify", "in/model.onnx")]
-    return " ".join(kept)
+    return re.sub(r"/\S*/onnxgen-proof-\w+", "…", " ".join(kept))
 
 
 @contextmanager
