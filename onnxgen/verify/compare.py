@@ -131,7 +131,7 @@ def verify_models(
         proof.status, proof.reason = "differs", f"the rewritten model fails as it is: {why}"
         return proof
     _conclude(proof, comparison.failures)
-    progress("comparing values inside")
+    progress("looking at values inside")
     _look_inside(pair, proof, comparison)
     return proof
 

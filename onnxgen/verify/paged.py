@@ -113,7 +113,7 @@ def prove_paged(
         if own.status != "proven":
             proof.status, proof.reason = "differs", f"with its pools as they are, {own.reason}"
     if proof.status == "proven":
-        progress("comparing values inside")
+        progress("looking at values inside")
         _look_inside(sides, runtime, plan, proof)
     return proof
 
