@@ -19,7 +19,7 @@ from onnxscript import version_converter
 
 from onnxgen import functions
 from onnxgen.analysis.dtypes import output_dtypes
-from onnxgen.analysis.graph import has_subgraph
+from onnxgen.analysis.graph import has_subgraph, names
 from onnxgen.analysis.roles import Roles
 from onnxgen.errors import RefusedError
 from onnxgen.passes.branches import take_branches
@@ -34,6 +34,14 @@ from onnxgen.runtime import Runtime
 _KEEPS_NAMES = 18
 # Operators of ONNX Runtime in the default domain, below the opset that has them, if one does.
 _RUNTIMES_OWN = {"SimplifiedLayerNormalization": 1 << 30, "LayerNormalization": 17}
+# What ONNX Runtime 1.32 has a CPU kernel for, but not of the newest version, which allows bfloat16.
+_UNLOADABLE_FROM = 22
+_UNLOADABLE = names(
+    """
+    GlobalLpPool MaxRoiPool Multinomial RandomNormal RandomNormalLike RandomUniform
+    RandomUniformLike RoiAlign
+    """
+)
 # Tensors up to this size travel through the converters; it reads axes and shapes from them.
 _SMALL = 1024
 
@@ -140,6 +148,12 @@ def raise_opset(model: ir.Model, opset: int) -> None:
     before = model.graph.opset_imports.get("", model.graph.opset_imports.get("ai.onnx", 0))
     if before >= opset:
         return
+    for node in model.graph.all_nodes():
+        if before < _UNLOADABLE_FROM <= opset and node.op_type in _UNLOADABLE:
+            raise RefusedError(
+                f"opset {before} cannot be converted to {opset}: ONNX Runtime has the operator "
+                f"of node '{node.name}' ({node.op_type}) below opset {_UNLOADABLE_FROM} only"
+            )
     try:
         if before < _KEEPS_NAMES:
             _convert_with_onnx(model, _KEEPS_NAMES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx_ir as ir
 
@@ -10,6 +12,8 @@ from onnxgen.analysis.graph import other_input, producer
 from onnxgen.patterns.building import Builder
 
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+
+MOST_ONES = 1 << 20  # what a norm is over; wider than any model
 
 
 def outside_casts(x: ir.Value, y: ir.Value) -> tuple[ir.Value, ir.Value, ir.DataType]:
@@ -71,9 +75,11 @@ def fits(facts: Facts, operand: ir.Value | None, x: ir.Value, axis: int) -> bool
 
 
 def ones(facts: Facts, builder: Builder, x: ir.Value, axis: int) -> ir.Value | None:
-    """A weight of ones for a norm without one; None where its size is not known."""
+    """A weight of ones for a norm without one; None where its size is not known, or none has it."""
     shape = facts.shapes.of(x)
     if shape is None or x.dtype is None or not all(isinstance(s, int) for s in shape[axis:]):
         return None
     sizes = [int(size) for size in shape[axis:] if isinstance(size, int)]
+    if math.prod(sizes) > MOST_ONES:
+        return None
     return builder.constant(np.ones(sizes, dtype=x.dtype.numpy()), "onnxgen/ones")

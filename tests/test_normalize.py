@@ -90,6 +90,13 @@ def test_an_operator_that_onnx_cannot_convert_is_refused() -> None:
         normalize(model, 24, runtime())
 
 
+def test_an_operator_that_no_runtime_loads_is_not_made() -> None:
+    """RandomNormal of opset 22 has no kernel: what was written would not load."""
+    proto = parse("(float[3] x) => (float[3] y) { r = RandomNormal<shape = [3]>() y = Add(x, r) }")
+    with pytest.raises(RefusedError, match=r"\(RandomNormal\) below opset 22 only"):
+        normalize(ir.from_proto(proto), 24, runtime())
+
+
 # --- functions ----------------------------------------------------------------------------------
 
 
@@ -149,7 +156,8 @@ def test_random_numbers_are_not_folded() -> None:
     model, _ = normalized(
         parse(
             "(float[b,3] x) => (float[b,3] y)"
-            "{ r = RandomUniform<shape = [3], seed = 1.0>()  n = Neg(r)  y = Add(x, n) }"
+            "{ r = RandomUniform<shape = [3], seed = 1.0>()  n = Neg(r)  y = Add(x, n) }",
+            opset=22,
         )
     )
     assert [node.op_type for node in model.graph] == ["RandomUniform", "Neg", "Add"]

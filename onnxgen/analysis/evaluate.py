@@ -64,6 +64,8 @@ def cut(
         if value in stop:
             graph.input.append(_info(value))
         elif value.const_value is not None and not value.is_graph_input():
+            if value.const_value.dtype == ir.DataType.STRING:
+                raise CutError(f"it reads strings, {value.name!r}")
             size += value.const_value.nbytes
             if size > max_bytes:
                 raise CutError("it holds more constants than are run in one piece")

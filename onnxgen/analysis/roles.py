@@ -68,7 +68,9 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
     _check(overrides, [str(value.name) for value in inputs])
 
     ranks = {str(value.name): len(declared_shape(value) or ()) for value in inputs}
-    joins = [join for join in find_joins(graph) if join.axis < ranks.get(join.past, 0)]
+    joins = [
+        join for join in find_joins(graph) if not join.grows or join.axis < ranks.get(join.past, 0)
+    ]
     uses = Uses(graph, [join.writer for join in joins if join.writer is not None])
     found = {str(value.name): uses.of(value) for value in inputs}
     roles = _structural(inputs, found, joins)
