@@ -86,6 +86,7 @@ class FakePipeline(ModuleType):
         rewritten: Path,
         *,
         roles: Mapping[str, str],
+        budget: str = "full",
         progress: Callable[[str], None],
     ) -> Proof:
         self.calls.append((original, rewritten, roles))

@@ -312,3 +312,19 @@ def test_arithmetic_that_leaves_int64_is_not_followed() -> None:
     model = ir.from_proto(parse(f"(float[b] x) => (int64 y) {{ {body} }}"))
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     assert Shapes(model.graph).content(model.graph.outputs[0]) is None
+
+
+def test_a_foreign_operator_is_no_standard_one_by_its_name() -> None:
+    model = onnx.parser.parse_model(
+        """
+        <ir_version: 10, opset_import: ["": 20, "my.domain": 1]>
+        g (float[B, 6] x) => (float[B, N] y) {
+            z = my.domain.Add (x, x)
+            y = Identity (z)
+        }
+        """
+    )
+    graph = ir.from_proto(model).graph
+    shapes = Shapes(graph)
+    (z,) = [node.outputs[0] for node in graph if node.domain == "my.domain"]
+    assert shapes.of(z) is None

@@ -278,7 +278,7 @@ def test_every_kind_of_run_is_made(runtime: Runtime) -> None:
     assert {6, 7, 11, 12} <= totals, "both sides of the window and of the given edge"
     assert any("greedy" in case.name for case in cases)
     assert len({case.name for case in proof.cases}) == len(proof.cases)
-    assert len(told) == len(cases)
+    assert len([each for each in told if each.startswith("comparing ")]) == len(cases)
     assert told[0].startswith("comparing 1/")
 
 

@@ -18,7 +18,9 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx_ir as ir
 
+from onnxgen import functions
 from onnxgen.analysis import content_rules, shape_rules
+from onnxgen.analysis.graph import CONTRIB
 from onnxgen.analysis.symbols import (
     Atom,
     Dim,
@@ -155,7 +157,9 @@ class Shapes:
             ) from error
 
     def _infer(self, node: ir.Node) -> None:
-        shapes = shape_rules.output_shapes(self, node)
+        # An operator of a domain that nobody knows may bear a standard one's name.
+        known = node.domain in ("", "ai.onnx", CONTRIB, functions.DOMAIN)
+        shapes = shape_rules.output_shapes(self, node) if known else None
         for index, output in enumerate(node.outputs):
             shape = shapes[index] if shapes is not None and index < len(shapes) else None
             if shape is None and output.shape is not None:
@@ -167,7 +171,7 @@ class Shapes:
                 if any(isinstance(size, int) and not 0 <= size <= LARGEST for size in shape):
                     raise ValueError(f"no tensor has the shape {_shown(shape)}")
                 self._shapes[output] = shape
-        content = content_rules.output_content(self, node)
+        content = content_rules.output_content(self, node) if known else None
         if content is not None and content.size <= MAX_CONTENT and not _overflows(content):
             self._contents[node.outputs[0]] = content
             self._shapes[node.outputs[0]] = content.shape
