@@ -50,6 +50,7 @@ def test_prompts_begin_with_nothing_before_them_and_share_blocks(
         assert "5 of a over 0" in first.name
         size = subject.results[0].options.block_size
         assert f"4 of d over {size}" in fifth.name  # its first block is another's
+        assert "0 of z over 0" in subject.baseline.cases[6].name
 
 
 def test_a_model_without_such_a_limit_is_run_far_behind(made: dict[str, Subject]) -> None:

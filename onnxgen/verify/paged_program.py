@@ -47,7 +47,9 @@ def program(
         Event({"d": (size + 4, 0, "b" if sharing else "")}, {"d": 4, "a": 1, "c": 1}),
         Event({"e": (2 * size, 0, "")}, {"b": 1, "e": 2 * size, "c": 1, "d": 1}, ("a",)),
     ]
-    events += [Event({}, {"e": 1, "d": 1, "c": 1, "b": 1})] * 2
+    # z waits: it has neither new tokens nor any before.
+    events.append(Event({"z": (2, 0, "")}, {"e": 1, "d": 1, "z": 0, "c": 1, "b": 1}))
+    events.append(Event({}, {"e": 1, "d": 1, "z": 2, "c": 1, "b": 1}))
     if far:  # positions as users have them
         events += [
             Event({"f": (90, 0, ""), "g": (6, 150, "")}, {"f": 90, "g": 6, "d": 1}),

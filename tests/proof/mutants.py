@@ -196,10 +196,9 @@ def kinds_of(subject: Subject) -> dict[str, Kind]:
 def measure(*, long: bool, jobs: int, seed: int) -> Table:
     """Damage models of every family, in the long run; of a few, in the short one."""
     start = time.monotonic()
+    work = [Job(testing.corpus(name)[0], forms, 10, 24, seed) for name, forms in SHORT]
     if long:
-        work = [Job(entry, forms, 14, 64, seed) for entry, forms in chosen(seed, 1)]
-    else:
-        work = [Job(testing.corpus(name)[0], forms, 10, 24, seed) for name, forms in SHORT]
+        work += [Job(entry, forms, 16, 64, seed) for entry, forms in chosen(seed, 1)]
     every = []
     for job, found in zip(work, _each(work, jobs), strict=True):
         every.append(found)
