@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 import onnx_ir as ir
 
 from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import read_by
 from onnxgen.verify.landmarks import embeds_tokens
 
 _NO_TOKENS = (ir.DataType.INT64, ir.DataType.INT32, ir.DataType.BOOL)  # lengths, places, choices
@@ -40,8 +41,8 @@ def find_joints(graph: ir.Graph, facts: Facts) -> list[ir.Value]:
     last[sink] = math.inf
     for value in behind:
         node = value.producer()
-        for read in () if node is None else node.inputs:
-            if read is not None and read in behind:
+        for read in () if node is None else read_by(node):
+            if read in behind:
                 last[read] = max(last[read], depths[value])
     events: list[tuple[float, int]] = []
     for value in behind:
@@ -68,7 +69,7 @@ def _depths(graph: ir.Graph, facts: Facts) -> dict[ir.Value, int]:
     for node in graph:
         if node.op_type in ("Shape", "Size"):
             continue
-        read = [depths[value] for value in node.inputs if value in depths]
+        read = [depths[value] for value in read_by(node) if value in depths]
         if read or embeds_tokens(node, facts):
             deeper = 1 + max(read, default=0)
             depths.update((v, deeper) for v in node.outputs if v.dtype not in _NO_TOKENS)
@@ -81,8 +82,8 @@ def _behind(sink: ir.Value, depths: Mapping[ir.Value, int]) -> Collection[ir.Val
     pending = [sink]
     while pending:
         node = pending.pop().producer()
-        for value in () if node is None else node.inputs:
-            if value is not None and value in depths and value not in found:
+        for value in () if node is None else read_by(node):
+            if value in depths and value not in found:
                 found[value] = None
                 pending.append(value)
     return found

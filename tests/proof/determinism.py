@@ -46,7 +46,10 @@ SHORT = {
     "fuse --target ort": ["qwen3/dynamo20"],
     "to-paged --flavor ort": ["llama/torchscript"],
 }
-_MEASURED = {"seconds", "memory", "difference", "rewrite_difference", "worst", "output", "kernel"}
+_MEASURED = {
+    *("seconds", "memory", "difference", "rewrite_difference", "inner_difference", "effect"),
+    *("worst", "output", "kernel"),
+}
 Found = dict[str, dict[str, str]]
 """By command and export: what each file holds, exit code and words among them."""
 
