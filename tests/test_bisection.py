@@ -284,3 +284,18 @@ def test_what_no_output_of_a_paged_model_shows_is_found_inside(
     with pytest.raises(RefusedError, match="hardly depend on what differs inside"):
         pipeline_paged.to_paged(path, options, lambda message: None)
     assert not options.output.exists()
+
+
+def test_a_float16_model_that_chooses_experts_is_looked_into(
+    tmp_path: Path, runtime: Runtime
+) -> None:
+    """That it is run as it is, too, with roundings that choose others, is no difference."""
+    (entry,) = corpus("mixtral/dynamo20-batched-fp16")
+    path = tmp_path / "model.onnx"
+    onnx.save(entry.load(), path)
+    report = pipeline.fuse(path, FuseOptions(output=tmp_path / "out.onnx"), lambda message: None)
+    assert report.proof is not None
+    assert (report.proof.status, report.proof.reason) == ("proven", "")
+    assert report.proof.twins == ("float16",)
+    assert report.proof.inner > 30
+    assert report.proof.inner_difference < 1e-4
