@@ -54,7 +54,8 @@ PAIRS = (
 SHORT = (
     ("llama/dynamo20", ("onnx", "paged")),
     ("gemma2/torchscript", ("ort-right",)),
-    ("gpt_oss/torchscript-batched", ("paged-ort",)),
+    ("gpt_oss/torchscript-batched", ("paged-last",)),
+    ("qwen3/dynamo20", ("paged-ort",)),
     ("mixtral/transformers-batched", ("onnx",)),
     ("bert/dynamo23", ("onnx",)),
 )
