@@ -27,6 +27,7 @@ from onnxgen.runtime import Runtime
 from onnxgen.testing import corpus
 from onnxgen.verify.compare import verify_models
 from onnxgen.verify.landmarks import find_landmarks
+from tests.graphs import parse
 from tests.large_decoder import Sizes, write_decoder
 
 
@@ -299,3 +300,25 @@ def test_a_float16_model_that_chooses_experts_is_looked_into(
     assert report.proof.twins == ("float16",)
     assert report.proof.inner > 30
     assert report.proof.inner_difference < 1e-4
+
+
+def test_sequences_of_tensors_are_passed_by(runtime: Runtime) -> None:
+    model = parse(
+        """
+        (int64[b,s] input_ids) => (float[b,s,16] y) {
+            x = Gather(table, input_ids)
+            h = MatMul(x, w)
+            both = SequenceConstruct(h, x)
+            one = SequenceAt(both, zero)
+            y = Relu(one)
+        }
+        """,
+        weights={
+            "table": np.random.default_rng(0).standard_normal((9, 16), np.float32),
+            "w": np.eye(16, dtype=np.float32),
+            "zero": np.array(0),
+        },
+    ).SerializeToString()
+    proof = verify_models(model, model, runtime=runtime)
+    assert (proof.status, proof.not_run) == ("proven", [])
+    assert proof.inner >= 3

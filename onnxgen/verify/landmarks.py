@@ -47,12 +47,15 @@ class Landmark:
         node = self.before.producer()
         return (path_of(node) or "") if node is not None else ""
 
-    def difference(self, shape: RunShape, before: Array, after: Array) -> float | None:
+    def difference(self, shape: RunShape, before: Any, after: Any) -> float | None:
         """How far it is apart on the rows of real tokens, as `scaled_difference` measures it.
 
         Returns:
-            None where it cannot be told: another layout or type, rows that are not known, or NaN.
+            None where it cannot be told: another layout or type, rows that are not known, NaN, or
+            no tensor but a sequence of them.
         """
+        if not (isinstance(before, np.ndarray) and isinstance(after, np.ndarray)):
+            return None
         if before.shape != after.shape or before.dtype != after.dtype:
             return None
         if not np.issubdtype(before.dtype, np.floating):

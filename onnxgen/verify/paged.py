@@ -133,7 +133,7 @@ def _look_inside(sides: PagedPairs, runtime: Runtime, plan: _Plan, proof: Proof)
         first.load()
         proof.faint = faint_inputs(first, roles, proof.tolerance)
         found = first.run(make_feeds(roles, shape, np.random.default_rng(0)), names or None)
-        rows = [n for n in names if found[n].ndim == 3 and found[n].shape[:2] == (1, shape.new)]
+        rows = [n for n in names if np.ndim(found[n]) == 3 and found[n].shape[:2] == (1, shape.new)]
         second = make(path, as_written=False, inner=rows)
         second.load()
     except RuntimeFailure as error:  # what the outputs say stands

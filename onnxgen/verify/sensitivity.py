@@ -90,7 +90,9 @@ def _effect(roles: Roles, before: Feeds, after: Feeds) -> float | None:
     """How far the rows of the last token moved; None where no output has rows of tokens."""
     effects = []
     for name, output in roles.outputs.items():
-        if output.role in ("present", "copy") or before[name].shape != after[name].shape:
+        if output.role in ("present", "copy") or not isinstance(before[name], np.ndarray):
+            continue
+        if before[name].shape != after[name].shape:
             continue
         moved = after[name]
         if "S" in output.axes and len(output.axes) == moved.ndim:
