@@ -22,6 +22,7 @@ import onnx
 
 from onnxgen import pipeline_paged, testing
 from onnxgen.analysis.roles import Roles, find_roles
+from onnxgen.bounds import Bounds
 from onnxgen.errors import OnnxgenError, RefusedError
 from onnxgen.model_io import read_model
 from onnxgen.pipeline import FuseOptions, fuse
@@ -60,7 +61,7 @@ class Memo(Runtime):
     """
 
     def __init__(self, kept: Path) -> None:
-        super().__init__(threads=1, timeout=60.0)
+        super().__init__(threads=1, bounds=Bounds(timeout=60.0))
         self.kept = kept
         self.seen: dict[str, Array] = {}
         self._open: dict[Any, int] = {}
@@ -68,10 +69,15 @@ class Memo(Runtime):
         self._answers: dict[Any, dict[str, Array]] = {}
 
     def load(
-        self, model: bytes | Path, *, optimize: bool = False, folder: Path | None = None
+        self,
+        model: bytes | Path,
+        *,
+        optimize: bool = False,
+        folder: Path | None = None,
+        packed: bool = True,
     ) -> int:
         if model != self.kept:
-            return super().load(model, optimize=optimize, folder=folder)
+            return super().load(model, optimize=optimize, folder=folder, packed=packed)
         key = (optimize, self.twins)
         session = self._open.get(key)
         if session is None or session not in self._alive:
