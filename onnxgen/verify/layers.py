@@ -27,7 +27,7 @@ from onnxgen.analysis.roles import Roles
 from onnxgen.verify.joints import find_joints
 from onnxgen.verify.landmarks import carrying
 from onnxgen.verify.opened import Placed, Source, opened, read
-from onnxgen.verify.outline import Places, outline
+from onnxgen.verify.outline import Places, form_of, outline
 
 
 @dataclass(frozen=True)
@@ -195,11 +195,11 @@ class _Cut:
         names = {value.name for value in lost}
         gone = [pair.past for pair in roles.pairs if pair.present in names]
         for name in gone:
-            each = roles.inputs[name]
+            form = form_of(roles, name)
             stays = (
-                inputs[other.name]
-                for other in roles.named(each.role)
-                if other.name not in gone and (other.axes, other.dtype) == (each.axes, each.dtype)
+                inputs[other]
+                for other in roles.inputs
+                if other not in gone and form_of(roles, other) == form
             )
             instead = next(stays, None)
             for use in list(inputs[name].uses()):

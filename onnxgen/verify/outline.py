@@ -16,6 +16,7 @@ import onnx_ir as ir
 from onnxgen.analysis.evaluate import sorted_nodes
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import ancestors
+from onnxgen.analysis.roles import Roles
 from onnxgen.data_file import content_of
 
 SMALL = 16
@@ -120,8 +121,8 @@ def outline(
                 continue
             cache = value.is_graph_input() and facts.role(value) in _CACHES
             if cache and node.op_type in ("Shape", "Size"):
-                # Lengths are read off whichever cache was at hand: all are as long.
-                words.append(f"a {facts.role(value)} {[*facts.roles.inputs[str(value.name)].axes]}")
+                # Lengths are read off whichever cache was at hand: all of a form are as long.
+                words.append(f"a cache of {form_of(facts.roles, str(value.name))}")
                 continue
             if value not in said:
                 if cache:
@@ -140,6 +141,14 @@ def outline(
 
 
 _CACHES = ("past", "static_past", "cross_past")
+
+
+def form_of(roles: Roles, name: str) -> tuple[object, ...]:
+    """What caches of the same lengths have in common."""
+    each, pair = roles.inputs[name], roles.pair_of(name)
+    fixed = tuple(dim if isinstance(dim, int) else "" for dim in each.shape)
+    crop = None if pair is None else (pair.cap, pair.window, pair.counted)
+    return each.role, each.dtype, each.axes, fixed, crop
 
 
 def _cache(name: str, places: Places, original: Places | None) -> str:
