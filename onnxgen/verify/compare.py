@@ -33,7 +33,7 @@ from onnxgen.verify.cases import Run, again, find_edges, plan
 from onnxgen.verify.comparison import Comparison
 from onnxgen.verify.difference import is_close_call
 from onnxgen.verify.interface import mismatch
-from onnxgen.verify.landmarks import apart, find_landmarks
+from onnxgen.verify.landmarks import Landmark, apart, find_landmarks
 from onnxgen.verify.layers import shorten
 from onnxgen.verify.opened import Source, read
 from onnxgen.verify.precision import NOTE, rounds_activations
@@ -236,30 +236,48 @@ def _look_inside(pair: _Pair, proof: Proof, comparison: Comparison) -> None:
             proof.origin = find_origin(landmarks, sides, step.shape, feeds, proof.tolerance)
             proof.reason += f"; {proof.origin}" if proof.origin is not None else ""
             return
-        contract = read_contract(pair.other)
-        shapes = (nearest_shape(pair.roles, shape) for shape in _INNER_SHAPES)
-        for shape in dict.fromkeys(shapes):
-            if shape is None or contract.refuses(shape):
-                continue
-            feeds = make_feeds(pair.roles, shape, np.random.default_rng(0))
-            before, after = (side.run(feeds) for side in sides)
-            found = apart(landmarks, shape, before, after)
-            proof.inner = max(proof.inner, len(found))
-            worst = max((difference for _, difference in found), default=0.0)
-            proof.inner_difference = max(proof.inner_difference, worst)
-            if worst > INNER * proof.tolerance:
-                limit = INNER * proof.tolerance
-                proof.origin = find_origin(landmarks, sides, shape, feeds, limit)
-                proof.status = "unverifiable"
-                proof.reason = (
-                    f"the outputs agree and hardly depend on what differs inside: {proof.origin}"
-                )
-                return
+        _compare_inside(pair, proof, landmarks, sides)
     except RuntimeFailure as error:  # what the outputs say stands
         proof.not_run.append(f"values inside: {error}")
     finally:
         for side in sides:
             side.unload()
+
+
+def _compare_inside(
+    pair: _Pair, proof: Proof, landmarks: Sequence[Landmark], sides: tuple[Side, Side]
+) -> None:
+    """Compare the landmarks on a few runs; one that is too far apart makes the proof unverifiable.
+
+    Raises:
+        RuntimeFailure: none of the runs can be made.
+    """
+    contract = read_contract(pair.other)
+    shapes = dict.fromkeys(nearest_shape(pair.roles, shape) for shape in _INNER_SHAPES)
+    limit = INNER * proof.tolerance
+    failure: RuntimeFailure | None = None
+    for shape in shapes:
+        if shape is None or contract.refuses(shape):
+            continue
+        feeds = make_feeds(pair.roles, shape, np.random.default_rng(0))
+        try:
+            before, after = (side.run(feeds) for side in sides)
+        except RuntimeFailure as error:  # the original takes no such run
+            failure = error
+            continue
+        found = apart(landmarks, shape, before, after)
+        proof.inner = max(proof.inner, len(found))
+        worst = max((difference for _, difference in found), default=0.0)
+        proof.inner_difference = max(proof.inner_difference, worst)
+        if worst > limit:
+            proof.origin = find_origin(landmarks, sides, shape, feeds, limit)
+            proof.status = "unverifiable"
+            proof.reason = (
+                f"the outputs agree and hardly depend on what differs inside: {proof.origin}"
+            )
+            return
+    if failure is not None and not proof.inner:
+        raise failure
 
 
 def _fails_as_it_is(comparison: Comparison, model: ir.Model, runs: Sequence[Run]) -> str:
