@@ -212,7 +212,8 @@ class _Run:
             for index, name in enumerate(counts):
                 if counts[name]:
                     rows = outputs[output]
-                    if rows.ndim == 3:  # inside tokens are one row, or each a row of its own
+                    if rows.ndim > wanted[name][output].ndim:
+                        # Inside a model its tokens are one row, or each a row of its own.
                         rows = rows.reshape(-1, rows.shape[-1])
                     found = rows[edges[index] : edges[index + 1]]
                     yield f"{output} of {name}", scaled_difference(wanted[name][output], found)
