@@ -251,7 +251,7 @@ def test_what_avoids_a_value_makes_it_no_joint() -> None:
 @pytest.mark.parametrize("flavor", ["portable", "ort"])
 def test_paged_models_are_cut_down_too(flavor: str, tmp_path: Path) -> None:
     path = write_decoder(tmp_path, Sizes(layers=4))
-    paged = pipeline_paged.PagedOptions(flavor=flavor)  # type: ignore[arg-type]
+    paged = pipeline_paged.PagedOptions(flavor=flavor)
     options = PageOptions(
         output=tmp_path / "paged",
         paged=paged,

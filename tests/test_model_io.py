@@ -313,7 +313,7 @@ def test_unsafe_or_broken_references(
     folder = tmp_path / "model"
     folder.mkdir()
     (tmp_path / "secret.data").write_bytes(bytes(100_000))
-    refused(write_external(folder, **change), *words)  # type: ignore[arg-type]
+    refused(write_external(folder, **change), *words)
 
 
 def test_external_tensors_are_checked_in_subgraphs_and_functions(tmp_path: Path) -> None:
@@ -414,7 +414,7 @@ def test_data_is_copied_to_another_folder(tmp_path: Path) -> None:
     (data,) = folder.glob("*.data")
     assert re.fullmatch(r"model\.fused\.[0-9a-f]{12}\.data", data.name)
     assert hashlib.sha256(data.read_bytes()).hexdigest().startswith(data.name.split(".")[2])
-    assert weight_of(model).base_dir == str(tmp_path)  # type: ignore[attr-defined]
+    assert weight_of(model).base_dir == str(tmp_path)
     (tmp_path / "model.onnx.data").unlink()
     check_runs(folder / "model.fused.onnx")
 

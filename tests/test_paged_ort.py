@@ -437,4 +437,4 @@ def test_what_an_older_schema_lacks_stays_outside_or_is_refused(
 def test_a_runtime_without_the_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_ort, "live_schema", lambda: None)
     with pytest.raises(UnpageableError, match=r"has no com\.microsoft::PagedAttention"):
-        paged_ort.lower_paged(None, runtime())  # type: ignore[arg-type]
+        paged_ort.lower_paged(None, runtime())

@@ -98,7 +98,7 @@ def test_as_it_is_such_a_model_has_to_run(tmp_path: Path, monkeypatch: pytest.Mo
     load = Runtime.load
 
     def refuse(self: Runtime, model: bytes | Path, **settings: object) -> int:
-        return load(self, b"" if not self.twins and "twin" in str(model) else model, **settings)  # type: ignore[arg-type]
+        return load(self, b"" if not self.twins and "twin" in str(model) else model, **settings)
 
     monkeypatch.setattr(Runtime, "load", refuse)
     options = PageOptions(tmp_path / "out", PagedOptions(flavor="ort"))

@@ -166,7 +166,7 @@ HITS = {
 @pytest.mark.parametrize("router", ["normalised", "shares", "sigmoid"])
 @pytest.mark.parametrize("name", HITS)
 def test_what_a_quantiser_wrote_becomes_the_kernel(name: str, router: str) -> None:
-    model = Model(router=router, **HITS[name])  # type: ignore[arg-type]
+    model = Model(router=router, **HITS[name])
     raised, lowered, result = sites_of(model.proto())
     assert [(s.rule, s.status) for s in raised] == [("MOE003", "fused")], raised
     assert [(s.rule, s.status) for s in lowered] == [("ORT004", "fused")], lowered

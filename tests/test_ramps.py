@@ -50,7 +50,7 @@ def model_of(body: str) -> str:
     )
 
 
-def value(ramp: Ramp, shape: tuple[int, ...], known: dict[str, np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
+def value(ramp: Ramp, shape: tuple[int, ...], known: dict[str, np.ndarray]) -> np.ndarray:
     total = np.full(shape, ramp.start)
     for slope, index in zip(ramp.slopes, np.indices(shape), strict=True):
         total += slope * index

@@ -23,7 +23,7 @@ def fused(kind: str, layer: int, **details: int | str) -> Site:
 
 def kept(kind: str, layer: int, code: str, reason: str, status: str = "kept") -> Site:
     decline = Decline("ATT001", code, reason, (f"node_{layer}",))
-    return Site(kind, "ATT001", f"softmax_{layer}", f"model.layers.{layer}", status, decline)  # type: ignore[arg-type]
+    return Site(kind, "ATT001", f"softmax_{layer}", f"model.layers.{layer}", status, decline)
 
 
 def proof(**changes: object) -> Proof:
@@ -41,7 +41,7 @@ def proof(**changes: object) -> Proof:
         "seconds": 3.14,
         "memory": 1_234_000_000,
     }
-    return Proof(**{**values, **changes})  # type: ignore[arg-type]
+    return Proof(**{**values, **changes})
 
 
 def report(sites: list[Site], proved: Proof | None = None, **changes: object) -> Report:
@@ -59,7 +59,7 @@ def report(sites: list[Site], proved: Proof | None = None, **changes: object) ->
         "proof": proved or proof(),
         "seconds": {"read": 0.1, "verify": 1.25},
     }
-    return Report(**{**values, **changes})  # type: ignore[arg-type]
+    return Report(**{**values, **changes})
 
 
 def said(value: Report | Proof | None, width: int = 100) -> str:
@@ -173,7 +173,7 @@ def test_json_of_a_failure() -> None:
 
 
 def test_json_is_valid_whatever_the_numbers() -> None:
-    case = Case("prefill", np.int64(2), 4, 0, "none", float("inf"), "y")  # type: ignore[arg-type]
+    case = Case("prefill", np.int64(2), 4, 0, "none", float("inf"), "y")
     odd = proof(cases=[case], rewrite_difference=np.float32("nan"), tolerance=-float("inf"))
 
     def refuse(word: str) -> None:

@@ -43,7 +43,7 @@ def exported(name: str) -> onnx.ModelProto:
 def broken(rule: type[Rule], change: Callable[[ir.Node], None]) -> Rule:
     """The rule, with something wrong about every node it makes in place of a site."""
 
-    class Broken(rule):  # type: ignore[misc, valid-type]
+    class Broken(rule):
         def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
             rewrite: Rewrite | None = super().rewrite(facts, builder, node)
             if rewrite is not None:

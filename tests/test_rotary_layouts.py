@@ -135,7 +135,7 @@ def test_a_matrix_that_turns() -> None:
     assert result.count("MatMul") == 0
 
 
-def fused_proto(text: str, weights: dict[str, np.ndarray]) -> Raised:  # type: ignore[type-arg]
+def fused_proto(text: str, weights: dict[str, np.ndarray]) -> Raised:
     result = raised(parse(text, weights=weights))
     assert [(site.rule, site.status) for site in result.sites] == [("ROT001", "fused")]
     return result

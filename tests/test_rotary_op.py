@@ -19,11 +19,11 @@ COUNTED = (
 )
 
 
-def rows_alone(before: object, feeds: dict[str, np.ndarray]) -> np.ndarray:  # type: ignore[type-arg]
+def rows_alone(before: object, feeds: dict[str, np.ndarray]) -> np.ndarray:
     """What a model gives for each row of a batch alone, put together."""
     count = len(next(iter(feeds.values())))
     rows = [
-        next(iter(run(before, {k: v[i : i + 1] for k, v in feeds.items()}).values()))  # type: ignore[arg-type]
+        next(iter(run(before, {k: v[i : i + 1] for k, v in feeds.items()}).values()))
         for i in range(count)
     ]
     return np.concatenate(rows)
@@ -54,7 +54,7 @@ def test_positions_of_one_row() -> None:
     assert np.array_equal(found, np.concatenate(wanted))
 
 
-def assert_raised_one(text: str):  # type: ignore[no-untyped-def]
+def assert_raised_one(text: str):
     """Only sequences of batch 1 are compared by `raised`: the original takes no other."""
     result = raised(text, opset=23, lengths=({"b": 1, "s": 5}, {"b": 1, "s": 3}))
     assert [(site.rule, site.status) for site in result.sites] == [("ROT002", "fused")]
@@ -74,7 +74,7 @@ def test_one_sequence_is_left() -> None:
     assert_untouched(text.replace("float[b,s,120] h", "float[1,s,120] h"), opset=23)
 
 
-def test_modernbert_runs_for_a_batch(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_modernbert_runs_for_a_batch(tmp_path) -> None:
     """As dynamo writes it at opset 23: rejected for a batch of two, right for each row after."""
     import onnx
 

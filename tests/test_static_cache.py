@@ -223,7 +223,7 @@ def test_places_that_start_over_are_circular() -> None:
     assert {site.details.get("mode", "linear") for site in other.sites} == {"linear"}
 
 
-def feeds_at(rows: int, at: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def feeds_at(rows: int, at: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     return {
         "ids": rng.integers(0, 37, (2, rows)),

@@ -589,6 +589,6 @@ def test_a_mask_that_is_not_understood_is_not_dropped(tmp_path: Path) -> None:
     ir.convenience.replace_all_uses_with(mask, both.outputs[0])
     both.replace_input_with(0, mask)
     size.replace_input_with(0, mask)
-    graph.insert_after(mask.producer(), [size, part, both])  # type: ignore[arg-type]
+    graph.insert_after(mask.producer(), [size, part, both])
     with pytest.raises(RefusedError, match="PAG004: its mask is of no family that can be paged"):
         page(written(tmp_path, ir.to_proto(model)))

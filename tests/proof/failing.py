@@ -30,7 +30,7 @@ class Failing:
             return plain(path, flags, *more, **named)
 
         os.open = create
-        io.open = self._opened  # type: ignore[assignment]
+        io.open = self._opened
         builtins.open = self._opened
 
     def strike(self, event: str, half: Callable[[], object] = lambda: None) -> None:

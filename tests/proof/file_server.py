@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import dataclasses
 import hashlib
+import importlib
 import json
 import mmap
 import os
@@ -129,10 +130,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def _serve() -> None:
-    import onnxgen.cli
-    import onnxgen.pipeline
-    import onnxgen.pipeline_paged  # noqa: F401
-
+    for heavy in ("cli", "pipeline", "pipeline_paged"):  # once, for every command that is forked
+        importlib.import_module(f"onnxgen.{heavy}")
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for line in sys.stdin:
@@ -233,7 +232,7 @@ def _at_staging(hook: Callable[[], object]) -> None:
             hook()
         return before(*arguments, **named)
 
-    pipeline.staged = pipeline_paged.staged = staged  # type: ignore[assignment]
+    pipeline.staged = pipeline_paged.staged = staged
 
 
 def _meanwhile(job: Job, fork: Callable[[], int]) -> None:
@@ -245,7 +244,7 @@ def _meanwhile(job: Job, fork: Callable[[], int]) -> None:
     def again() -> int:
         child = fork()
         if not child:
-            pipeline.staged, staging.Staged.commit = originals  # type: ignore[assignment, method-assign]
+            pipeline.staged, staging.Staged.commit = originals
             _command(job.words)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
@@ -255,11 +254,11 @@ def _meanwhile(job: Job, fork: Callable[[], int]) -> None:
     if "commit" in job.meanwhile:
 
         def commit(stage: Any) -> None:
-            staging.Staged.commit = originals[1]  # type: ignore[method-assign]
+            staging.Staged.commit = originals[1]
             exec(job.meanwhile["commit"], {**scope, "stage": stage})
             originals[1](stage)
 
-        staging.Staged.commit = commit  # type: ignore[method-assign]
+        staging.Staged.commit = commit
 
 
 def _prepare(job: Job) -> None:

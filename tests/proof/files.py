@@ -94,7 +94,7 @@ class Judge:
             build(folder)
             before = contents(folder)
             new = before
-            job = Job(words, str(folder), **changes)  # type: ignore[arg-type]
+            job = Job(words, str(folder), **changes)
             if news:
                 plain = self._server.run(Job(words, str(folder)))[0]
                 new = plain.after
