@@ -18,12 +18,14 @@ from onnx import helper, numpy_helper
 from onnxgen.analysis.feeds import RunShape
 from onnxgen.analysis.roles import OutputRole, Roles, find_roles
 from onnxgen.errors import FileError, UsageError
+from onnxgen.model_io import read_model
 from onnxgen.report.values import Case, Proof
 from onnxgen.runtime import Runtime
 from onnxgen.testing import corpus
 from onnxgen.verify.cases import again, find_edges, plan
 from onnxgen.verify.compare import verify_models
 from onnxgen.verify.difference import NotANumberError, is_close_call, output_difference
+from tests.large_decoder import Sizes, write_decoder
 
 Model = onnx.ModelProto
 
@@ -536,3 +538,13 @@ def test_an_output_that_hardly_varies_is_measured_by_its_size() -> None:
     a = np.full((1, 2, 4), 3, np.float32)
     assert measure(a, a * np.float32(1.01), shape) == pytest.approx(10, rel=1e-3)
     assert measure(a * 0, a * 0 + np.float32(1e-6), shape) == pytest.approx(1e-6)
+
+
+def test_runs_that_are_too_large_are_said_to_be(tmp_path: Path) -> None:
+    """Caches of a large model over a long past take more memory than is fed."""
+    sizes = Sizes(layers=32, hidden=4096, inner=8192, heads=32, kv_heads=32, vocabulary=32000)
+    runs = plan(find_roles(read_model(write_decoder(tmp_path, sizes, "sparse"))))
+    (far,) = [run for run in runs if run.shape.total == 778]
+    assert re.fullmatch(r"not run: its inputs would be \d+ numbers, more than \d+", far.skipped)
+    assert not any(run.skipped for run in runs if run.shape.total < 80)
+    assert any(run.shape.total == 91 and not run.skipped for run in runs), "in its place"

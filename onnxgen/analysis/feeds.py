@@ -174,10 +174,13 @@ def misfit(roles: Roles, shape: RunShape) -> str:
         return "the graph counts tokens from the left: padding can only stand behind them"
     if shape.spare and not (roles.counted and _grows_by_mask(roles)):
         return "the graph's caches are as long as their tokens"
+    return too_much(roles, shape)
+
+
+def too_much(roles: Roles, shape: RunShape) -> str:
+    """Why no inputs of this shape are made, though a graph may take them; "" where they are."""
     fed = sum(math.prod(_dims(each, roles, shape)) for each in roles.inputs.values())
-    if fed > MOST_FED:
-        return f"its inputs would be {fed} numbers, more than {MOST_FED}"
-    return ""
+    return f"its inputs would be {fed} numbers, more than {MOST_FED}" if fed > MOST_FED else ""
 
 
 def _grows_by_mask(roles: Roles) -> bool:

@@ -18,7 +18,14 @@ import numpy.typing as npt
 import onnx_ir as ir
 
 from onnxgen.analysis.edges import COMPARISONS, FARTHEST, LIMITS, OFFSETS, integer
-from onnxgen.analysis.feeds import RunShape, forced_shape, make_feeds, misfit, nearest_shape
+from onnxgen.analysis.feeds import (
+    RunShape,
+    forced_shape,
+    make_feeds,
+    misfit,
+    nearest_shape,
+    too_much,
+)
 from onnxgen.analysis.graph import names
 from onnxgen.analysis.roles import Roles
 
@@ -253,7 +260,9 @@ def too_large(roles: Roles, edge: int) -> str:
 
 
 def _fitting(roles: Roles, runs: Sequence[Run]) -> list[Run]:
-    """The runs as the graph's fixed lengths force them; those that cannot be are left out."""
+    """The runs as the graph's fixed lengths force them; those that cannot be are left out, and
+    those that are too large for us say so.
+    """
     kept: list[Run] = []
     for run in runs:
         if run.skipped:
@@ -265,6 +274,9 @@ def _fitting(roles: Roles, runs: Sequence[Run]) -> list[Run]:
         if cut and (shape is None or run.steps):
             shape = nearest_shape(roles, run.shape, 4 if run.steps else 0)
         if shape is None:
+            reason = misfit(roles, run.shape)
+            if reason and reason == too_much(roles, run.shape):  # that alone
+                kept.append(replace(run, skipped=f"not run: {reason}"))
             continue
         if run.steps and ((shape.new != run.shape.new and not cut) or _stuck(roles, shape)):
             continue
