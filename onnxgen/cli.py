@@ -29,6 +29,7 @@ from onnxgen.cli_words import (
     report_of,
     report_option,
     role_option,
+    rules_option,
     say_error,
     show_outcome,
     show_progress,
@@ -130,6 +131,7 @@ def main() -> None:
     help="Allow OUT to replace MODEL, and with --genai-config the config and tokenizer of another model.",
 )
 @role_option
+@rules_option
 @report_option
 @json_option
 def fuse(
@@ -146,6 +148,7 @@ def fuse(
     genai_config: bool,
     force: bool,
     roles: tuple[str, ...],
+    rules: tuple[Path, ...],
     report_file: Path | None,
     json_output: bool,
 ) -> None:
@@ -176,6 +179,7 @@ def fuse(
         opset=opset,
         inline=inline,
         roles=parse_roles(roles),
+        rules=rules,
         force=force,
         genai_config=genai_config,
     )

@@ -18,6 +18,7 @@ from onnxgen.cli_words import (
     report_of,
     report_option,
     role_option,
+    rules_option,
     verify_option,
 )
 from onnxgen.places import default_folder
@@ -90,6 +91,7 @@ from onnxgen.report.values import Report
     "--force", is_flag=True, help="Allow files of another model in DIR, or MODEL, to be replaced."
 )
 @role_option
+@rules_option
 @report_option
 @json_option
 def to_paged(
@@ -108,6 +110,7 @@ def to_paged(
     genai_config: bool,
     force: bool,
     roles: tuple[str, ...],
+    rules: tuple[Path, ...],
     report_file: Path | None,
     json_output: bool,
 ) -> None:
@@ -141,6 +144,7 @@ def to_paged(
         budget=budget,
         inline=inline,
         roles=parse_roles(roles),
+        rules=rules,
         genai_config=genai_config,
         force=force,
     )

@@ -98,6 +98,13 @@ verify_option = click.option(
 no_verify_option = click.option(
     "--no-verify", is_flag=True, help="Run nothing, per-rewrite checks included: unproven."
 )
+rules_option = click.option(
+    "--rules",
+    multiple=True,
+    type=PathType(dir_okay=False),
+    metavar="FILE.py",
+    help="Apply rules of your own, checked like ours; the file is run. Repeatable.",
+)
 report_option = click.option(
     "--report",
     "report_file",

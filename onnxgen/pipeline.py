@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -22,6 +23,7 @@ from onnxgen.analysis.roles import find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import UsageError
 from onnxgen.model_io import data_files, read_model, staged
+from onnxgen.own_rules import OwnRules
 from onnxgen.passes.lower import lower_model
 from onnxgen.passes.merged import join_branches, split_branches
 from onnxgen.passes.normalize import normalize
@@ -38,6 +40,7 @@ from onnxgen.stages import (
     count_ops,
     describe,
     files_beside,
+    find_own,
     raise_part,
     raise_unless_good,
 )
@@ -54,6 +57,7 @@ from onnxgen.verify.rewrites import RewriteChecker
 from onnxgen.verify.tolerances import TOLERANCES
 
 FLOAT = ir.DataType.FLOAT
+_CODES = [*(rule.code for rule in RULES), *ort_target.CODES]
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,7 @@ class FuseOptions:
         verify: run the checks; without them nothing is run and the report says unproven.
         budget: how much of them; see `onnxgen.verify.compare.verify_models`.
         disable: codes of rules to leave out.
+        rules: the user's own: files, or rules themselves; see `onnxgen.own_rules`.
         opset: version of the default domain to write; None for the target's own.
         inline: expand the functions of the `onnxgen` domain.
         roles: what inputs are for, by name, where structure does not tell.
@@ -83,6 +88,7 @@ class FuseOptions:
     verify: bool = True
     budget: Budget = "full"
     disable: tuple[str, ...] = ()
+    rules: tuple[Any, ...] = ()
     opset: int | None = None
     inline: bool = False
     roles: Mapping[str, str] = field(default_factory=dict)
@@ -111,8 +117,9 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         ModelDiffersError: the result differs from the original; carries `report`.
     """
     output = options.output or default_output(path)
-    _check_options(options)
     report = Report(input=str(path), output="", target=options.target)
+    own_rules = find_own(report, options.rules, _CODES, options.disabled)
+    _check_options(options, own_rules)
     clock = Clock(report.seconds, progress)
 
     clock.start("read", f"reading {path.name}")
@@ -137,8 +144,8 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             checkers += [RewriteChecker(runtime, own)] if options.verify else []
             sampler = Sampler(part.model.graph, own, runtime)
             rules = ort_target.RAISING if options.target == "ort" else RULES
-            work = Work(part, own, sampler, checkers, options.disabled, rules)
-            families = raise_part(report, work)
+            work = Work(part, own, sampler, checkers, options.disabled, rules, own_rules)
+            families = raise_part(report, work, runtime)
             if options.target == "ort":
                 clock.start("lower", "lowering")
                 settings = _settings(path, options)
@@ -186,8 +193,8 @@ def verify(
     return verify_models(original, rewritten, roles=roles, budget=budget, progress=progress)
 
 
-def _check_options(options: FuseOptions) -> None:
-    codes = [*(rule.code for rule in RULES), *ort_target.CODES]
+def _check_options(options: FuseOptions, own: OwnRules) -> None:
+    codes = [*_CODES, *own.codes]
     for code in options.disable:
         if code not in codes:
             raise UsageError(f"--disable {code}: no such rule; rules: {', '.join(codes)}")

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -24,6 +25,7 @@ from onnxgen.model_io import data_files, read_model, staged
 from onnxgen.passes.normalize import normalize
 from onnxgen.passes.tidy import tidy
 from onnxgen.passes.to_paged import page_model
+from onnxgen.patterns import RULES
 from onnxgen.report import files
 from onnxgen.report.values import Budget, Paging, Proof, Report
 from onnxgen.runtime import Runtime
@@ -36,6 +38,7 @@ from onnxgen.stages import (
     count_ops,
     describe,
     files_beside,
+    find_own,
     raise_part,
     raise_unless_good,
 )
@@ -71,6 +74,7 @@ class PageOptions:
         budget: how much of them; see `onnxgen.verify.paged.prove_paged`.
         inline: expand the functions of the `onnxgen` domain.
         roles: what inputs are for, by name, where structure does not tell.
+        rules: the user's own: files, or rules themselves; see `onnxgen.own_rules`.
         genai_config: write genai_config.json and the tokenizer's files beside the output too.
         force: let files of another model in the output's folder be replaced, and the input.
     """
@@ -83,6 +87,7 @@ class PageOptions:
     budget: Budget = "full"
     inline: bool = False
     roles: Mapping[str, str] = field(default_factory=dict)
+    rules: tuple[Any, ...] = ()
     genai_config: bool = False
     force: bool = False
 
@@ -103,6 +108,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
         raise UsageError("--max-length is for --flavor ort")
     size = options.paged.block_size
     report = Report(input=str(path), output="", target="paged", paging=Paging(block_size=size))
+    own = find_own(report, options.rules, [rule.code for rule in RULES])
     clock = Clock(report.seconds, progress)
 
     clock.start("read", f"reading {path.name}")
@@ -123,7 +129,8 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
         clock.start("raise", "raising")
         checkers = [RewriteChecker(runtime, roles)] if options.verify else []
         sampler = Sampler(part.model.graph, roles, runtime)
-        families = raise_part(report, Work(part, roles, sampler, checkers))
+        work = Work(part, roles, sampler, checkers, own=own)
+        families = raise_part(report, work, runtime)
 
         clock.start("page", "paging")
         results = _page(report, part.model, roles, runtime, families, options)

@@ -6,7 +6,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,15 @@ from onnxgen.analysis.masks import MaskFamily, mask_families
 from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ModelDiffersError, RefusedError
+from onnxgen.own_rules import OwnRules, find_rules
 from onnxgen.passes.merged import Part, split_branches
+from onnxgen.passes.normalize import settle
 from onnxgen.passes.raise_ import raise_model
 from onnxgen.passes.tidy import tidy
 from onnxgen.patterns import RULES
+from onnxgen.patterns.foreign import OwnRule
 from onnxgen.patterns.rule import Rule
-from onnxgen.report.values import Proof, Report
+from onnxgen.report.values import Proof, Report, Site
 from onnxgen.runtime import Runtime
 from onnxgen.targets.genai import Said
 from onnxgen.targets.genai_files import CONFIG, READ, genai_files
@@ -39,6 +42,7 @@ class Work:
         checkers: the last one is its own; none where nothing is checked.
         disabled: codes of rules to leave out.
         rules: the raising ones, in the order in which they are applied.
+        own: the user's.
     """
 
     part: Part
@@ -47,34 +51,68 @@ class Work:
     checkers: Sequence[RewriteChecker]
     disabled: frozenset[str] = frozenset()
     rules: Sequence[Rule] = RULES
+    own: OwnRules = field(default_factory=OwnRules)
 
     @property
     def checker(self) -> RewriteChecker | None:
         return self.checkers[-1] if self.checkers else None
 
 
-def raise_part(report: Report, work: Work) -> dict[str, MaskFamily]:
-    """Raise, and say what each attention's mask means; returns that by node name."""
-    model = work.part.model
+def raise_part(report: Report, work: Work, runtime: Runtime) -> dict[str, MaskFamily]:
+    """Raise, with the user's rules before and after; says what each attention's mask means, by
+    node name.
+    """
+    model, before = work.part.model, work.own.at("before")
+    sites: list[Site] = []
+    if before:
+        sites += _raise(report, replace(work, rules=before))
+        report.warnings += settle(model, runtime, work.roles)
+        work = replace(work, sampler=Sampler(model.graph, work.roles, runtime))
+    sites += _raise(report, work)
+    families = mask_families(model.graph, work.sampler)
+    for site in sites:
+        family = families.get(site.node) if site.status == "fused" else None
+        if family is not None:
+            site.details["mask"] = str(family)
+    tidy(model)
+    after = work.own.at("after")
+    if after:
+        sites += _raise(report, replace(work, rules=after))
+        tidy(model)
+    if work.part.branch:
+        taken = work.part.branch.removesuffix("_branch")
+        for site in sites:
+            site.details["branch"] = f"{work.part.switch}, {taken}"
+    report.sites += sites
+    return families
+
+
+def _raise(report: Report, work: Work) -> list[Site]:
     sites = raise_model(
-        model,
+        work.part.model,
         work.roles,
         sampler=work.sampler,
         check=work.checker,
         disabled=work.disabled,
         rules=work.rules,
     )
-    families = mask_families(model.graph, work.sampler)
-    for site in sites:
-        family = families.get(site.node) if site.status == "fused" else None
-        if family is not None:
-            site.details["mask"] = str(family)
-        if work.part.branch:
-            taken = work.part.branch.removesuffix("_branch")
-            site.details["branch"] = f"{work.part.switch}, {taken}"
-    report.sites += sites
-    tidy(model)
-    return families
+    for rule in work.rules:
+        if isinstance(rule, OwnRule) and rule.code not in work.disabled:
+            report.near_misses += rule.misses
+    return sites
+
+
+def find_own(
+    report: Report,
+    given: Sequence[Any],
+    taken: Sequence[str],
+    disabled: frozenset[str] = frozenset(),
+) -> OwnRules:
+    """The user's rules, which the report then names; see `find_rules`."""
+    own = find_rules(given, taken)
+    report.own_rules = {r.code: r.origin.name for r in own.rules if r.code not in disabled}
+    report.warnings += own.warnings
+    return own
 
 
 def add_checks(proof: Proof, checkers: Sequence[RewriteChecker], runtime: Runtime) -> None:

@@ -62,7 +62,6 @@ def normalize(
     Raises:
         RefusedError: the opset cannot be converted.
     """
-    warnings: list[str] = []
     if model.functions:
         # Ours stay: their calls are what raising would make of their bodies.
         common.InlinePass(criteria=lambda function: not functions.is_ours(function))(model)
@@ -70,12 +69,17 @@ def normalize(
     common.TopologicalSortPass()(model)
     common.NameFixPass()(model)
     raise_opset(model, opset)
+    return settle(model, runtime, roles)
+
+
+def settle(model: ir.Model, runtime: Runtime, roles: Roles | None = None) -> list[str]:
+    """`normalize` from where the opset is raised: again, where rules have made new nodes since."""
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     common.IdentityEliminationPass()(model)
     _own_outputs(model.graph)
     drop_dead(model)
     set_dtypes(model)
-    warnings += expand_contrib(model, roles)
+    warnings = list(expand_contrib(model, roles))
     fold_constants(model, runtime)
     while take_branches(model):
         common.NameFixPass()(model)

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from onnxgen import functions
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.graph import CONTRIB, ancestors, is_read
+from onnxgen.analysis.graph import ancestors, is_read
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.analysis.scopes import SCOPES, scope_of
@@ -26,7 +25,6 @@ from onnxgen.report.values import Decline, Site
 # Shows a rewrite's old and new values to the verifier: None where they agree, else the reason.
 Check = Callable[[Facts, Rewrite, Sequence[ir.Node]], str | None]
 
-_DOMAINS = ("", "ai.onnx", CONTRIB, functions.DOMAIN)
 REPLACED = "onnxgen.replaced"
 
 
@@ -60,12 +58,8 @@ class Rewriter:
         """Show every anchor of the rule to it, last ones first, so that the largest site wins."""
         if rule.code in self.disabled:
             return
-        anchors = [
-            node
-            for node in self.model.graph
-            if node.op_type in rule.anchors and node.domain in _DOMAINS
-        ]
-        for node in reversed(anchors):
+        rule.begin(self.model)
+        for node in reversed([node for node in self.model.graph if rule.looks_at(node)]):
             if node.graph is None:
                 continue  # went with an earlier site
             place = self.facts.order(node.outputs[0])
@@ -77,6 +71,7 @@ class Rewriter:
                 self._placed.append((place, site))
                 if site.status != "fused":
                     self._kept_at[node] = (place, site)
+        rule.end()
 
     def _try(self, rule: Rule, node: ir.Node) -> Site | None:
         try:

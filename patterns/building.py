@@ -95,7 +95,12 @@ class Builder:
             overload=overload,
             num_outputs=outputs,
         )
-        node.name = self.unique(name or f"onnxgen/{op_type}")
+        self.adopt(node, name)
+        return node.outputs
+
+    def adopt(self, node: ir.Node, name: str = "") -> None:
+        """Collect a node that stands in no graph yet: it gets names, element types and shapes."""
+        node.name = self.unique(name or f"onnxgen/{node.op_type}")
         for index, output in enumerate(node.outputs):
             output.name = self.unique(f"{node.name}:{index}" if index else f"{node.name}:out")
         dtypes = output_dtypes(node, self.graph.opset_imports.get("", 24))
@@ -104,7 +109,6 @@ class Builder:
                 output.dtype = dtype
         self.shapes.infer(node)
         self.nodes.append(node)
-        return node.outputs
 
     def constant(self, array: np.ndarray[Any, Any], name: str = "onnxgen/constant") -> ir.Value:
         """An initializer with these elements; an equal one is made once."""

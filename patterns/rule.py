@@ -11,14 +11,17 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import onnx_ir as ir
 
+from onnxgen import functions
 from onnxgen.analysis.facts import Facts
+from onnxgen.analysis.graph import CONTRIB
 from onnxgen.analysis.symbols import Dim
 from onnxgen.patterns.building import Builder
 from onnxgen.report.values import Decline
+
+_DOMAINS = ("", "ai.onnx", CONTRIB, functions.DOMAIN)
 
 # Metadata of a node that a rule made: the rule's code.
 RULE = "onnxgen.rule"
@@ -49,6 +52,8 @@ class Rewrite:
         repeats: whether a row of these may hold a number twice, too.
         loose: whether one may be below 0.
         nonnegative: computed values that the new nodes read, none of which is ever below zero.
+        particular: whether it may hold for the very weights that it reads only: where random ones
+            in their place show a difference, they are compared themselves.
     """
 
     node: ir.Node
@@ -61,6 +66,7 @@ class Rewrite:
     repeats: bool = False
     loose: bool = False
     nonnegative: frozenset[ir.Value] = frozenset()
+    particular: bool = False
 
 
 class Declined(Exception):
@@ -81,9 +87,13 @@ class Rule(ABC):
         anchors: op types of the nodes it is shown.
     """
 
-    code: ClassVar[str]
-    kind: ClassVar[str]
-    anchors: ClassVar[frozenset[str]]
+    code: str
+    kind: str
+    anchors: frozenset[str]
+
+    def looks_at(self, node: ir.Node) -> bool:
+        """Whether a node is an anchor."""
+        return node.op_type in self.anchors and node.domain in _DOMAINS
 
     @abstractmethod
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
@@ -92,6 +102,12 @@ class Rule(ABC):
         Raises:
             Declined: the node anchors a site that must be kept.
         """
+
+    def begin(self, model: ir.Model) -> None:  # noqa: B027 - most rules need not know
+        """Told which model it is shown nodes of from here on."""
+
+    def end(self) -> None:  # noqa: B027 - most rules need not know
+        """Told that it has been shown every anchor."""
 
     def applied(self, rewrite: Rewrite) -> None:  # noqa: B027 - most rules need not know
         """Told that a rewrite of its own stands in the graph, checked."""

@@ -54,6 +54,7 @@ def render_report(report: Report) -> RenderableType:
         parts.append(Text("Nothing was found to fuse.", "yellow"))
     parts += _fused(report.sites)
     parts += _not_fused(report.sites)
+    parts += _found_nothing(report)
     parts += _lowered(report.lowered)
     if report.paging is not None:
         parts += _paging(report.paging)
@@ -195,6 +196,22 @@ def _fused(sites: Sequence[Site]) -> Iterator[Text]:
         if count > GROUPS_SHOWN:
             more = _many(count - GROUPS_SHOWN, "other form")
             yield Text(f"Fused {_NAMES.get(kind, kind)}: and {more} (--json lists all)")
+
+
+def _found_nothing(report: Report) -> Iterator[Text]:
+    """The user's rules that fit nowhere, each with what came nearest."""
+    found = {site.rule for site in report.sites}
+    for code, origin in report.own_rules.items():
+        misses = [site for site in report.near_misses if site.rule == code]
+        if code in found:
+            continue
+        said = "no node is like the one that its pattern ends in"
+        if misses:
+            reasons = [site.decline.reason for site in misses if site.decline is not None]
+            matched = _many(int(misses[0].details["matched"]), "node")
+            where = _some(site.scope or site.node for site in misses)
+            said = f"nearest ({len(misses)}): {matched} fit, then: {reasons[0]} [{where}]"
+        yield _labelled(f"{code} of {origin} fits nowhere", said, "yellow")
 
 
 def _lowered(sites: Sequence[Site]) -> Iterator[Text]:

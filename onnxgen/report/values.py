@@ -255,6 +255,9 @@ class Report:
         ops_before, ops_after: how many nodes of each op type.
         sites: every place a rule looked at, in graph order.
         lowered: the same for the target's rules, which start from what raising gave.
+        own_rules: where the user's rules come from, by code.
+        near_misses: where one of these nearly matched: the pattern fits in part. Of each rule the
+            nearest; `details` says how many nodes "matched".
         warnings: one sentence each.
         seconds: wall time by stage ("read", "normalize", "raise", "verify", "write").
     """
@@ -274,5 +277,7 @@ class Report:
     paging: Paging | None = None
     beside: list[str] = field(default_factory=list)
     proof: Proof | None = None
+    own_rules: dict[str, str] = field(default_factory=dict)
+    near_misses: list[Site] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)

@@ -39,8 +39,13 @@ class Part:
     farthest: int
 
     @classmethod
-    def of(cls, facts: Facts, rewrite: Rewrite, nodes: Sequence[ir.Node]) -> Part:
+    def of(
+        cls, facts: Facts, rewrite: Rewrite, nodes: Sequence[ir.Node], *, drawn: bool = True
+    ) -> Part:
         """Cut the part out.
+
+        Args:
+            drawn: whether weights that the fused node reads may be any numbers.
 
         Raises:
             CutError: the old nodes read activations that the new ones do not.
@@ -48,6 +53,7 @@ class Part:
         made = {output for node in nodes for output in node.outputs}
         read = [v for node in nodes for v in node.inputs if v is not None and v not in made]
         weights = frozenset(v for v in rewrite.node.inputs if v is not None and _elements(v) > 1)
+        weights = weights if drawn else frozenset()
         stop = dict.fromkeys(
             v
             for v in read

@@ -87,8 +87,17 @@ class RewriteChecker:
     def __call__(self, facts: Facts, rewrite: Rewrite, nodes: Sequence[ir.Node]) -> str | None:
         """None where old and new values agree, else what differs, in one sentence."""
         self.rewrites += 1
+        reason = self._verdict(facts, rewrite, nodes, drawn=True)
+        if reason is not None and rewrite.particular:
+            reason = self._verdict(facts, rewrite, nodes, drawn=False)
+        return reason
+
+    def _verdict(
+        self, facts: Facts, rewrite: Rewrite, nodes: Sequence[ir.Node], *, drawn: bool
+    ) -> str | None:
+        """The comparison, with weights that the new nodes read `drawn` at random or as they are."""
         try:
-            part = Part.of(facts, rewrite, nodes)
+            part = Part.of(facts, rewrite, nodes, drawn=drawn)
         except CutError as error:
             return f"its check cannot be cut out: {error}"
         key = part.structure(facts)
@@ -228,6 +237,8 @@ class RewriteChecker:
             a, b = old[old_value.name or ""], new[new_value.name or ""]
             if a.shape != b.shape:
                 return f"{old_value.name!r} becomes {b.shape}, was {a.shape}"
+            if a.dtype != b.dtype:
+                return f"{old_value.name!r} becomes {b.dtype}, was {a.dtype}"
             dtype = new_value.dtype or ir.DataType.FLOAT
             half = any(v.dtype == ir.DataType.FLOAT16 for v in rewrite.node.inputs if v is not None)
             # Integers are equal or not.
