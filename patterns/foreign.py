@@ -183,7 +183,8 @@ class ScriptRule(OwnRule):
         outputs = list(found.new_outputs)
         for new in found.new_nodes:
             if new.op_type == "Constant" and new.domain in ("", "ai.onnx"):
-                outputs = [self._lifted(new, builder) if v in new.outputs else v for v in outputs]
+                lifted = self._lifted(new, builder)
+                outputs = [lifted if value in new.outputs else value for value in outputs]
                 continue
             for value in new.inputs:
                 if value is not None and not _is_made(value):

@@ -51,6 +51,7 @@ class FuseOptions:
     roles: Mapping[str, str] | None = None
     force: bool = False
     genai_config: bool = False
+    rules: tuple[Path, ...] = ()
 
 
 class FakePipeline(ModuleType):
