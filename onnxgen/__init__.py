@@ -1,4 +1,69 @@
-"""onnxgen: raise exported ONNX models to standard ops, lower them, and prove each step."""
+"""onnxgen: raise exported ONNX models to standard ops, lower them, and prove each step.
 
-# Kept free of heavy imports: the child process that runs ONNX Runtime starts from here.
+onnxgen.fuse(model) -> Result       model: a path, a proto, an onnx_ir.Model, an ONNXProgram
+onnxgen.to_paged(model) -> Result
+onnxgen.verify(original, rewritten) -> Proof
+"""
+
+from __future__ import annotations
+
+# Kept free of heavy imports: the child process that runs ONNX Runtime starts from here. What the
+# names below stand for is imported when one is first used.
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from onnxgen.api import Result, fuse, to_paged, verify
+    from onnxgen.errors import (
+        ExpectationError,
+        FileError,
+        ModelDiffersError,
+        OnnxgenError,
+        RefusedError,
+        UsageError,
+    )
+    from onnxgen.report.values import Proof, Report
+
 __version__ = "0.1.0"
+__all__ = [
+    "ExpectationError",
+    "FileError",
+    "ModelDiffersError",
+    "OnnxgenError",
+    "Proof",
+    "RefusedError",
+    "Report",
+    "Result",
+    "UsageError",
+    "__version__",
+    "fuse",
+    "to_paged",
+    "verify",
+]
+
+_HOMES = {
+    "onnxgen.api": ("Result", "fuse", "to_paged"),
+    "onnxgen.errors": (
+        "ExpectationError",
+        "FileError",
+        "ModelDiffersError",
+        "OnnxgenError",
+        "RefusedError",
+        "UsageError",
+    ),
+    "onnxgen.report.values": ("Proof", "Report"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "verify":  # the package, which can be called
+        return importlib.import_module("onnxgen.verify")
+    for home, names in _HOMES.items():
+        if name in names:
+            value = globals()[name] = getattr(importlib.import_module(home), name)
+            return value
+    raise AttributeError(f"module 'onnxgen' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -124,20 +124,18 @@ def to_paged(
     Example:
       onnxgen to-paged model.onnx -o paged --block-size 16
     """
-    import onnx_ir as ir
-
     from onnxgen import pipeline_paged
     from onnxgen.targets.genai_files import CONFIG, READ
-    from onnxgen.targets.paged import PagedOptions
+    from onnxgen.targets.paged import KV_DTYPES, PagedOptions
 
     output = output or default_folder(model)
     written = [output / name for name in ("model.onnx", CONFIG, *READ)]
     check_report_file(report_file, model, *map(model.with_name, (CONFIG, *READ)), *written)
     check_verify(budget, no_verify)
-    kinds = {None: None, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
+    kind = None if kv_dtype is None else KV_DTYPES[kv_dtype]
     options = pipeline_paged.PageOptions(
         output=output,
-        paged=PagedOptions(block_size, logits, kinds[kv_dtype], slot_mapping, flavor),
+        paged=PagedOptions(block_size, logits, kind, slot_mapping, flavor),
         max_length=max_length,
         check=check,
         verify=not no_verify,

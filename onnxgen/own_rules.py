@@ -68,7 +68,7 @@ def find_rules(given: Iterable[Any], taken: Collection[str]) -> OwnRules:
             taken.
     """
     found: list[OwnRule] = []
-    codes = {code: "onnxgen" for code in taken}
+    codes = dict.fromkeys(taken, "onnxgen")
     for number, each in enumerate(given, 1):
         if isinstance(each, str | Path):
             path = Path(each)

@@ -128,7 +128,9 @@ def test_a_rule_may_give_back_what_was_there(tmp_path: Path) -> None:
         def rewrite(self, op: Any, x: Any) -> Any:
             return x
 
-    text = "(float[b,s,40] x) => (float[b,s,40] y) { a = Abs(x)  c = Neg(a)  d = Neg(c)  y = Exp(d) }"
+    text = (
+        "(float[b,s,40] x) => (float[b,s,40] y) { a = Abs(x)  c = Neg(a)  d = Neg(c)  y = Exp(d) }"
+    )
     report, after = fused(text, tmp_path, Twice)
     assert statuses(report) == {"Twice": ["fused"]}
     assert [node.op_type for node in after.graph.node] == ["Abs", "Exp"]
@@ -342,7 +344,7 @@ class CyclicRule(MakesNonsense):
     ],
 )
 def test_a_wrong_rewrite_is_undone_and_said(rule: Any, reason: str, tmp_path: Path) -> None:
-    plain, unchanged = fused(SCALED, tmp_path)
+    _, unchanged = fused(SCALED, tmp_path)
     report, after = fused(SCALED, tmp_path, rule)
     (site,) = report.sites
     assert (site.rule, site.status) == (rule.__name__, "undone")
@@ -529,7 +531,10 @@ RAISING = {
 def test_a_rule_that_fails_is_one_sentence(body: str, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(parse(MISH).SerializeToString())
     path = tmp_path / "bad.py"
-    lines = ["from onnxscript.rewriter import RewriteRuleClassBase", "class Bad(RewriteRuleClassBase):"]
+    lines = [
+        "from onnxscript.rewriter import RewriteRuleClassBase",
+        "class Bad(RewriteRuleClassBase):",
+    ]
     lines += [f"    {line}" for line in body.splitlines()]
     for name, made in (("pattern", "op.Tanh(op.Softplus(x))"), ("rewrite", "op.Exp(x)")):
         if f"def {name}" not in body:
@@ -544,7 +549,7 @@ def test_a_rule_that_fails_is_one_sentence(body: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_a_file_error(tmp_path: Path) -> None:
-    with pytest.raises(FileError, match="nothing.py cannot be read: No such file"):
+    with pytest.raises(FileError, match=r"nothing.py cannot be read: No such file"):
         find_rules([tmp_path / "nothing.py"], [])
 
 
@@ -553,7 +558,7 @@ def test_a_rule_of_our_kind_that_fails_is_named(tmp_path: Path) -> None:
         def rewrite(self, facts: Facts, builder: Builder, node: Any) -> Rewrite | None:
             raise RuntimeError("broken")
 
-    with pytest.raises(UsageError, match="the rule DBL1 fails at node .* RuntimeError: broken"):
+    with pytest.raises(UsageError, match=r"the rule DBL1 fails at node .* RuntimeError: broken"):
         fused(MISH, tmp_path, Failing)
 
     class Nameless(Rule):

@@ -31,6 +31,8 @@ KEY = "onnxgen.paged"
 Logits = Literal["all", "last", "indices"]
 Flavor = Literal["portable", "ort"]
 LARGEST_BLOCK = 1 << 16
+KV_DTYPES = {"fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
+"""Types of pools, as they are asked for."""
 
 
 @dataclass(frozen=True)
