@@ -6,8 +6,8 @@ python examples/after_torch_export.py            # needs torch
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+from torch.nn import functional
 
 import onnxgen
 
@@ -25,7 +25,7 @@ class Attention(nn.Module):
         b, s, _ = x.shape
         q, k, v = self.qkv(x).view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         k, v = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.out(y.transpose(1, 2).reshape(b, s, -1)), k, v
 
 

@@ -19,7 +19,7 @@ import onnx_ir as ir
 import pytest
 
 import onnxgen
-from onnxgen import api, staging
+from onnxgen import api, model_forms, staging
 from onnxgen.cli import main
 from onnxgen.errors import FileError, ModelDiffersError, RefusedError, UsageError
 from onnxgen.report.values import Proof
@@ -138,7 +138,7 @@ def test_a_model_is_saved_where_there_is_a_folder_only(path: Path, tmp_path: Pat
 def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of 8 KB are as full as others of 2 GB."""
     monkeypatch.setattr(staging, "MAX_FILE", 8000)
-    monkeypatch.setattr(api, "MAX_FILE", 8000)
+    monkeypatch.setattr(model_forms, "MAX_FILE", 8000)
 
 
 def large() -> onnx.ModelProto:
@@ -291,7 +291,7 @@ def test_every_option_of_a_command_is_a_keyword(name: str) -> None:
     function = getattr(api, name.replace("-", "_"))
     keywords = dict(inspect.signature(function).parameters)
     options = {o.opts[-1][2:]: o for o in command.params if isinstance(o, click.Option)}
-    assert FOR_A_SHELL <= options.keys()
+    assert options.keys() >= FOR_A_SHELL
     for word, option in options.items():
         if word in FOR_A_SHELL:
             assert word not in keywords
