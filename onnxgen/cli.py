@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from onnxgen import __version__
+from onnxgen.cli_new_pattern import new_pattern
 from onnxgen.cli_paged import to_paged
 from onnxgen.cli_words import (
     PathType,
@@ -267,3 +268,4 @@ def demo(keep: Path | None) -> None:
 
 
 main.add_command(to_paged)
+main.add_command(new_pattern)

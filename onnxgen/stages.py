@@ -66,6 +66,7 @@ def raise_part(report: Report, work: Work, runtime: Runtime) -> dict[str, MaskFa
     sites: list[Site] = []
     if before:
         sites += _raise(report, replace(work, rules=before))
+    if any(site.status == "fused" for site in sites):
         report.warnings += settle(model, runtime, work.roles)
         work = replace(work, sampler=Sampler(model.graph, work.roles, runtime))
     sites += _raise(report, work)

@@ -76,7 +76,7 @@ class OwnRule(Rule):
             where = "" if node is None else f" at node '{node.name}' ({node.op_type})"
             raise UsageError(
                 f"{self.origin.name}: the rule {self.code} fails{where}: "
-                f"{raised(error, self.origin.file)}; --disable {self.code} leaves it out"
+                f"{raised(error, self.origin.file)}"
             ) from error
 
 
@@ -93,7 +93,10 @@ class GivenRule(OwnRule):
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         with self.said(node):
-            return self._rule.rewrite(facts, builder, node)
+            found = self._rule.rewrite(facts, builder, node)
+            if not isinstance(found, Rewrite | None):
+                raise TypeError(f"it gives {type(found).__name__}, not a Rewrite or None")
+            return found
 
     def begin(self, model: ir.Model) -> None:
         with self.said():

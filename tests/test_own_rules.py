@@ -561,6 +561,13 @@ def test_a_rule_of_our_kind_that_fails_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"the rule DBL1 fails at node .* RuntimeError: broken"):
         fused(MISH, tmp_path, Failing)
 
+    class Odd(Doubled):
+        def rewrite(self, facts: Facts, builder: Builder, node: Any) -> Any:
+            return node.outputs[0]
+
+    with pytest.raises(UsageError, match=r"DBL1 fails at node .*: it gives Value"):
+        fused(MISH, tmp_path, Odd)
+
     class Nameless(Rule):
         kind, anchors = "doubled", frozenset({"Mul"})
 
@@ -577,6 +584,12 @@ def test_codes_are_unique(tmp_path: Path) -> None:
     unnamed = RewriteRule(lambda op, x: op.Neg(op.Neg(x)), lambda op, x: op.Identity(x))
     other = RewriteRule(lambda op, x: op.Abs(op.Abs(x)), lambda op, x: op.Abs(x), name="a b!")
     assert find_rules([[unnamed, other]], []).codes == ["rule1-1", "a-b-"]
+
+    class Coded(Mish):
+        code, kind, stage = "MINE1", "activation", "after"
+
+    (rule,) = find_rules([Coded.rule()], []).rules
+    assert (rule.code, rule.kind, rule.stage) == ("MINE1", "activation", "after")
 
 
 # --- packages that are installed ----------------------------------------------------------------
