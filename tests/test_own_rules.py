@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from importlib import metadata
 from pathlib import Path
@@ -303,6 +304,26 @@ def test_rules_of_our_own_kind_are_taken_too(tmp_path: Path) -> None:
     ]
 
 
+def test_onnxscripts_own_rules_are_taken_as_they_are(tmp_path: Path) -> None:
+    """Some 50, those that come in several spellings among them; ours find what they found."""
+    from onnxscript.rewriter.rules import common
+
+    offered = [getattr(common, name) for name in common.__all__]
+    rules = [each() if callable(each) else each for each in offered]
+    (entry,) = corpus("llama/torchscript")
+    plain, _ = fused(entry.load(), tmp_path)
+    report, _ = fused(entry.load(), tmp_path, rules)
+    assert report.proof is not None
+    assert report.proof.status == "proven"
+    found = statuses(report)
+    assert found["UnsqueezeUnsqueeze"] == ["fused"] * 3
+    assert "undone" not in {status for each in found.values() for status in each}
+    assert {rule: found[rule] for rule in statuses(plain)} == statuses(plain)
+    said = run("fuse", tmp_path / "model.onnx", "--rules", _file_of_common(tmp_path)).stdout
+    assert said.count("fits nowhere") == 4, "the others are counted"
+    assert re.search(r"And \d\d other rules of yours fit nowhere", said)
+
+
 # --- rules that are wrong -----------------------------------------------------------------------
 
 
@@ -372,6 +393,18 @@ def test_another_type_is_never_put_in(to: int, tmp_path: Path) -> None:
         (site,) = report.sites
         assert site.decline is not None
         assert (site.status, site.decline.code) == ("kept", "other-type")
+
+
+def test_another_type_is_undone_of_a_rule_of_our_kind_too(tmp_path: Path) -> None:
+    class Halved(Doubled):
+        def rewrite(self, facts: Facts, builder: Builder, node: Any) -> Rewrite | None:
+            y = builder.op("Cast", [node.inputs[0]], {"to": 10})
+            return Rewrite(y.producer(), ((node.outputs[0], y),))
+
+    text = "(float[b,s,40] x) => (float[b,s,40] y) { a = Neg(x)  c = Mul(a, 1.0)  y = Mul(c, 2.0) }"
+    report, _ = fused(text, tmp_path, Halved)
+    assert [site.status for site in report.sites] == ["undone"]
+    assert "becomes float16, was float32" in report.warnings[0]
 
 
 def test_a_replacement_that_reads_what_it_replaces_is_kept_out(tmp_path: Path) -> None:
@@ -484,6 +517,17 @@ def _file_of_mish(folder: Path, rest: str = "") -> Path:
         rules = [Mish]
         """
         + rest,
+    )
+
+
+def _file_of_common(folder: Path) -> Path:
+    return written(
+        folder,
+        """
+        from onnxscript.rewriter.rules import common
+        offered = [getattr(common, name) for name in common.__all__]
+        rules = [each() if callable(each) else each for each in offered]
+        """,
     )
 
 

@@ -199,19 +199,25 @@ def _fused(sites: Sequence[Site]) -> Iterator[Text]:
 
 
 def _found_nothing(report: Report) -> Iterator[Text]:
-    """The user's rules that fit nowhere, each with what came nearest."""
+    """The user's rules that fit nowhere, those first that came nearest to it."""
+    misses: dict[str, list[Site]] = {code: [] for code in report.own_rules}
+    for site in report.near_misses:
+        misses[site.rule].append(site)
     found = {site.rule for site in report.sites}
-    for code, origin in report.own_rules.items():
-        misses = [site for site in report.near_misses if site.rule == code]
-        if code in found:
-            continue
+    codes = [code for code in misses if code not in found]
+    codes.sort(key=lambda code: -int(misses[code][0].details["matched"]) if misses[code] else 0)
+    for code in codes[:GROUPS_SHOWN]:
         said = "no node is like the one that its pattern ends in"
-        if misses:
-            reasons = [site.decline.reason for site in misses if site.decline is not None]
-            matched = _many(int(misses[0].details["matched"]), "node")
-            where = _some(site.scope or site.node for site in misses)
-            said = f"nearest ({len(misses)}): {matched} fit, then: {reasons[0]} [{where}]"
-        yield _labelled(f"{code} of {origin} fits nowhere", said, "yellow")
+        if misses[code]:
+            nearest = misses[code][0]
+            matched = _many(int(nearest.details["matched"]), "node")
+            reason = nearest.decline.reason if nearest.decline is not None else ""
+            where = _some(dict.fromkeys(site.scope or site.node for site in misses[code]))
+            said = f"nearest ({len(misses[code])}): {matched} fit, then: {reason} [{where}]"
+        yield _labelled(f"{code} of {report.own_rules[code]} fits nowhere", said, "yellow")
+    if len(codes) > GROUPS_SHOWN:
+        more = _many(len(codes) - GROUPS_SHOWN, "other rule")
+        yield Text(f"And {more} of yours fit nowhere (--json lists what came near)", "yellow")
 
 
 def _lowered(sites: Sequence[Site]) -> Iterator[Text]:
