@@ -12,13 +12,26 @@ Replaces
     W. Where no row can differ from another, past_key and past_value of Attention do the same.
     Packed queries, keys and values are split.
 
+Looks for
+    1. the operator, of the forms that ONNX Runtime runs on CPU
+    2. queries, keys and values with heads of known sizes
+    3. lengths of the cache that can be computed
+
 Declines
     quantized-cache: the cache is stored in fewer bits.
+        Expected: a cache of float32, float16 or bfloat16.
+        Change: build the model with a cache that is not quantised.
     window-cache: the cache has about the window's size (sliding_window_cache). How many positions
         it holds is the runtime's choice, in bounds, so that no graph can tell where they stand.
-    unsupported: norms of queries and keys inside, scores as an output, ragged queries, a window
-        of 0, one past without the other.
+        Expected: a cache that holds every token.
+        Change: build the model without the sliding window cache.
+    unsupported: norms of queries and keys inside, scores as an output, ragged queries, a window of
+        0, one past without the other.
+        Expected: the operator without these.
+        Change: none: the standard has no such attention.
     layout: sizes of heads, tables or caches are not known.
+        Expected: fixed head sizes; tables and caches of a known rank.
+        Change: give the inputs static head sizes.
 
 Numerics
     The same sums in another order: about 1e-6. Rows of padding in a prompt, which the operator
@@ -54,8 +67,10 @@ class GroupQueryAttention(Rule):
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         self._check(node)
+        builder.passed(1)
         heads, kv_heads = int(attribute(node, "num_heads")), int(attribute(node, "kv_num_heads"))
         q, k, v = self._operands(facts, builder, node, heads, kv_heads)
+        builder.passed(2)
         places = Places.of(facts, builder, node)
         if places is None:
             raise Declined(self, "layout", "the lengths of the cache cannot be computed", node)

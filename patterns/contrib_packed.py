@@ -7,10 +7,21 @@ Replaces
     The weights of queries, keys and values stand side by side, and so they stay. A past and a
     present [2, B, H, T, D] are taken apart and put together. Masks become one (`contrib_mask`).
 
+Looks for
+    1. the operator, of the forms that ONNX Runtime runs on CPU
+    2. weights of queries, keys and values with heads of known sizes
+    3. a past of a known shape, and a mask of a known form
+
 Declines
     shared-buffer: the cache is written in place.
+        Expected: past and present as tensors of their own.
+        Change: convert the model without past_present_share_buffer.
     rotary: it rotates queries and keys itself: no CPU kernel.
+        Expected: rotary embeddings outside.
+        Change: optimise the model without fusing the rotary embedding.
     layout: sizes of heads or the mask's form are not known, or the mask has four axes.
+        Expected: fixed head sizes, a mask [B], [B, T] or [B, S, T].
+        Change: give the inputs static head sizes.
 
 Numerics
     The same sums in another order: about 1e-6.
@@ -46,6 +57,7 @@ class PackedAttention(Rule):
             raise Declined(self, "shared-buffer", "the cache is written in place", node)
         if attribute(node, "do_rotary", 0):
             raise Declined(self, "rotary", "it rotates queries and keys itself", node)
+        builder.passed(1)
         heads = int(attribute(node, "num_heads"))
         sizes = self._sizes(facts, node, heads)
         qkv = builder.op("MatMul", [given(node), given(node, 1)])
@@ -58,6 +70,7 @@ class PackedAttention(Rule):
         past, past_shape = optional(node, 4), facts.shapes.of(optional(node, 4))
         if q is None or k is None or v is None or shape is None or q.dtype is None:
             raise Declined(self, "layout", "the size of the heads is not known", node)
+        builder.passed(2)
         if past is not None and (past_shape is None or len(past_shape) != 5):
             raise Declined(self, "layout", "the shape of the past is not known", node)
         held = 0 if past_shape is None else past_shape[3]

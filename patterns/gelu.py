@@ -16,8 +16,12 @@ Replaces
     have an operator. Gelu on the same tensor: 0.8 ms against 0.8 to 3.4 for erf, depending on the
     order of its factors, and 1.2 against 5.2 to 9.3 for tanh.
 
+Looks for
+    1. x times half of one plus an erf, a tanh or a sigmoid, in any order of factors
+    2. a result of x's own shape
+
 Declines
-    Nothing: what is no GELU is no site.
+    Nothing: what does not fit stays as it is, and is no site.
 
 Numerics
     The same function; the order of its products may differ (1 unit in the last place).
@@ -48,6 +52,7 @@ class GeluActivation(Rule):
         found = gelu_of(node)
         if found is None or not facts.is_activation(found.x):
             return None
+        builder.passed(1)
         if not facts.shapes.same_shape(facts.shapes.of(found.x), facts.shapes.of(found.y)):
             return None  # a constant with more axes than x gives the result more, too
         y = builder.op("Gelu", [found.x], {"approximate": found.approximate})

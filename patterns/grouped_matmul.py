@@ -10,8 +10,15 @@ Replaces
     between; and so have experts that do something else between their products, or behind them,
     than an activation. Matrices gathered for each row, or one product for each group of rows.
 
+Looks for
+    1. rows times matrices of a stack that indices choose
+    2. indices below the number of matrices
+    3. an output whose size can be computed
+
 Declines
     layout: a size that must be known is not.
+        Expected: an output whose sizes follow from the inputs'.
+        Change: make only batch and lengths dynamic when exporting.
 
 Numerics
     The same products.
@@ -44,9 +51,11 @@ class GroupedProducts(Rule):
         found = grouped_at(facts, node)
         if found is None:
             return None
+        builder.passed(1)
         bound = bound_of(facts, found.indices)
         if bound is not None and bound > found.groups:
             return None
+        builder.passed(2)
         op, ints = builder.op, builder.ints
         stack = found.source.value
         weights = facts.shapes.of(stack) or ()

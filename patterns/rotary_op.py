@@ -8,8 +8,14 @@ Replaces
     The operator does not broadcast, and runtimes reject the first two for B > 1. Exporters write
     them where positions are counted, not fed.
 
+Looks for
+    1. a RotaryEmbedding whose tables or positions are of one sequence, for a batch
+    2. a batch whose size can be computed
+
 Declines
     batch-unknown: the size of the batch cannot be computed.
+        Expected: sizes that follow from the inputs'.
+        Change: make only batch and lengths dynamic when exporting.
 
 Numerics
     The same for one sequence; the others are turned as that one is.
@@ -44,6 +50,7 @@ class OneRowRotary(Rule):
         sizes = [facts.shapes.of(value) for value in rows]
         if batch == 1 or not any(size and size[0] == 1 for size in sizes):
             return None
+        builder.passed(1)
         expanded: list[ir.Value | None] = []
         for value, size in zip(rows, sizes, strict=True):
             assert value is not None

@@ -10,10 +10,22 @@ Replaces
     Transposes that put the sequence in front for ScatterND go with it. Positions modulo the
     cache's length are the operator's circular mode.
 
+Looks for
+    1. a write into a tensor that continues a past
+    2. whole rows that are written
+    3. rows that follow one another
+    4. the number of sequences
+
 Declines
+    rows: something else than whole rows is written.
+        Expected: new keys or values of every head, [B, K, S, D], into [B, K, L, D].
+        Change: write whole rows: past[:, :, start:start + S] = new.
     positions: the rows cannot be shown to be neighbours. Where an input says where each row goes,
         any places are legal for ScatterND, and one new row only is sure to be one write.
-    rows: something else than whole rows is written.
+        Expected: positions start, start + 1, ... that the graph itself counts, or one new row a
+        run.
+        Change: export with a counted position (cache_position made inside the model), or for one
+        token a run.
 
 Numerics
     The same elements. Outside of what fits (start < 0, start + S > L) ONNX Runtime's TensorScatter
@@ -58,6 +70,7 @@ class StaticCacheWrite(Rule):
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         if not any(_is_cache(facts, value) for value in buffers_of(node)):
             return None
+        builder.passed(1)
         write = write_of(facts, node)
         if isinstance(write, str):
             raise Declined(self, "rows", write, node)
@@ -68,7 +81,9 @@ class StaticCacheWrite(Rule):
             if axis != write.axis and not facts.shapes.same(new_shape[own], size):
                 reason = f"{new_shape[own]} of {size} places of axis {axis} are written"
                 raise Declined(self, "rows", reason, node)
+        builder.passed(2)
         place = self._place(facts, builder, write, node)
+        builder.passed(3)
         layout = _layout(write, place.batch)
         start = _start(facts, builder, place, past_shape[layout[0]])
         if start is None and not place.at_zero:

@@ -7,8 +7,13 @@ Replaces
     Both masks are run on a grid of lengths and paddings (`masks.PROBES`): each element of the old
     one is 0 or the lowest number, and the Where picks just the rows that hold no 0.
 
+Looks for
+    1. a Where that replaces rows of an Attention by zeros
+    2. rows that, run on a grid of lengths and paddings, are just those that the mask hides
+       everywhere
+
 Declines
-    none: what does not fit stays as it is.
+    Nothing: what does not fit stays as it is, and is no site.
 
 Numerics
     The same: a bool mask leaves a row that sees nothing zeros, as ONNX Runtime runs it.
@@ -50,6 +55,7 @@ class UnattendedRows(Rule):
         shape = facts.shapes.of(node.outputs[0])
         if not facts.shapes.same_shape(shape, facts.shapes.of(y)):
             return None
+        builder.passed(1)
         if not _rows_without_keys(facts, nothing, mask):
             return None
         inputs = list(attention.inputs)

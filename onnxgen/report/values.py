@@ -23,12 +23,22 @@ class Decline:
         code: a stable slug, such as "no-value-product".
         reason: one sentence for a person.
         nodes: names of the nodes that stopped the rule, the decisive one first.
+        reached: what the rule looks for and found, in its order.
+        ahead: what it looks for and did not find, the first being where it stopped.
+        expected: what the rule would have taken there; "" where its page does not say.
+        found: the first of `nodes` with the types and shapes of what it reads.
+        change: what a user can do about it.
     """
 
     rule: str
     code: str
     reason: str
     nodes: tuple[str, ...] = ()
+    reached: tuple[str, ...] = ()
+    ahead: tuple[str, ...] = ()
+    expected: str = ""
+    found: str = ""
+    change: str = ""
 
 
 @dataclass

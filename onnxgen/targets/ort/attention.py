@@ -14,11 +14,26 @@ Replaces
     input, it ignores it on a first prompt (CPU, ONNX Runtime 1.32), and left padding shifts it.
     So for any padding, and for other tables, the rotary embedding stays outside.
 
+Looks for
+    1. an Attention that continues a cache
+    2. heads and head sizes that the kernel takes
+    3. a mask that attributes, the input mask or a bias can say
+    4. queries, keys, values and the output as [B, S, heads * D]
+
 Declines
     no-cache: nothing is continued; the standard operator is as good.
+        Expected: past_key and past_value.
+        Change: none needed; export with past and present for a model that generates.
     layout: queries, keys, values or the output have no [B, S, heads * D].
-    kernel: head sizes that the kernel does not take: K and V differ, or D is no multiple of 8.
+        Expected: four axes [B, H, S, D] of fixed heads and head size.
+        Change: make only batch and lengths dynamic when exporting.
+    kernel: what the kernel does not take: K and V of different sizes, D that is no multiple of 8,
+        or scores as an output.
+        Expected: keys and values of one head size, a multiple of 8.
+        Change: none: --target onnx has no such limit.
     causal: is_causal counts from the first key where there is no mask to tell.
+        Expected: a mask, or is_causal, but not both.
+        Change: export with an attention mask only.
 
 Numerics
     The same sums; probabilities in float.
@@ -97,11 +112,14 @@ class GroupQuery(Rule):
         assert q is not None
         assert k is not None
         assert v is not None
+        builder.passed(1)
         heads, kv_heads = self._check(facts, node, q, k, v)
+        builder.passed(2)
         found = self._rotary(facts, q, k, past_key)
         rotary, said = (None, found) if isinstance(found, str) else (found, "inside")
         positions = rotary[0].positions if rotary is not None else None
         masking = self._masking(facts, node, mask, past_key, positions)
+        builder.passed(3)
         operands = [
             rows_first(facts, builder, value, count, turned=not inside)
             for value, count, inside in (

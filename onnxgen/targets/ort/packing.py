@@ -7,9 +7,12 @@ Replaces
     Where an exporter split one projection, the split goes. Weights are joined when the model is
     written, one layer at a time.
 
+Looks for
+    1. a GroupQueryAttention with separate queries, keys and values
+    2. three products of one tensor with constants, or three parts of one
+
 Declines
-    none: projections that something stands behind (norms of heads), that are read elsewhere, or
-    whose weights are quantised, stay as they are.
+    Nothing: what does not fit stays as it is, and is no site.
 
 Numerics
     The same products.
@@ -52,6 +55,7 @@ class PackedProjections(Rule):
         parts = list(node.inputs[:3])
         if any(part is None for part in parts):
             return None
+        builder.passed(1)
         values = [given(node, index) for index in range(3)]
         packed = _whole(facts, values)
         if packed is None:
