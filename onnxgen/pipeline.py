@@ -3,6 +3,7 @@
 fuse:    read -> for each branch of a merged model, if it is one:
              roles -> normalize -> raise -> lower for the target (each rewrite checked) -> tidy
          -> stage beside the output -> verify -> move into place
+explain: the first of these lines; nothing is written
 to_paged: in `onnxgen.pipeline_paged`, which is as long again
 verify:  the comparison alone, of any two models with the same inputs and outputs
 """
@@ -18,7 +19,7 @@ import onnx_ir as ir
 
 from onnxgen import __version__, functions
 from onnxgen.analysis.masks import MaskFamily
-from onnxgen.analysis.roles import find_roles, write_roles
+from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import UsageError
 from onnxgen.model_io import data_files, read_model, staged
@@ -121,29 +122,9 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     check_output(output, path, reads, force=options.force)
     report.ops_before = count_ops(model)
     report.opset_before = model.graph.opset_imports.get("", 0)
-    opset = onnx_target.opset_for(report.opset_before, options.opset)
     roles = find_roles(model, options.roles)
-    contract = Contract()
-
     with Runtime(twins=unrunnable_types(model)) as runtime:
-        checkers: list[RewriteChecker] = []
-        parts = split_branches(model)
-        for part in parts:
-            own = find_roles(part.model, options.roles) if part.branch else roles
-            clock.start("normalize", "normalizing")
-            report.warnings += normalize(part.model, opset, runtime, own)
-
-            clock.start("raise", "raising")
-            checkers += [RewriteChecker(runtime, own)] if options.verify else []
-            sampler = Sampler(part.model.graph, own, runtime)
-            rules = ort_target.RAISING if options.target == "ort" else RULES
-            work = Work(part, own, sampler, checkers, options.disabled, rules)
-            families = raise_part(report, work)
-            if options.target == "ort":
-                clock.start("lower", "lowering")
-                settings = _settings(path, options)
-                contract = contract.both(_lower(report, work, settings, families))
-        model = join_branches(parts)
+        model, contract, checkers = _rewrite(report, path, model, roles, options, runtime, clock)
         if options.inline:
             functions.expand(model)
         write_contract(model, contract)
@@ -174,6 +155,31 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     return report
 
 
+def explain(path: Path, options: FuseOptions, progress: Progress) -> Report:
+    """What `fuse` would do to a model, and why not more; nothing is written.
+
+    Every rewrite is checked unless the options say otherwise; the whole models are not compared,
+    so that the report holds no proof.
+
+    Raises:
+        FileError, UsageError, RefusedError: as `fuse`.
+    """
+    _check_options(options)
+    report = Report(input=str(path), output="", target=options.target)
+    clock = Clock(report.seconds, progress)
+    clock.start("read", f"reading {path.name}")
+    model = read_model(path)
+    report.ops_before = count_ops(model)
+    report.opset_before = model.graph.opset_imports.get("", 0)
+    roles = find_roles(model, options.roles)
+    with Runtime(twins=unrunnable_types(model)) as runtime:
+        model, contract, _ = _rewrite(report, path, model, roles, options, runtime, clock)
+    clock.stop()
+    report.contract = str(contract) if options.target == "ort" else ""
+    describe(report, model)
+    return report
+
+
 def verify(
     original: Path,
     rewritten: Path,
@@ -184,6 +190,42 @@ def verify(
 ) -> Proof:
     """Compare two models on the same inputs; see `onnxgen.verify.compare.verify_models`."""
     return verify_models(original, rewritten, roles=roles, budget=budget, progress=progress)
+
+
+def _rewrite(
+    report: Report,
+    path: Path,
+    model: ir.Model,
+    roles: Roles,
+    options: FuseOptions,
+    runtime: Runtime,
+    clock: Clock,
+) -> tuple[ir.Model, Contract, list[RewriteChecker]]:
+    """Normalize, raise and lower each branch of a model, and say in the report what happened.
+
+    Returns:
+        The model for the target, what it assumes, and the checkers with their figures.
+    """
+    opset = onnx_target.opset_for(report.opset_before, options.opset)
+    contract = Contract()
+    checkers: list[RewriteChecker] = []
+    parts = split_branches(model)
+    for part in parts:
+        own = find_roles(part.model, options.roles) if part.branch else roles
+        clock.start("normalize", "normalizing")
+        report.warnings += normalize(part.model, opset, runtime, own)
+
+        clock.start("raise", "raising")
+        checkers += [RewriteChecker(runtime, own)] if options.verify else []
+        sampler = Sampler(part.model.graph, own, runtime)
+        rules = ort_target.RAISING if options.target == "ort" else RULES
+        work = Work(part, own, sampler, checkers, options.disabled, rules)
+        families = raise_part(report, work)
+        if options.target == "ort":
+            clock.start("lower", "lowering")
+            settings = _settings(path, options)
+            contract = contract.both(_lower(report, work, settings, families))
+    return join_branches(parts), contract, checkers
 
 
 def _check_options(options: FuseOptions) -> None:

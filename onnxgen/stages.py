@@ -18,7 +18,9 @@ from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ModelDiffersError, RefusedError
 from onnxgen.passes.merged import Part, split_branches
+from onnxgen.passes.missed import missed
 from onnxgen.passes.raise_ import raise_model
+from onnxgen.passes.rewriting import NearMiss
 from onnxgen.passes.tidy import tidy
 from onnxgen.patterns import RULES
 from onnxgen.patterns.rule import Rule
@@ -56,6 +58,7 @@ class Work:
 def raise_part(report: Report, work: Work) -> dict[str, MaskFamily]:
     """Raise, and say what each attention's mask means; returns that by node name."""
     model = work.part.model
+    near: list[NearMiss] = []
     sites = raise_model(
         model,
         work.roles,
@@ -63,7 +66,9 @@ def raise_part(report: Report, work: Work) -> dict[str, MaskFamily]:
         check=work.checker,
         disabled=work.disabled,
         rules=work.rules,
+        near=near,
     )
+    sites += missed(model.graph, work.roles, sites, near, work.rules, work.disabled)
     families = mask_families(model.graph, work.sampler)
     for site in sites:
         family = families.get(site.node) if site.status == "fused" else None

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 SECTIONS = ("Replaces", "Looks for", "Declines", "Numerics", "Seen in")
-_ENTRY = re.compile(r"([a-z][a-z0-9-]*): (.*)")
+_ENTRY = re.compile(r"([a-z][a-z0-9-]*|[A-Z]{3}\d{3}): (.*)")
 _STEP = re.compile(r"\d+\. (.*)")
 
 

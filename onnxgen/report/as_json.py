@@ -4,7 +4,7 @@ Every document holds:
 
 - ``schema``: 1; it grows only when a key changes its meaning or goes.
 - ``onnxgen``: the version that wrote it.
-- ``command``: "fuse", "to-paged" or "verify".
+- ``command``: "fuse", "to-paged", "verify" or "explain".
 - ``exit_code``: what the command ended with (see README.md).
 - ``error``: the sentence the command ended with, null where it succeeded.
 
@@ -12,6 +12,10 @@ Every document holds:
 nested, and two that are derived from them: ``summary``, by kind of site how many were found,
 fused, kept and undone, and in the proof ``worst``, the case with the largest difference. It is
 null where the command failed before there was anything to report.
+
+``explain`` adds ``report``, of what `fuse` would do, and ``places``: the sites that were asked for,
+each with its ``decline``, which says how far the nearest rule got (``reached``, ``ahead``), where
+it stopped (``nodes``, ``found``), what it ``expected`` and what would ``change`` it.
 
 ``verify`` adds ``original``, ``rewritten`` and ``proof``.
 
@@ -23,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnxgen import __version__
@@ -46,6 +50,14 @@ def report_document(
             "proof": _proof(report.proof),
         }
     return document
+
+
+def explain_document(
+    report: Report | None, places: Sequence[Site], exit_code: int, error: str | None
+) -> dict[str, Any]:
+    """The outcome of `onnxgen explain`."""
+    document = report_document("explain", report, exit_code, error)
+    return {**document, "places": [dataclasses.asdict(site) for site in places]}
 
 
 def verify_document(

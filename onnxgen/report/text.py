@@ -77,7 +77,7 @@ def render_proof(proof: Proof | None) -> RenderableType:
     ran = [case for case in proof.cases if case.compared]
     status = proof.status.capitalize()
     # Why it is not proven is the sentence that the command ends with.
-    said = f"{_many(len(ran), 'case')} run, {_largest(proof)}" if ran else "no case was run"
+    said = f"{many(len(ran), 'case')} run, {_largest(proof)}" if ran else "no case was run"
     lines.append(_labelled(status, said, _STYLES[proof.status]))
     if proof.twins:
         why = "ONNX Runtime's CPU cannot run bfloat16"
@@ -87,8 +87,8 @@ def render_proof(proof: Proof | None) -> RenderableType:
     if proof.rewrites:
         lines.append(
             Text(
-                f"  {_many(proof.rewrites, 'rewrite')} checked in place "
-                f"({_many(proof.structures, 'distinct structure')}), "
+                f"  {many(proof.rewrites, 'rewrite')} checked in place "
+                f"({many(proof.structures, 'distinct structure')}), "
                 f"largest difference {proof.rewrite_difference:.1e}"
             )
         )
@@ -100,15 +100,13 @@ def render_proof(proof: Proof | None) -> RenderableType:
         if case.skipped:
             skipped.setdefault(case.skipped, []).append(case)
     for reason, cases in skipped.items():
-        names = _some(case.name for case in cases)
-        lines.append(Text(f"  {_many(len(cases), 'case')} skipped ({names}): {reason}", "yellow"))
+        names = some(case.name for case in cases)
+        lines.append(Text(f"  {many(len(cases), 'case')} skipped ({names}): {reason}", "yellow"))
     outside = [case for case in proof.cases if case.outside]
     if outside:
-        names = _some(case.name for case in outside)
+        names = some(case.name for case in outside)
         lines.append(
-            Text(
-                f"  {_many(len(outside), 'case')} outside the contract fail as they must ({names})"
-            )
+            Text(f"  {many(len(outside), 'case')} outside the contract fail as they must ({names})")
         )
     if proof.seconds:
         memory = f" in at most {in_words(proof.memory)} of memory" if proof.memory else ""
@@ -126,11 +124,11 @@ def _inside(proof: Proof) -> Iterator[Text]:
             else ""
         )
         yield Text(
-            f"  {proof.layers_run} of {_many(proof.layers, 'part')} run, one of each kind{said}"
+            f"  {proof.layers_run} of {many(proof.layers, 'part')} run, one of each kind{said}"
         )
     if proof.inner:
         yield Text(
-            f"  {_many(proof.inner, 'value')} inside compared, "
+            f"  {many(proof.inner, 'value')} inside compared, "
             f"largest difference {proof.inner_difference:.1e}"
         )
     if proof.faint:
@@ -175,7 +173,7 @@ def _counts(report: Report) -> Table:
     for kind, count in counts.items():
         style = "green" if count["fused"] == count["found"] else "yellow"
         cells = [str(count[column]) for column in columns]
-        table.add_row(_NAMES.get(kind, kind), *cells, style=style)
+        table.add_row(name_of(kind), *cells, style=style)
     return table
 
 
@@ -190,11 +188,11 @@ def _fused(sites: Sequence[Site]) -> Iterator[Text]:
     for (kind, details), group in groups.items():
         by_kind[kind] = by_kind.get(kind, 0) + 1
         if details and by_kind[kind] <= GROUPS_SHOWN:
-            yield Text(f"Fused {_NAMES.get(kind, kind)} ({len(group)}): {details}")
+            yield Text(f"Fused {name_of(kind)} ({len(group)}): {details}")
     for kind, count in by_kind.items():
         if count > GROUPS_SHOWN:
-            more = _many(count - GROUPS_SHOWN, "other form")
-            yield Text(f"Fused {_NAMES.get(kind, kind)}: and {more} (--json lists all)")
+            more = many(count - GROUPS_SHOWN, "other form")
+            yield Text(f"Fused {name_of(kind)}: and {more} (--json lists all)")
 
 
 def _lowered(sites: Sequence[Site]) -> Iterator[Text]:
@@ -206,7 +204,7 @@ def _lowered(sites: Sequence[Site]) -> Iterator[Text]:
         done = [site for site in group if site.status == "fused"]
         details = {", ".join(f"{k} {v}" for k, v in site.details.items()) for site in done}
         said = f": {'; '.join(sorted(details))}" if any(details) else ""
-        yield Text(f"Lowered {_NAMES.get(kind, kind)} ({len(done)} of {len(group)}){said}")
+        yield Text(f"Lowered {name_of(kind)} ({len(done)} of {len(group)}){said}")
     yield from _not_fused(sites)
 
 
@@ -216,24 +214,22 @@ def _paging(paging: Paging) -> Iterator[Text]:
     for each in paging.obstacles:
         groups.setdefault((each.code, each.reason), []).append(each.node)
     for (code, reason), places in groups.items():
-        where = _some(filter(None, places))
+        where = some(filter(None, places))
         said = f"{reason} [{where}]" if where else reason
         yield _labelled(f"Cannot be paged ({len(places)}): {code}", said, "red")
     if paging.obstacles or not paging.layers:
         return
     families = "; ".join(paging.families)
     yield Text(
-        f"{_many(len(paging.pools), 'pool')} of {paging.kv_dtype} for "
-        f"{_many(paging.layers, 'layer')}: blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
+        f"{many(len(paging.pools), 'pool')} of {paging.kv_dtype} for "
+        f"{many(paging.layers, 'layer')}: blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
         f"masks: {families}; logits: {paging.logits}"
     )
     if paging.kernel:
         run = not paging.kernel.startswith("not run")
         yield _labelled("The operator's kernel", paging.kernel, "green" if run else "yellow")
     if paging.dropped:
-        yield Text(
-            f"Dropped outputs: {_some(paging.dropped)}, which say what a paged model is told"
-        )
+        yield Text(f"Dropped outputs: {some(paging.dropped)}, which say what a paged model is told")
 
 
 def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:
@@ -248,9 +244,9 @@ def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:
         reasons = {site.decline.reason for site in group if site.decline}
         reason = min(reasons, default="no reason was given")
         if len(reasons) > 1:
-            reason += f" (and {_many(len(reasons) - 1, 'like reason')})"
-        where = _some(site.scope or site.node for site in group)
-        label = f"{status} {_NAMES.get(kind, kind)} ({len(group)})"
+            reason += f" (and {many(len(reasons) - 1, 'like reason')})"
+        where = some(site.scope or site.node for site in group)
+        label = f"{status} {name_of(kind)} ({len(group)})"
         yield _labelled(
             label, f"{' '.join(filter(None, [rule, code]))}: {reason} [{where}]", "yellow"
         )
@@ -270,12 +266,18 @@ def _labelled(label: str, text: str, style: str) -> Text:
     return Text.assemble((f"{label}: " if text else label, style), text)
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """The first few of many names."""
     names = list(names)
     shown = ", ".join(names[:NAMES_SHOWN])
     return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
 
 
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def many(count: int, noun: str, nouns: str = "") -> str:
+    """A number with its noun, in the plural where it is one."""
+    return f"{count} {noun}" if count == 1 else f"{count} {nouns or f'{noun}s'}"
+
+
+def name_of(kind: str) -> str:
+    """What sites of a kind are called."""
+    return _NAMES.get(kind, kind)

@@ -1,0 +1,144 @@
+"""The commands that tell and change nothing: `onnxgen explain`, `onnxgen rules`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+
+import click
+
+from onnxgen.cli_words import (
+    PathType,
+    json_option,
+    no_verify_option,
+    outcome_of,
+    parse_roles,
+    role_option,
+    show_progress,
+)
+from onnxgen.errors import UsageError
+from onnxgen.report import as_json
+from onnxgen.report.values import Report, Site
+
+
+@click.command()
+@click.argument("model", type=PathType())
+@click.option(
+    "--site",
+    metavar="NAME",
+    help="Tell of this place alone, fused or not: a node's name, or a module path or its beginning.",
+)
+@click.option("--rule", metavar="CODE", help="Tell of places that this rule was nearest to alone.")
+@click.option(
+    "--target",
+    type=click.Choice(["onnx", "ort"]),
+    default="onnx",
+    show_default=True,
+    help="What it would be fused for.",
+)
+@no_verify_option
+@role_option
+@json_option
+def explain(
+    model: Path,
+    site: str | None,
+    rule: str | None,
+    target: str,
+    no_verify: bool,
+    roles: tuple[str, ...],
+    json_output: bool,
+) -> None:
+    """Say why places of MODEL that look like attention, norms, rotary embeddings, experts or
+    caches are not fused: the nearest rule, how far it got, the node that stopped it, what was
+    expected there, and what would change it. Nothing is written.
+
+    \b
+    Example:
+      onnxgen explain model.onnx --site model.layers.0
+    """
+    from onnxgen import pipeline
+    from onnxgen.rules import all_pages
+
+    titles = {page.code: page.title for page in all_pages()}
+    if rule is not None and rule not in titles:
+        raise UsageError(f"--rule {rule}: no such rule{did_you_mean(rule, list(titles))}")
+    options = pipeline.FuseOptions(target=target, verify=not no_verify, roles=parse_roles(roles))
+
+    def show(report: Report | None, code: int, error: str | None) -> None:
+        places = [] if report is None else chosen(report, site, rule)
+        if json_output:
+            document = as_json.explain_document(report, places, code, error)
+            click.echo(as_json.dumps(document), nl=False)
+        elif report is not None:
+            from onnxgen.report import text
+            from onnxgen.report.explained import render_explanation
+
+            text.console().print(render_explanation(report, places, titles))
+
+    with outcome_of(show) as outcome, show_progress() as progress:
+        outcome.value = pipeline.explain(model, options, progress)
+
+
+@click.command()
+@click.argument("code", required=False)
+@click.option("--json", "json_output", is_flag=True, help="Print pages as JSON and nothing else.")
+def rules(code: str | None, json_output: bool) -> None:
+    """List every rule with its code; with CODE, print its page: what it replaces, what it looks
+    for, when it declines and what would change that, numerics, where it was seen.
+
+    \b
+    Example:
+      onnxgen rules ATT001
+    """
+    from onnxgen.rules import PAGING, all_pages, page_for
+
+    pages = all_pages()
+    if code is not None:
+        found = page_for(code.upper())
+        if found is None:
+            known = [each for page in pages for each in (page.code, *page.reasons)]
+            raise UsageError(f"{code}: no such rule{did_you_mean(code.upper(), known)}")
+        pages = [found]
+    if json_output:
+        click.echo(as_json.dumps({"rules": [dataclasses.asdict(page) for page in pages]}), nl=False)
+    elif code is None:
+        for page in pages:
+            click.echo(f"{page.code:7} {page.title}")
+        click.echo(f"onnxgen rules CODE prints a page; codes such as {PAGING}004 are found, too")
+    else:
+        from onnxgen.report import text
+        from onnxgen.report.explained import render_page
+
+        text.console().print(render_page(pages[0], code.upper()))
+
+
+def chosen(report: Report, name: str | None, rule: str | None) -> list[Site]:
+    """The sites that are told of: all that are not fused, or those of a name, fused ones too.
+
+    Raises:
+        UsageError: no site has that name.
+    """
+    sites = [*report.sites, *report.lowered]
+    if name is None:
+        found = [site for site in sites if site.status != "fused"]
+    else:
+        found = [site for site in sites if _called(site, name)]
+        if not found:
+            names = [called for site in sites for called in (site.node, site.scope) if called]
+            raise UsageError(f"--site {name}: no such place{did_you_mean(name, names)}")
+    return [site for site in found if rule is None or site.rule == rule]
+
+
+def _called(site: Site, name: str) -> bool:
+    nodes = (site.node, *(site.decline.nodes if site.decline is not None else ()))
+    return name in nodes or site.scope == name or site.scope.startswith(f"{name}.")
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """A hint at what is near a word, or at what there is."""
+    near = difflib.get_close_matches(word, known, 1, 0.6)
+    if near:
+        return f"; did you mean {near[0]}?"
+    return f"; there are {', '.join(dict.fromkeys(known[:20]))}" if known else ""
