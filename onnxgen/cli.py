@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from onnxgen import __version__
-from onnxgen.cli_explain import explain, rules
+from onnxgen.cli_explain import explain, inspect, rules
 from onnxgen.cli_paged import to_paged
 from onnxgen.cli_words import (
     PathType,
@@ -265,4 +265,5 @@ def demo(keep: Path | None) -> None:
 
 main.add_command(to_paged)
 main.add_command(explain)
+main.add_command(inspect)
 main.add_command(rules)

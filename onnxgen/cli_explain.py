@@ -1,4 +1,4 @@
-"""The commands that tell and change nothing: `onnxgen explain`, `onnxgen rules`."""
+"""The commands that tell and change nothing: `explain`, `inspect` and `rules`."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from onnxgen.cli_words import (
 )
 from onnxgen.errors import UsageError
 from onnxgen.report import as_json
+from onnxgen.report.inspection import Inspection
 from onnxgen.report.values import Report, Site
 
 
@@ -79,6 +80,33 @@ def explain(
 
     with outcome_of(show) as outcome, show_progress() as progress:
         outcome.value = pipeline.explain(model, options, progress)
+
+
+@click.command()
+@click.argument("model", type=PathType())
+@role_option
+@json_option
+def inspect(model: Path, roles: tuple[str, ...], json_output: bool) -> None:
+    """Say what MODEL is: its attentions, caches, bytes a token, parameters, precision, what wrote
+    it, and which targets it could take.
+
+    \b
+    Example:
+      onnxgen inspect model.onnx
+    """
+    from onnxgen import inspection
+
+    def show(found: Inspection | None, code: int, error: str | None) -> None:
+        if json_output:
+            click.echo(as_json.dumps(as_json.inspect_document(found, code, error)), nl=False)
+        elif found is not None:
+            from onnxgen.report import text
+            from onnxgen.report.inspected import render_inspection
+
+            text.console().print(render_inspection(found))
+
+    with outcome_of(show) as outcome, show_progress() as progress:
+        outcome.value = inspection.inspect(model, parse_roles(roles), progress)
 
 
 @click.command()

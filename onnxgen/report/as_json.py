@@ -4,7 +4,7 @@ Every document holds:
 
 - ``schema``: 1; it grows only when a key changes its meaning or goes.
 - ``onnxgen``: the version that wrote it.
-- ``command``: "fuse", "to-paged", "verify" or "explain".
+- ``command``: "fuse", "to-paged", "verify", "explain" or "inspect".
 - ``exit_code``: what the command ended with (see README.md).
 - ``error``: the sentence the command ended with, null where it succeeded.
 
@@ -16,6 +16,8 @@ null where the command failed before there was anything to report.
 ``explain`` adds ``report``, of what `fuse` would do, and ``places``: the sites that were asked for,
 each with its ``decline``, which says how far the nearest rule got (``reached``, ``ahead``), where
 it stopped (``nodes``, ``found``), what it ``expected`` and what would ``change`` it.
+
+``inspect`` adds ``model``: the fields of `onnxgen.report.inspection.Inspection`.
 
 ``verify`` adds ``original``, ``rewritten`` and ``proof``.
 
@@ -31,6 +33,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnxgen import __version__
+from onnxgen.report.inspection import Inspection
 from onnxgen.report.values import SCHEMA_VERSION, Proof, Report, Site
 
 START = '{\n  "schema": '
@@ -58,6 +61,12 @@ def explain_document(
     """The outcome of `onnxgen explain`."""
     document = report_document("explain", report, exit_code, error)
     return {**document, "places": [dataclasses.asdict(site) for site in places]}
+
+
+def inspect_document(found: Inspection | None, exit_code: int, error: str | None) -> dict[str, Any]:
+    """The outcome of `onnxgen inspect`."""
+    model = None if found is None else dataclasses.asdict(found)
+    return {**_header("inspect", exit_code, error), "model": model}
 
 
 def verify_document(
