@@ -14,12 +14,15 @@ from typing import Any
 import click
 
 from onnxgen import __version__
+from onnxgen.cli_ci import annotate_error
 from onnxgen.cli_fuse import fuse
 from onnxgen.cli_paged import to_paged
+from onnxgen.cli_streams import STREAM, check_streams, received
 from onnxgen.cli_words import (
     PathType,
     check_report_file,
     json_option,
+    loudness_options,
     outcome_of,
     parse_roles,
     prepare_streams,
@@ -32,7 +35,7 @@ from onnxgen.cli_words import (
     unexpected,
     verify_option,
 )
-from onnxgen.errors import OnnxgenError, RefusedError
+from onnxgen.errors import OnnxgenError, RefusedError, UsageError
 from onnxgen.mapped import cut_off_in_words
 from onnxgen.places import default_output
 from onnxgen.report import as_json, files
@@ -55,7 +58,10 @@ class _Program(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
             ctx.exit(INTERRUPTED)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except click.ClickException as error:
+            annotate_error(error.format_message())
+            raise
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
             say_error(unexpected(error))
@@ -84,6 +90,7 @@ def main() -> None:
 @role_option
 @report_option
 @json_option
+@loudness_options
 def verify(
     original: Path,
     rewritten: Path,
@@ -94,22 +101,33 @@ def verify(
 ) -> None:
     """Compare two models that have the same inputs and outputs, by running both.
 
+    One of the two can be -, which is stdin.
+
     \b
     Example:
       onnxgen verify model.onnx model.fused.onnx
     """
     from onnxgen import pipeline
 
-    check_report_file(report_file, original, rewritten)
+    if original == rewritten == STREAM:
+        raise UsageError("- is one model: give the other as a file")
+    for path in (original, rewritten):
+        check_streams(path, None)
+    check_report_file(report_file, *(each for each in (original, rewritten) if each != STREAM))
     parsed = parse_roles(roles)
 
     def show(proof: Proof | None, code: int, error: str | None) -> None:
         document = as_json.verify_document(str(original), str(rewritten), proof, code, error)
         show_outcome(as_json.dumps(document), proof, report_file, json_output)
 
-    with outcome_of(show) as outcome, show_progress() as progress:
+    with (
+        outcome_of(show) as outcome,
+        show_progress() as progress,
+        received(original) as one,
+        received(rewritten) as other,
+    ):
         outcome.value = proof = pipeline.verify(
-            original, rewritten, roles=parsed, budget=budget, progress=progress
+            one, other, roles=parsed, budget=budget, progress=progress
         )
         outcome.exit_code = proof_exit_code(proof, unproven=RefusedError.exit_code)
         to_blame = rewritten if proof.status == "differs" else original

@@ -7,12 +7,14 @@ from typing import Any
 
 import click
 
+from onnxgen.cli_ci import baseline_option, expect_option, expectations_of
 from onnxgen.cli_words import (
     PathType,
     Progress,
     check_report_file,
     check_verify,
     json_option,
+    loudness_options,
     no_verify_option,
     parse_roles,
     report_of,
@@ -89,9 +91,12 @@ from onnxgen.report.values import Report
 @click.option(
     "--force", is_flag=True, help="Allow files of another model in DIR, or MODEL, to be replaced."
 )
+@expect_option
+@baseline_option
 @role_option
 @report_option
 @json_option
+@loudness_options
 def to_paged(
     model: Path,
     output: Path | None,
@@ -107,6 +112,8 @@ def to_paged(
     inline: bool,
     genai_config: bool,
     force: bool,
+    expect: tuple[str, ...],
+    baseline: Path | None,
     roles: tuple[str, ...],
     report_file: Path | None,
     json_output: bool,
@@ -129,7 +136,8 @@ def to_paged(
 
     output = output or default_folder(model)
     written = [output / name for name in ("model.onnx", CONFIG, *READ)]
-    check_report_file(report_file, model, *map(model.with_name, (CONFIG, *READ)), *written)
+    before = [baseline] if baseline is not None else []
+    check_report_file(report_file, model, *before, *map(model.with_name, (CONFIG, *READ)), *written)
     check_verify(budget, no_verify)
     kinds = {None: None, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
     options = pipeline_paged.PageOptions(
@@ -143,6 +151,7 @@ def to_paged(
         roles=parse_roles(roles),
         genai_config=genai_config,
         force=force,
+        expect=expectations_of(expect, baseline, "to-paged"),
     )
 
     def work(progress: Progress) -> Report:

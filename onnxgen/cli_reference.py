@@ -63,7 +63,7 @@ def _rules() -> Iterator[str]:
 
 def _usage(command: click.Command) -> str:
     arguments = [p for p in command.params if isinstance(p, click.Argument)]
-    words = ["[OPTIONS]", *(str(argument.name).upper() for argument in arguments)]
+    words = ["[OPTIONS]", *(each.metavar or str(each.name).upper() for each in arguments)]
     if isinstance(command, click.Group):
         words.append("COMMAND")
     return " ".join(words)

@@ -13,6 +13,9 @@ nested, and two that are derived from them: ``summary``, by kind of site how man
 fused, kept and undone, and in the proof ``worst``, the case with the largest difference. It is
 null where the command failed before there was anything to report.
 
+``fuse`` of several models has ``models`` instead: a document like this one for each, in the order
+in which they were given. ``exit_code`` is the gravest of theirs, ``error`` null.
+
 ``verify`` adds ``original``, ``rewritten`` and ``proof``.
 
 Numbers that JSON cannot say are the strings "Infinity", "-Infinity" and "NaN".
@@ -23,7 +26,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnxgen import __version__
@@ -46,6 +49,13 @@ def report_document(
             "proof": _proof(report.proof),
         }
     return document
+
+
+def models_document(
+    command: str, documents: Sequence[Mapping[str, Any]], exit_code: int
+) -> dict[str, Any]:
+    """The outcome of one command for several models."""
+    return {**_header(command, exit_code, None), "models": list(documents)}
 
 
 def verify_document(

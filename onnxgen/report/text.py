@@ -13,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxgen.bounds import in_words
+from onnxgen.errors import one_line
 from onnxgen.report.as_json import summary
 from onnxgen.report.values import Case, Paging, Proof, Report, Site
+from onnxgen.words import time_in_words
 
 NAMES_SHOWN = 3
 GROUPS_SHOWN = 4
@@ -27,6 +29,7 @@ _NAMES = {
     "projection": "projections of queries, keys and values",
     "norm": "norms with their residual",
     "cache": "cache write",
+    "activation": "activation",
     "unattended": "rows that see nothing",
     "moe": "mixture of experts",
     "grouped_matmul": "products with chosen matrices",
@@ -112,7 +115,7 @@ def render_proof(proof: Proof | None) -> RenderableType:
         )
     if proof.seconds:
         memory = f" in at most {in_words(proof.memory)} of memory" if proof.memory else ""
-        lines.append(Text(f"  ONNX Runtime ran {proof.seconds:.1f} s{memory}"))
+        lines.append(Text(f"  ONNX Runtime ran {time_in_words(proof.seconds)}{memory}"))
     return Group(*lines)
 
 
@@ -224,7 +227,7 @@ def _paging(paging: Paging) -> Iterator[Text]:
     families = "; ".join(paging.families)
     yield Text(
         f"{_many(len(paging.pools), 'pool')} of {paging.kv_dtype} for "
-        f"{_many(paging.layers, 'layer')}: blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
+        f"{_many(paging.layers, 'layer')}: blocks of {paging.block_size} tokens, {in_words(paging.token_bytes)} a token; "
         f"masks: {families}; logits: {paging.logits}"
     )
     if paging.kernel:
@@ -258,22 +261,24 @@ def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:
 
 def _footer(report: Report) -> Text:
     total = sum(report.seconds.values())
-    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in report.seconds.items())
-    took = f" in {total:.2f} s ({stages})" if stages else ""
+    stages = ", ".join(f"{name} {time_in_words(each)}" for name, each in report.seconds.items())
+    took = f" in {time_in_words(total)} ({stages})" if stages else ""
     if report.output:
-        return Text.assemble("Written to ", (report.output, "bold"), took)
+        after, before = in_words(report.bytes_after), in_words(report.bytes_before)
+        size = f", {after} (before: {before})," if report.bytes_after else ""
+        return Text.assemble("Written to ", (report.output, "bold"), size, took)
     return Text.assemble(("Nothing was written", "bold"), took)
 
 
 def _labelled(label: str, text: str, style: str) -> Text:
     label = label[:1].upper() + label[1:]
-    return Text.assemble((f"{label}: " if text else label, style), text)
+    return Text.assemble((f"{label}: " if text else label, style), one_line(text))
 
 
 def _some(names: Iterable[str]) -> str:
     """The first few of many names."""
     names = list(names)
-    shown = ", ".join(names[:NAMES_SHOWN])
+    shown = one_line(", ".join(names[:NAMES_SHOWN]))
     return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
 
 
