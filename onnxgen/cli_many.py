@@ -91,7 +91,10 @@ def run_all(command: str, tasks: Sequence[Task], work: Work, jobs: int, json_out
         from onnxgen.report import several, text
 
         rows = [(str(e.task.model), e.report, e.code, e.seconds) for e in finished]
-        text.console().print(several.render(rows))
+        console = text.console()
+        if not console.is_terminal:
+            console.width = several.WIDE
+        console.print(several.render(rows))
     for end in finished:
         if end.error:
             named = (
@@ -122,6 +125,7 @@ def in_processes(
                     number, task = waiting.popleft()
                     child = _Child(number, task, work, min(jobs, len(tasks)))
                     running[child.channel] = child
+                    show(number, "starting")
                 for channel in wait(list(running)):
                     child = running[channel]  # type: ignore[index]
                     said = child.receive()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from rich import box
 from rich.console import Group, RenderableType
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from onnxgen.bounds import in_words
@@ -20,6 +20,9 @@ from onnxgen.words import time_in_words
 # How each stage's message begins, in order: a bar is as long as what is behind it.
 STAGES = ("reading", "normalizing", "raising", "lowering", "writing", "verifying")
 
+WIDE = 400
+"""Columns where no terminal says how many there are: names of files are not cut."""
+
 _ENDS = {0: "done", 1: "differs", 2: "usage", 3: "refused", 4: "file", 5: "not as expected"}
 
 
@@ -27,25 +30,34 @@ _ENDS = {0: "done", 1: "differs", 2: "usage", 3: "refused", 4: "file", 5: "not a
 def bars(names: Sequence[str]) -> Iterator[Callable[[int, str], None]]:
     """Show a bar for each name; yields what is told of a number and what is done for it now."""
     columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(20),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[doing]}", markup=False),
+        TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+        BarColumn(20, table_column=Column(min_width=20)),
+        TimeElapsedColumn(table_column=Column(min_width=7)),
+        TextColumn(
+            "{task.fields[doing]}",
+            markup=False,
+            table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+        ),
     )
-    with Progress(*columns, console=text.console(stderr=True), transient=True) as progress:
+    console = text.console(stderr=True)
+    few = len(names) < console.height  # of more only those that are worked on
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         tasks = [
-            progress.add_task(one_line(name), start=False, total=len(STAGES), doing="waiting")
+            progress.add_task(
+                one_line(name), start=False, visible=few, total=len(STAGES), doing="waiting"
+            )
             for name in names
         ]
 
         def show(number: int, message: str) -> None:
-            _show(progress, tasks[number], message)
+            _show(progress, tasks[number], message, few=few)
 
         yield show
 
 
-def _show(progress: Progress, task: TaskID, message: str) -> None:
+def _show(progress: Progress, task: TaskID, message: str, *, few: bool) -> None:
     progress.start_task(task)
+    progress.update(task, visible=few or bool(message))
     if not message:
         progress.update(task, completed=len(STAGES), doing="ended")
         progress.stop_task(task)
@@ -60,7 +72,10 @@ def render(rows: Sequence[tuple[str, Report | None, int, float]]) -> RenderableT
     """A row a model: its name, report, exit code and seconds; then how many are done."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("model", "fused", "not fused", "nodes", "size", "difference", "time", "end"):
-        table.add_column(column, justify="left" if column in ("model", "end") else "right")
+        named = column in ("model", "end")
+        table.add_column(
+            column, justify="left" if named else "right", overflow="fold", no_wrap=not named
+        )
     for name, report, code, seconds in rows:
         table.add_row(
             Text(one_line(name)),
