@@ -132,4 +132,4 @@ def _text(text: str) -> str:
 
 def _code(text: str) -> str:
     """A name in code's letters; backticks of its own cannot end it."""
-    return f"`{one_line(text).replace('`', chr(0x2BB))}`"
+    return "`" + one_line(text).replace("`", "'") + "`"
