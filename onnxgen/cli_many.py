@@ -161,6 +161,7 @@ class _Child:
                 pass_fds=(reading, theirs),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                process_group=0,  # Ctrl-C is for who started it, and asks it to end
                 env=child_environment(),
             )
         with Connection(writing, readable=False) as request:
@@ -206,7 +207,6 @@ class _Child:
 
 def serve(reading: int, writing: int) -> None:
     """In such a process: do the task that comes, say how it goes on and how it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # who started it gets it too, and asks it to end
     with Connection(reading, writable=False) as request:
         work, task, jobs = request.recv()
     _share_memory(jobs)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from onnxgen.cli_ci import baseline_option, expect_option, expectations_of
+from onnxgen.cli_streams import STREAM, check_streams, received
 from onnxgen.cli_words import (
     PathType,
     Progress,
@@ -122,7 +123,7 @@ def to_paged(
 
     Tokens of all sequences come in one row without padding; a block table says where each one's
     past is. The result is compared with the original on runs that mix prompts and single tokens,
-    on shuffled, shared and reused blocks. Where it differs nothing is written.
+    on shuffled, shared and reused blocks. Where it differs nothing is written. MODEL - is stdin.
 
     \b
     Example:
@@ -134,7 +135,8 @@ def to_paged(
     from onnxgen.targets.genai_files import CONFIG, READ
     from onnxgen.targets.paged import PagedOptions
 
-    output = output or default_folder(model)
+    check_streams(model, None)
+    output = output or default_folder(Path("stdin") if model == STREAM else model)
     written = [output / name for name in ("model.onnx", CONFIG, *READ)]
     before = [baseline] if baseline is not None else []
     check_report_file(report_file, model, *before, *map(model.with_name, (CONFIG, *READ)), *written)
@@ -155,6 +157,9 @@ def to_paged(
     )
 
     def work(progress: Progress) -> Report:
-        return pipeline_paged.to_paged(model, options, progress)
+        with received(model) as source:
+            report = pipeline_paged.to_paged(source, options, progress)
+        report.input = str(model)
+        return report
 
     report_of("to-paged", work, report_file, json_output)

@@ -15,6 +15,8 @@ from onnxgen.cli import main
 from onnxgen.patterns.rule import Rule
 from onnxgen.targets import ort
 
+_PIPE = r"\|"  # which would end a table's cell, in code too
+
 
 def reference() -> str:
     """cli.md: every command with its usage, arguments, options and example; every rule."""
@@ -44,7 +46,7 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
         yield "| option | meaning |"
         yield "|---|---|"
         for option in shown:
-            yield f"| `{_spelling(option)}` | {_meaning(option)} |"
+            yield f"| `{_spelling(option).replace('|', _PIPE)}` | {_meaning(option)} |"
 
 
 def _rules() -> Iterator[str]:

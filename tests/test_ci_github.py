@@ -144,6 +144,37 @@ def test_elsewhere_nothing_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not (tmp_path / "s.md").exists()
 
 
+def test_names_begin_no_line_of_what_is_printed() -> None:
+    """A line that begins with :: would be a command, whatever program prints it."""
+    from onnxgen.report import details, text
+
+    hostile = "x\n::error::gotcha"
+    fused = Site("attention", "ATT001", hostile, hostile, "fused", details={"branch": hostile})
+    decline = Decline("ATT001", "c", hostile, (hostile,))
+    other = Site("rotary", "ROT001", hostile, hostile, "kept", decline)
+    case = Case(hostile, 1, 4, 0, "none", 2e-6, hostile)
+    skipped = Case(hostile, 1, 4, 0, "none", skipped=hostile)
+    proof = Proof("proven", 1e-4, [case, skipped], note=hostile, not_run=[hostile])
+    report = Report(
+        *(hostile, "o.onnx", "onnx"),
+        sites=[fused, other],
+        lowered=[fused, other],
+        contract=hostile,
+        beside=[hostile],
+        warnings=[hostile],
+        proof=proof,
+    )
+    console = text.console()
+    with console.capture() as captured:
+        console.print(text.render(report))
+        console.print(details.render_details(report))
+    printed = captured.get()
+    assert "gotcha" in printed
+    assert not any(line.lstrip().startswith("::") for line in printed.splitlines())
+    assert "\n::error" not in github.summary_markdown(report, hostile)
+    assert all(line.count("\n") == 0 for line in github.annotated(report))
+
+
 def test_a_difference_is_said() -> None:
     case = Case("prefill", 1, 4, 0, "none", 2e-6)
     report = Report("m.onnx", "o.onnx", "onnx", proof=Proof("proven", 1e-4, [case]))

@@ -77,6 +77,15 @@ def test_what_comes_is_called_stdin(comes: bytes, said: str, scratch: Path) -> N
     assert list(scratch.iterdir()) == []
 
 
+def test_one_that_is_to_be_paged(demo: Path, tmp_path: Path) -> None:
+    words = ("to-paged", "-", "-o", tmp_path / "p", *QUICK)
+    result = run(*words, comes=demo.read_bytes())
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.startswith("-: target paged")
+    assert (tmp_path / "p" / "model.onnx").exists()
+    assert run(*words, comes=b"nonsense").stderr.startswith("Error: stdin is no ONNX model")
+
+
 def test_an_expectation_that_is_not_met_sends_nothing(demo: Path) -> None:
     result = run("fuse", "-", *QUICK, "--expect", "moe=1", comes=demo.read_bytes())
     assert (result.exit_code, result.stdout_bytes) == (5, b"")

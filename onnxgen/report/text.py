@@ -67,7 +67,7 @@ def render_report(report: Report) -> RenderableType:
     parts += [_labelled("Warning", warning, "yellow") for warning in report.warnings]
     parts.append(_footer(report))
     if report.beside:
-        parts.append(Text(f"Beside it: {', '.join(report.beside)}"))
+        parts.append(Text(one_line(f"Beside it: {', '.join(report.beside)}")))
     return Group(*parts)
 
 
@@ -98,13 +98,14 @@ def render_proof(proof: Proof | None) -> RenderableType:
     lines += _inside(proof)
     skipped: dict[str, list[Case]] = {}
     if proof.note:
-        lines.append(Text(f"  {proof.note}"))
+        lines.append(Text(one_line(f"  {proof.note}")))
     for case in proof.cases:
         if case.skipped:
             skipped.setdefault(case.skipped, []).append(case)
     for reason, cases in skipped.items():
         names = _some(case.name for case in cases)
-        lines.append(Text(f"  {_many(len(cases), 'case')} skipped ({names}): {reason}", "yellow"))
+        said = f"  {_many(len(cases), 'case')} skipped ({names}): {reason}"
+        lines.append(Text(one_line(said), "yellow"))
     outside = [case for case in proof.cases if case.outside]
     if outside:
         names = _some(case.name for case in outside)
@@ -144,7 +145,7 @@ def _inside(proof: Proof) -> Iterator[Text]:
             f"the values inside were compared too{local}",
             "yellow",
         )
-    yield from (Text(f"  not run: {each}", "yellow") for each in proof.not_run)
+    yield from (Text(one_line(f"  not run: {each}"), "yellow") for each in proof.not_run)
 
 
 def _largest(proof: Proof) -> str:
@@ -163,7 +164,7 @@ def _header(report: Report) -> Text:
         changes.append(f"opset {report.opset_before} → {report.opset_after}")
     if report.nodes_before:
         changes.append(f"nodes {report.nodes_before} → {report.nodes_after}")
-    return Text.assemble((report.input, "bold"), ": ", ", ".join(changes))
+    return Text.assemble((one_line(report.input), "bold"), ": ", ", ".join(changes))
 
 
 def _counts(report: Report) -> Table:
@@ -193,7 +194,7 @@ def _fused(sites: Sequence[Site]) -> Iterator[Text]:
     for (kind, details), group in groups.items():
         by_kind[kind] = by_kind.get(kind, 0) + 1
         if details and by_kind[kind] <= GROUPS_SHOWN:
-            yield Text(f"Fused {_NAMES.get(kind, kind)} ({len(group)}): {details}")
+            yield Text(one_line(f"Fused {_NAMES.get(kind, kind)} ({len(group)}): {details}"))
     for kind, count in by_kind.items():
         if count > GROUPS_SHOWN:
             more = _many(count - GROUPS_SHOWN, "other form")
@@ -209,7 +210,8 @@ def _lowered(sites: Sequence[Site]) -> Iterator[Text]:
         done = [site for site in group if site.status == "fused"]
         details = {", ".join(f"{k} {v}" for k, v in site.details.items()) for site in done}
         said = f": {'; '.join(sorted(details))}" if any(details) else ""
-        yield Text(f"Lowered {_NAMES.get(kind, kind)} ({len(done)} of {len(group)}){said}")
+        told = f"Lowered {_NAMES.get(kind, kind)} ({len(done)} of {len(group)}){said}"
+        yield Text(one_line(told))
     yield from _not_fused(sites)
 
 
