@@ -7,12 +7,15 @@ from typing import Any
 
 import click
 
+from onnxgen.cli_ci import baseline_option, expect_option, expectations_of
+from onnxgen.cli_streams import STREAM, check_streams, received
 from onnxgen.cli_words import (
     PathType,
     Progress,
     check_report_file,
     check_verify,
     json_option,
+    loudness_options,
     no_verify_option,
     parse_roles,
     report_of,
@@ -89,9 +92,12 @@ from onnxgen.report.values import Report
 @click.option(
     "--force", is_flag=True, help="Allow files of another model in DIR, or MODEL, to be replaced."
 )
+@expect_option
+@baseline_option
 @role_option
 @report_option
 @json_option
+@loudness_options
 def to_paged(
     model: Path,
     output: Path | None,
@@ -107,6 +113,8 @@ def to_paged(
     inline: bool,
     genai_config: bool,
     force: bool,
+    expect: tuple[str, ...],
+    baseline: Path | None,
     roles: tuple[str, ...],
     report_file: Path | None,
     json_output: bool,
@@ -115,7 +123,7 @@ def to_paged(
 
     Tokens of all sequences come in one row without padding; a block table says where each one's
     past is. The result is compared with the original on runs that mix prompts and single tokens,
-    on shuffled, shared and reused blocks. Where it differs nothing is written.
+    on shuffled, shared and reused blocks. Where it differs nothing is written. MODEL - is stdin.
 
     \b
     Example:
@@ -127,9 +135,11 @@ def to_paged(
     from onnxgen.targets.genai_files import CONFIG, READ
     from onnxgen.targets.paged import PagedOptions
 
-    output = output or default_folder(model)
+    check_streams(model, None)
+    output = output or default_folder(Path("stdin") if model == STREAM else model)
     written = [output / name for name in ("model.onnx", CONFIG, *READ)]
-    check_report_file(report_file, model, *map(model.with_name, (CONFIG, *READ)), *written)
+    before = [baseline] if baseline is not None else []
+    check_report_file(report_file, model, *before, *map(model.with_name, (CONFIG, *READ)), *written)
     check_verify(budget, no_verify)
     kinds = {None: None, "fp16": ir.DataType.FLOAT16, "fp32": ir.DataType.FLOAT}
     options = pipeline_paged.PageOptions(
@@ -143,9 +153,13 @@ def to_paged(
         roles=parse_roles(roles),
         genai_config=genai_config,
         force=force,
+        expect=expectations_of(expect, baseline, "to-paged"),
     )
 
     def work(progress: Progress) -> Report:
-        return pipeline_paged.to_paged(model, options, progress)
+        with received(model) as source:
+            report = pipeline_paged.to_paged(source, options, progress)
+        report.input = str(model)
+        return report
 
     report_of("to-paged", work, report_file, json_output)

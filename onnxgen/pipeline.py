@@ -22,6 +22,7 @@ from onnxgen.analysis.masks import MaskFamily
 from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import UsageError
+from onnxgen.expectations import NOTHING, Expectations
 from onnxgen.model_io import data_files, read_model, staged
 from onnxgen.passes.lower import lower_model
 from onnxgen.passes.merged import join_branches, split_branches
@@ -36,11 +37,14 @@ from onnxgen.stages import (
     Progress,
     Work,
     add_checks,
+    check_baseline,
     count_ops,
     describe,
     files_beside,
     raise_part,
+    raise_unless_expected,
     raise_unless_good,
+    sizes,
 )
 from onnxgen.staging import check_output
 from onnxgen.targets import onnx as onnx_target
@@ -75,6 +79,8 @@ class FuseOptions:
         roles: what inputs are for, by name, where structure does not tell.
         force: let the output replace the input.
         genai_config: write genai_config.json and the tokenizer's files beside the output too.
+        expect: what the result must be; where it is not, nothing is written.
+        check: write nothing, and compare no whole models; say what would be fused.
     """
 
     output: Path | None = None
@@ -89,6 +95,8 @@ class FuseOptions:
     roles: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
     genai_config: bool = False
+    expect: Expectations = NOTHING
+    check: bool = False
 
     @property
     def disabled(self) -> frozenset[str]:
@@ -110,6 +118,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         RefusedError: the model cannot be converted, or no run of it can be compared; carries
             `report` where there is one.
         ModelDiffersError: the result differs from the original; carries `report`.
+        ExpectationError: the result is not what `options.expect` says; carries `report`.
     """
     output = options.output or default_output(path)
     _check_options(options)
@@ -119,7 +128,9 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
     reads = [*data_files(model), *map(path.with_name, READ)]
-    check_output(output, path, reads, force=options.force)
+    if not options.check:
+        check_output(output, path, reads, force=options.force)
+    report.bytes_before = sizes([path, *data_files(model)])
     report.ops_before = count_ops(model)
     report.opset_before = model.graph.opset_imports.get("", 0)
     roles = find_roles(model, options.roles)
@@ -132,6 +143,12 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         write_roles(model, roles)
         onnx_target.finish(model, __version__, options.target)
         describe(report, model)
+        if options.check:
+            report.proof = Proof("unproven", TOLERANCES[FLOAT], reason="--check only looks")
+            add_checks(report.proof, checkers, runtime)
+            clock.stop()
+            raise_unless_expected(report, options.expect, path)
+            return report
 
         beside: dict[str, bytes] = {}
         if options.genai_config:
@@ -142,6 +159,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         with staged(
             model, output, source=path, force=options.force, beside=beside, reads=reads
         ) as stage:
+            report.bytes_after = stage.bytes
             clock.start("verify", "verifying")
             report.proof = (
                 _prove(path, stage.path, options, runtime, checkers, progress)
@@ -150,6 +168,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             )
             clock.stop()
             raise_unless_good(report, path)
+            raise_unless_expected(report, options.expect, path)
             stage.commit()
             report.output, report.beside = str(output), list(beside)
     return report
@@ -237,6 +256,11 @@ def _check_options(options: FuseOptions) -> None:
         raise UsageError(f"--target {options.target}: no such target; targets: onnx, ort")
     if options.target != "ort" and (options.padding != "any" or options.max_length):
         raise UsageError("--padding and --max-length are for --target ort")
+    lowered = [rule.kind for rule in ort_target.RULES] if options.target == "ort" else []
+    options.expect.check_kinds((rule.kind for rule in RULES), lowered)
+    if options.expect.unchanged and options.target != "onnx":
+        raise UsageError("--expect unchanged is for --target onnx: others always start anew")
+    check_baseline(options.expect, options.target)
     if (options.max_length or 0) > ort_target.LONGEST:
         raise UsageError(
             f"--max-length {options.max_length}: rotary tables of so many positions fit in no "

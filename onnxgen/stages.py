@@ -16,7 +16,8 @@ from onnxgen import functions
 from onnxgen.analysis.masks import MaskFamily, mask_families
 from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.analysis.sampling import Sampler
-from onnxgen.errors import ModelDiffersError, RefusedError
+from onnxgen.errors import ExpectationError, ModelDiffersError, RefusedError, UsageError
+from onnxgen.expectations import Expectations
 from onnxgen.passes.merged import Part, split_branches
 from onnxgen.passes.missed import missed
 from onnxgen.passes.raise_ import raise_model
@@ -24,7 +25,7 @@ from onnxgen.passes.rewriting import NearMiss
 from onnxgen.passes.tidy import tidy
 from onnxgen.patterns import RULES
 from onnxgen.patterns.rule import Rule
-from onnxgen.report.values import Proof, Report
+from onnxgen.report.values import Proof, Report, Site
 from onnxgen.runtime import Runtime
 from onnxgen.targets.genai import Said
 from onnxgen.targets.genai_files import CONFIG, READ, genai_files
@@ -78,8 +79,34 @@ def raise_part(report: Report, work: Work) -> dict[str, MaskFamily]:
             taken = work.part.branch.removesuffix("_branch")
             site.details["branch"] = f"{work.part.switch}, {taken}"
     report.sites += sites
+    _count_already(report, model, sites)
     tidy(model)
     return families
+
+
+# By operator, the kind of site that becomes it.
+_KINDS = {
+    ("", "Attention"): "attention",
+    ("onnxgen", "SinkAttention"): "attention",
+    ("", "RMSNormalization"): "rms_norm",
+    ("", "LayerNormalization"): "layer_norm",
+    ("", "RotaryEmbedding"): "rotary",
+    ("", "TensorScatter"): "cache",
+    ("", "Gelu"): "activation",
+    ("onnxgen", "MoE"): "moe",
+    ("com.microsoft", "MoE"): "moe",
+    ("com.microsoft", "QMoE"): "moe",
+    ("onnxgen", "GroupedMatMul"): "grouped_matmul",
+}
+
+
+def _count_already(report: Report, model: ir.Model, sites: Sequence[Site]) -> None:
+    """Count what the exporter itself wrote in the operators that sites become."""
+    looked_at = {site.node for site in sites}
+    for node in model.graph.all_nodes():
+        kind = _KINDS.get((node.domain, node.op_type))
+        if kind is not None and node.name not in looked_at:
+            report.already[kind] = report.already.get(kind, 0) + 1
 
 
 def add_checks(proof: Proof, checkers: Sequence[RewriteChecker], runtime: Runtime) -> None:
@@ -111,6 +138,38 @@ def raise_unless_good(report: Report, path: Path) -> None:
     error = kind(f"{path}: {proof.reason}; nothing was written")
     error.report = report
     raise error
+
+
+def check_baseline(expect: Expectations, target: str) -> None:
+    """Whether like is compared with like.
+
+    Raises:
+        UsageError: the baseline was made for another target.
+    """
+    baseline = expect.baseline
+    if baseline is not None and baseline.target != target:
+        raise UsageError(
+            f"--baseline {baseline.name} is of a model for the target {baseline.target}, "
+            f"and this one is for {target}"
+        )
+
+
+def raise_unless_expected(report: Report, expect: Expectations, path: Path) -> None:
+    """What is right, but not what the caller said it must be, is not written either.
+
+    Raises:
+        ExpectationError: with the report as `report`.
+    """
+    unmet = expect.unmet(report)
+    if unmet:
+        error = ExpectationError(f"{path}: {'; '.join(unmet)}; nothing was written")
+        error.report = report
+        raise error
+
+
+def sizes(paths: Sequence[Path]) -> int:
+    """Bytes of files together."""
+    return sum(path.stat().st_size for path in paths)
 
 
 def describe(report: Report, model: ir.Model) -> None:

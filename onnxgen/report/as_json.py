@@ -19,6 +19,9 @@ it stopped (``nodes``, ``found``), what it ``expected`` and what would ``change`
 
 ``inspect`` adds ``model``: the fields of `onnxgen.report.inspection.Inspection`.
 
+``fuse`` of several models has ``models`` instead: a document like this one for each, in the order
+in which they were given. ``exit_code`` is the gravest of theirs, ``error`` null.
+
 ``verify`` adds ``original``, ``rewritten`` and ``proof``.
 
 Numbers that JSON cannot say are the strings "Infinity", "-Infinity" and "NaN".
@@ -67,6 +70,13 @@ def inspect_document(found: Inspection | None, exit_code: int, error: str | None
     """The outcome of `onnxgen inspect`."""
     model = None if found is None else dataclasses.asdict(found)
     return {**_header("inspect", exit_code, error), "model": model}
+
+
+def models_document(
+    command: str, documents: Sequence[Mapping[str, Any]], exit_code: int
+) -> dict[str, Any]:
+    """The outcome of one command for several models."""
+    return {**_header(command, exit_code, None), "models": list(documents)}
 
 
 def verify_document(

@@ -13,8 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxgen.bounds import in_words
+from onnxgen.errors import one_line
 from onnxgen.report.as_json import summary
 from onnxgen.report.values import Case, Paging, Proof, Report, Site
+from onnxgen.words import time_in_words
 
 NAMES_SHOWN = 3
 GROUPS_SHOWN = 4
@@ -27,6 +29,7 @@ _NAMES = {
     "projection": "projections of queries, keys and values",
     "norm": "norms with their residual",
     "cache": "cache write",
+    "activation": "activation",
     "unattended": "rows that see nothing",
     "moe": "mixture of experts",
     "grouped_matmul": "products with chosen matrices",
@@ -64,7 +67,7 @@ def render_report(report: Report) -> RenderableType:
     parts += [_labelled("Warning", warning, "yellow") for warning in report.warnings]
     parts.append(_footer(report))
     if report.beside:
-        parts.append(Text(f"Beside it: {', '.join(report.beside)}"))
+        parts.append(Text(one_line(f"Beside it: {', '.join(report.beside)}")))
     return Group(*parts)
 
 
@@ -95,13 +98,14 @@ def render_proof(proof: Proof | None) -> RenderableType:
     lines += _inside(proof)
     skipped: dict[str, list[Case]] = {}
     if proof.note:
-        lines.append(Text(f"  {proof.note}"))
+        lines.append(Text(one_line(f"  {proof.note}")))
     for case in proof.cases:
         if case.skipped:
             skipped.setdefault(case.skipped, []).append(case)
     for reason, cases in skipped.items():
         names = some(case.name for case in cases)
-        lines.append(Text(f"  {many(len(cases), 'case')} skipped ({names}): {reason}", "yellow"))
+        said = f"  {many(len(cases), 'case')} skipped ({names}): {reason}"
+        lines.append(Text(one_line(said), "yellow"))
     outside = [case for case in proof.cases if case.outside]
     if outside:
         names = some(case.name for case in outside)
@@ -110,7 +114,7 @@ def render_proof(proof: Proof | None) -> RenderableType:
         )
     if proof.seconds:
         memory = f" in at most {in_words(proof.memory)} of memory" if proof.memory else ""
-        lines.append(Text(f"  ONNX Runtime ran {proof.seconds:.1f} s{memory}"))
+        lines.append(Text(f"  ONNX Runtime ran {time_in_words(proof.seconds)}{memory}"))
     return Group(*lines)
 
 
@@ -139,7 +143,7 @@ def _inside(proof: Proof) -> Iterator[Text]:
             f"the values inside were compared too{local}",
             "yellow",
         )
-    yield from (Text(f"  not run: {each}", "yellow") for each in proof.not_run)
+    yield from (Text(one_line(f"  not run: {each}"), "yellow") for each in proof.not_run)
 
 
 def _largest(proof: Proof) -> str:
@@ -158,7 +162,7 @@ def _header(report: Report) -> Text:
         changes.append(f"opset {report.opset_before} → {report.opset_after}")
     if report.nodes_before:
         changes.append(f"nodes {report.nodes_before} → {report.nodes_after}")
-    return Text.assemble((report.input, "bold"), ": ", ", ".join(changes))
+    return Text.assemble((one_line(report.input), "bold"), ": ", ", ".join(changes))
 
 
 def _counts(report: Report) -> Table:
@@ -188,7 +192,7 @@ def _fused(sites: Sequence[Site]) -> Iterator[Text]:
     for (kind, details), group in groups.items():
         by_kind[kind] = by_kind.get(kind, 0) + 1
         if details and by_kind[kind] <= GROUPS_SHOWN:
-            yield Text(f"Fused {name_of(kind)} ({len(group)}): {details}")
+            yield Text(one_line(f"Fused {name_of(kind)} ({len(group)}): {details}"))
     for kind, count in by_kind.items():
         if count > GROUPS_SHOWN:
             more = many(count - GROUPS_SHOWN, "other form")
@@ -204,7 +208,8 @@ def _lowered(sites: Sequence[Site]) -> Iterator[Text]:
         done = [site for site in group if site.status == "fused"]
         details = {", ".join(f"{k} {v}" for k, v in site.details.items()) for site in done}
         said = f": {'; '.join(sorted(details))}" if any(details) else ""
-        yield Text(f"Lowered {name_of(kind)} ({len(done)} of {len(group)}){said}")
+        told = f"Lowered {name_of(kind)} ({len(done)} of {len(group)}){said}"
+        yield Text(one_line(told))
     yield from _not_fused(sites)
 
 
@@ -222,7 +227,7 @@ def _paging(paging: Paging) -> Iterator[Text]:
     families = "; ".join(paging.families)
     yield Text(
         f"{many(len(paging.pools), 'pool')} of {paging.kv_dtype} for "
-        f"{many(paging.layers, 'layer')}: blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
+        f"{many(paging.layers, 'layer')}: blocks of {paging.block_size} tokens, {in_words(paging.token_bytes)} a token; "
         f"masks: {families}; logits: {paging.logits}"
     )
     if paging.kernel:
@@ -254,22 +259,24 @@ def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:
 
 def _footer(report: Report) -> Text:
     total = sum(report.seconds.values())
-    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in report.seconds.items())
-    took = f" in {total:.2f} s ({stages})" if stages else ""
+    stages = ", ".join(f"{name} {time_in_words(each)}" for name, each in report.seconds.items())
+    took = f" in {time_in_words(total)} ({stages})" if stages else ""
     if report.output:
-        return Text.assemble("Written to ", (report.output, "bold"), took)
+        after, before = in_words(report.bytes_after), in_words(report.bytes_before)
+        size = f", {after} (before: {before})," if report.bytes_after else ""
+        return Text.assemble("Written to ", (report.output, "bold"), size, took)
     return Text.assemble(("Nothing was written", "bold"), took)
 
 
 def _labelled(label: str, text: str, style: str) -> Text:
     label = label[:1].upper() + label[1:]
-    return Text.assemble((f"{label}: " if text else label, style), text)
+    return Text.assemble((f"{label}: " if text else label, style), one_line(text))
 
 
 def some(names: Iterable[str]) -> str:
     """The first few of many names."""
     names = list(names)
-    shown = ", ".join(names[:NAMES_SHOWN])
+    shown = one_line(", ".join(names[:NAMES_SHOWN]))
     return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
 
 

@@ -263,7 +263,11 @@ class Report:
         nodes_before: nodes of the model as read, functions' bodies included once a call.
         nodes_after: nodes of the model as written.
         ops_before, ops_after: how many nodes of each op type.
+        bytes_before, bytes_after: of the model's file and of the data files that it names, as read
+            and as written; 0 where nothing got so far.
         sites: every place a rule looked at, in graph order.
+        already: by kind: places that the exporter itself wrote in the operator that a site of the
+            kind becomes, and that no rule looked at.
         lowered: the same for the target's rules, which start from what raising gave.
         warnings: one sentence each.
         seconds: wall time by stage ("read", "normalize", "raise", "verify", "write").
@@ -278,7 +282,10 @@ class Report:
     nodes_after: int = 0
     ops_before: dict[str, int] = field(default_factory=dict)
     ops_after: dict[str, int] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
     sites: list[Site] = field(default_factory=list)
+    already: dict[str, int] = field(default_factory=dict)
     lowered: list[Site] = field(default_factory=list)
     contract: str = ""
     paging: Paging | None = None
