@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -22,6 +20,7 @@ from onnxgen.errors import UsageError
 from onnxgen.report import as_json
 from onnxgen.report.inspection import Inspection
 from onnxgen.report.values import Report, Site
+from onnxgen.words import near
 
 
 @click.command()
@@ -64,8 +63,10 @@ def explain(
 
     titles = {page.code: page.title for page in all_pages()}
     if rule is not None and rule not in titles:
-        raise UsageError(f"--rule {rule}: no such rule{did_you_mean(rule, list(titles))}")
-    options = pipeline.FuseOptions(target=target, verify=not no_verify, roles=parse_roles(roles))
+        raise UsageError(f"--rule {rule}: no such rule{near(rule, titles)}")
+    options = pipeline.FuseOptions(
+        target=target, verify=not no_verify, roles=parse_roles(roles), check=True
+    )
 
     def show(report: Report | None, code: int, error: str | None) -> None:
         places = [] if report is None else chosen(report, site, rule)
@@ -79,7 +80,7 @@ def explain(
             text.console().print(render_explanation(report, places, titles))
 
     with outcome_of(show) as outcome, show_progress() as progress:
-        outcome.value = pipeline.explain(model, options, progress)
+        outcome.value = pipeline.fuse(model, options, progress)
 
 
 @click.command()
@@ -127,7 +128,7 @@ def rules(code: str | None, json_output: bool) -> None:
         found = page_for(code.upper())
         if found is None:
             known = [each for page in pages for each in (page.code, *page.reasons)]
-            raise UsageError(f"{code}: no such rule{did_you_mean(code.upper(), known)}")
+            raise UsageError(f"{code}: no such rule{near(code.upper(), known)}")
         pages = [found]
     if json_output:
         click.echo(as_json.dumps({"rules": [dataclasses.asdict(page) for page in pages]}), nl=False)
@@ -155,18 +156,11 @@ def chosen(report: Report, name: str | None, rule: str | None) -> list[Site]:
         found = [site for site in sites if _called(site, name)]
         if not found:
             names = [called for site in sites for called in (site.node, site.scope) if called]
-            raise UsageError(f"--site {name}: no such place{did_you_mean(name, names)}")
+            some = f"; there are {', '.join(dict.fromkeys(names[:8]))}" if names else ""
+            raise UsageError(f"--site {name}: no such place{near(name, names) or some}")
     return [site for site in found if rule is None or site.rule == rule]
 
 
 def _called(site: Site, name: str) -> bool:
     nodes = (site.node, *(site.decline.nodes if site.decline is not None else ()))
     return name in nodes or site.scope == name or site.scope.startswith(f"{name}.")
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """A hint at what is near a word, or at what there is."""
-    near = difflib.get_close_matches(word, known, 1, 0.6)
-    if near:
-        return f"; did you mean {near[0]}?"
-    return f"; there are {', '.join(dict.fromkeys(known[:20]))}" if known else ""

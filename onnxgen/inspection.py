@@ -25,7 +25,7 @@ from onnxgen.errors import OnnxgenError, RefusedError
 from onnxgen.functions import moe
 from onnxgen.model_io import data_files, read_model
 from onnxgen.passes.normalize import normalize
-from onnxgen.pipeline import FuseOptions, explain
+from onnxgen.pipeline import FuseOptions, fuse
 from onnxgen.pipeline_paged import PageOptions, to_paged
 from onnxgen.report.inspection import Attending, Inspection, Port, Takes
 from onnxgen.report.values import Report
@@ -263,7 +263,8 @@ def _rotary(facts: Facts, node: ir.Node, size: int) -> str:
 def _ort(path: Path, roles: Mapping[str, str], progress: Progress) -> Takes:
     """What `--target ort` would make of it."""
     try:
-        report = explain(path, FuseOptions(target="ort", verify=False, roles=roles), progress)
+        options = FuseOptions(target="ort", verify=False, roles=roles, check=True)
+        report = fuse(path, options, progress)
     except OnnxgenError as error:
         return Takes("ort", False, str(error))
     done = Counter(site.kind for site in report.lowered if site.status == "fused")

@@ -3,7 +3,7 @@
 fuse:    read -> for each branch of a merged model, if it is one:
              roles -> normalize -> raise -> lower for the target (each rewrite checked) -> tidy
          -> stage beside the output -> verify -> move into place
-explain: the first of these lines; nothing is written
+         explain and --check stop before staging: nothing is written
 to_paged: in `onnxgen.pipeline_paged`, which is as long again
 verify:  the comparison alone, of any two models with the same inputs and outputs
 """
@@ -171,31 +171,6 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             raise_unless_expected(report, options.expect, path)
             stage.commit()
             report.output, report.beside = str(output), list(beside)
-    return report
-
-
-def explain(path: Path, options: FuseOptions, progress: Progress) -> Report:
-    """What `fuse` would do to a model, and why not more; nothing is written.
-
-    Every rewrite is checked unless the options say otherwise; the whole models are not compared,
-    so that the report holds no proof.
-
-    Raises:
-        FileError, UsageError, RefusedError: as `fuse`.
-    """
-    _check_options(options)
-    report = Report(input=str(path), output="", target=options.target)
-    clock = Clock(report.seconds, progress)
-    clock.start("read", f"reading {path.name}")
-    model = read_model(path)
-    report.ops_before = count_ops(model)
-    report.opset_before = model.graph.opset_imports.get("", 0)
-    roles = find_roles(model, options.roles)
-    with Runtime(twins=unrunnable_types(model)) as runtime:
-        model, contract, _ = _rewrite(report, path, model, roles, options, runtime, clock)
-    clock.stop()
-    report.contract = str(contract) if options.target == "ort" else ""
-    describe(report, model)
     return report
 
 
