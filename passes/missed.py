@@ -26,7 +26,7 @@ _KINDS = {
     "cache": ("cache", "attention"),
     "moe": ("moe", "grouped_matmul"),
 }
-_GROWING = ("past_key", "past_value", "static_key", "static_value")
+_GROWING = ("past", "static_past")
 _AROUND = 64  # nodes that are looked at around a place
 _REPORT = "please report the model: a place that no rule recognises is a gap of onnxgen"
 

@@ -165,7 +165,7 @@ class Rewriter:
         # What takes the place of one of ours keeps its name and module: earlier sites speak of it.
         ours = (n for n in removed if n.op_type == fused.op_type and RULE in n.metadata_props)
         taken = next(ours, None)
-        scope = scope_of(removed if taken is None else [taken])
+        scope = scope_of(self._own(removed) if taken is None else [taken])
         for node in nodes:
             if scope:
                 node.metadata_props.setdefault(SCOPES, scope)
@@ -184,6 +184,11 @@ class Rewriter:
             replaced=len(removed),
             details=dict(rewrite.details),
         )
+
+    def _own(self, removed: Sequence[ir.Node]) -> Sequence[ir.Node]:
+        """Those that carry activations: masks and tables go with the first layer that reads them."""
+        carrying = [n for n in removed if any(map(self.facts.is_activation, n.outputs))]
+        return carrying or removed
 
 
 def _replaced_by(node: ir.Node) -> list[str]:

@@ -41,7 +41,7 @@ def render_explanation(
     ]
     for group in _alike(places):
         parts += [Text(""), *_place(group, titles)]
-    if not kept:
+    if not places:
         parts.append(Text("Nothing that looks like a site is left.", "green"))
     parts += [Text(f"Warning: {warning}", "yellow") for warning in report.warnings]
     return Group(*parts)
