@@ -56,6 +56,37 @@ Numerics
 
 Seen in
     torch.onnx.export, TorchScript and dynamo, torch 2.13; transformers' OnnxExporter 5.23.
+
+Example
+    opset 20
+    (int64[b,s] ids, int64[b,s] attention_mask)
+    => (float[b,6,s,20] y)
+    <float[37,50] table, float[50,120] wq, float[50,120] wk, float[50,120] wv>
+    {
+      x = Gather(table, ids)
+      qp = MatMul(x, wq)
+      q4 = Reshape(qp, [0, 0, 6, 20])
+      q = Transpose<perm = [0, 2, 1, 3]>(q4)
+      kp = MatMul(x, wk)
+      k4 = Reshape(kp, [0, 0, 6, 20])
+      kt = Transpose<perm = [0, 2, 3, 1]>(k4)
+      vp = MatMul(x, wv)
+      v4 = Reshape(vp, [0, 0, 6, 20])
+      v = Transpose<perm = [0, 2, 1, 3]>(v4)
+      m = Cast<to = 9>(attention_mask)
+      keep = Unsqueeze(m, [1, 2])
+      s0 = MatMul(q, kt)
+      s1 = Div(s0, 4.472136)
+      s2 = Where(keep, s1, -inf)
+      p = Softmax<axis = -1>(s2)
+      y = MatMul(p, v)
+    }
+    becomes
+        ...
+        reshape = Reshape(kp, [ 0,  0,  6, 20])
+        transpose = Transpose<perm = (0, 2, 1, 3)>(reshape)
+        ...
+        y = Attention<scale = 0.223607>(q, transpose, v, expand)
 """
 
 from __future__ import annotations

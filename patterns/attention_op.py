@@ -27,6 +27,22 @@ Numerics
 
 Seen in
     torch.onnx.export(dynamo=True, opset_version=23), torch 2.13.
+
+Example
+    opset 23
+    (float[b,6,s,20] q, float[b,3,s,20] k, float[b,3,s,20] v)
+    => (float[b,6,s,20] y)
+    {
+      ku = Unsqueeze(k, [2])
+      ke = Expand(ku, [1, 1, 2, 1, 1])
+      kr = Reshape(ke, [0, 6, -1, 20])
+      vu = Unsqueeze(v, [2])
+      ve = Expand(vu, [1, 1, 2, 1, 1])
+      vr = Reshape(ve, [0, 6, -1, 20])
+      y = Attention<is_causal = 1>(q, kr, vr)
+    }
+    becomes
+        y = Attention<is_causal = 1>(q, k, v)
 """
 
 from __future__ import annotations

@@ -40,6 +40,43 @@ Numerics
 
 Seen in
     onnxruntime-genai's model builder 0.18; onnxruntime.transformers 1.32.
+
+Example
+    opset 20
+    <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g
+    (int64[b,s] ids, float[b,3,p,d] past_k, float[b,3,p,d] past_v, int64[b,t] attention_mask)
+    => (float[b,s,96] y, float[b,3,u,d] present_k, float[b,3,u,d] present_v)
+    <float[37,50] table, float[50,96] wq, float[50,48] wk, float[50,48] wv>
+    {
+      x = Gather(table, ids)
+      q = MatMul(x, wq)
+      k = MatMul(x, wk)
+      v = MatMul(x, wv)
+      n = ReduceSum<keepdims = 0>(attention_mask, [1])
+      n1 = Sub(n, 1)
+      count = Cast<to = 6>(n1)
+      l = Shape(attention_mask)
+      t64 = Gather(l, 1)
+      total = Cast<to = 6>(t64)
+      y, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads = 6, kv_num_heads =
+          3>(q, k, v, past_k, past_v, count, total)
+    }
+    becomes
+        ...
+        reshape = Reshape(q, [ 0,  0,  6, 16])
+        transpose = Transpose<perm = (0, 2, 1, 3)>(reshape)
+        reshape_2 = Reshape(k, [ 0,  0,  3, 16])
+        transpose_2 = Transpose<perm = (0, 2, 1, 3)>(reshape_2)
+        reshape_3 = Reshape(v, [ 0,  0,  3, 16])
+        transpose_3 = Transpose<perm = (0, 2, 1, 3)>(reshape_3)
+        ...
+        concat_2 = Concat<axis = 2>(past_k, constantofshape)
+        present_k = TensorScatter(concat_2, transpose_2, max)
+        concat_4 = Concat<axis = 2>(past_v, constantofshape)
+        present_v = TensorScatter(concat_4, transpose_3, max)
+        attention = Attention<scale = 0.25>(transpose, present_k, present_v, lessorequal)
+        transpose_4 = Transpose<perm = (0, 2, 1, 3)>(attention)
+        y = Reshape(transpose_4, [ 0,  0, 96])
 """
 
 from __future__ import annotations

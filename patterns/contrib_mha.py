@@ -32,6 +32,25 @@ Numerics
 
 Seen in
     onnxruntime.transformers (vit, clip, whisper, stable diffusion), optimum O2 and up.
+
+Example
+    opset 20
+    <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g
+    (int64[b,s] ids, float[b,6,e,20] k2, float[b,6,e,20] v2)
+    => (float[b,s,120] y)
+    <float[37,50] table, float[50,120] wq>
+    {
+      x = Gather(table, ids)
+      q = MatMul(x, wq)
+      y = com.microsoft.MultiHeadAttention<num_heads = 6>(q, k2, v2)
+    }
+    becomes
+        ...
+        reshape = Reshape(q, [ 0,  0,  6, 20])
+        transpose = Transpose<perm = (0, 2, 1, 3)>(reshape)
+        attention = Attention<scale = 0.223607>(transpose, k2, v2)
+        transpose_2 = Transpose<perm = (0, 2, 1, 3)>(attention)
+        y = Reshape(transpose_2, [  0,   0, 120])
 """
 
 from __future__ import annotations

@@ -28,6 +28,31 @@ Numerics
 
 Seen in
     onnxruntime.transformers and optimum O1 and up (bert, gpt2).
+
+Example
+    opset 20
+    <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g
+    (int64[b,s] ids)
+    => (float[b,s,120] y)
+    <float[37,50] table, float[50,360] w, float[360] wb>
+    {
+      x = Gather(table, ids)
+      y = com.microsoft.Attention<num_heads = 6>(x, w, wb)
+    }
+    becomes
+        ...
+        matmul = MatMul(x, w)
+        add = Add(matmul, wb)
+        split, split_1, split_2 = Split<axis = -1>(add, [120, 120, 120])
+        reshape = Reshape(split, [ 0,  0,  6, 20])
+        transpose = Transpose<perm = (0, 2, 1, 3)>(reshape)
+        reshape_2 = Reshape(split_1, [ 0,  0,  6, 20])
+        transpose_2 = Transpose<perm = (0, 2, 1, 3)>(reshape_2)
+        reshape_3 = Reshape(split_2, [ 0,  0,  6, 20])
+        transpose_3 = Transpose<perm = (0, 2, 1, 3)>(reshape_3)
+        attention = Attention<scale = 0.223607>(transpose, transpose_2, transpose_3)
+        transpose_4 = Transpose<perm = (0, 2, 1, 3)>(attention)
+        y = Reshape(transpose_4, [  0,   0, 120])
 """
 
 from __future__ import annotations

@@ -45,6 +45,32 @@ Numerics
 Seen in
     transformers 5.23: `batched_mm` by every exporter, `grouped_mm` by its own; loops over experts
     by TorchScript and dynamo; dense experts (GPT-OSS, Llama 4).
+
+Example
+    opset 20
+    (float[t,8] x)
+    => (float[t,8] y)
+    <float[8,5] R, float[5,6,8] W1, float[5,8,6] W2>
+    {
+      l = MatMul(x, R)
+      p = Softmax(l)
+      w, i = TopK(p, [2])
+      g = Gather(W1, i)
+      c = Unsqueeze(x, [1, 3])
+      h4 = MatMul(g, c)
+      h = Squeeze(h4, [3])
+      m = Relu(h)
+      g2 = Gather(W2, i)
+      mc = Unsqueeze(m, [3])
+      d4 = MatMul(g2, mc)
+      d = Squeeze(d4, [3])
+      u = Unsqueeze(w, [2])
+      v_ = Mul(d, u)
+      y = ReduceSum<keepdims = 0>(v_, [1])
+    }
+    becomes
+        ...
+        y = onnxgen.MoE:relu(x, w, i, W1, , W2)
 """
 
 from __future__ import annotations

@@ -29,6 +29,23 @@ Numerics
 Seen in
     torch.onnx.export, TorchScript (erf, tanh) and dynamo at opset 18 (tanh), torch 2.13;
     transformers' NewGELU, FastGELU and GELUActivation.
+
+Example
+    opset 20
+    (float[b,s,20] h)
+    => (float[b,s,40] y)
+    <float[20,40] w>
+    {
+      x = MatMul(h, w)
+      a = Div(x, 1.41421354)
+      t = Erf(a)
+      g = Mul(t, x)
+      f = Add(g, x)
+      y = Mul(f, 0.5)
+    }
+    becomes
+        ...
+        y = Gelu<approximate = none>(x)
 """
 
 from __future__ import annotations

@@ -25,6 +25,38 @@ Numerics
 
 Seen in
     JetMoE, transformers 5.23, by dynamo and by transformers' exporter.
+
+Example
+    opset 20
+    (float[t,8] x)
+    => (float[t,8] y)
+    <float[8,5] R, float[5,6,8] W1, float[5,8,6] W2>
+    {
+      l = MatMul(x, R)
+      p = Softmax(l)
+      w, i = TopK(p, [2])
+      g = Gather(W1, i)
+      c = Unsqueeze(x, [1, 3])
+      h4 = MatMul(g, c)
+      h = Squeeze(h4, [3])
+      m = Softmax(h)
+      g2 = Gather(W2, i)
+      mc = Unsqueeze(m, [3])
+      d4 = MatMul(g2, mc)
+      d = Squeeze(d4, [3])
+      u = Unsqueeze(w, [2])
+      v_ = Mul(d, u)
+      y = ReduceSum<keepdims = 0>(v_, [1])
+    }
+    becomes
+        ...
+        groupedmatmul_2 = onnxgen.GroupedMatMul:turned(x, W1, i)
+        m = Softmax(groupedmatmul_2)
+        reshape = Reshape(m, [-1,  6])
+        reshape_2 = Reshape(i, [-1,  1])
+        groupedmatmul = onnxgen.GroupedMatMul:turned(reshape, W2, reshape_2)
+        d4 = Reshape(groupedmatmul, [-1,  2,  8,  1])
+        ...
 """
 
 from __future__ import annotations

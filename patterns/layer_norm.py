@@ -35,6 +35,25 @@ Numerics
 Seen in
     TorchScript exports below opset 17; tf2onnx (multiplied out); flax (a difference of squares);
     hand-written graphs.
+
+Example
+    opset 20
+    (float[b,s,40] x)
+    => (float[b,s,40] y)
+    <float[40] w, float[40] c>
+    {
+      m = ReduceMean(x, [-1])
+      d = Sub(x, m)
+      p = Mul(d, d)
+      v = ReduceMean(p, [-1])
+      e = Add(v, 0.00001)
+      r = Sqrt(e)
+      n = Div(d, r)
+      g = Mul(n, w)
+      y = Add(g, c)
+    }
+    becomes
+        y = LayerNormalization<axis = -1, epsilon = 1e-05, stash_type = 1>(x, w, c)
 """
 
 from __future__ import annotations

@@ -84,7 +84,16 @@ ENGINE = {
 
 def page_of(rule: type, code: str) -> Page:
     """The page of a rule: of the file that its class is in."""
-    return read_page((sys.modules[rule.__module__].__doc__ or ""), code)
+    return read_page(sys.modules[rule.__module__].__doc__ or "", code)
+
+
+def reason_of(rule: type, code: str) -> Reason:
+    """What is said of one of a rule's reasons, by its own page, a base class's, or the engine's."""
+    for each in rule.__mro__:
+        found = page_of(each, "").reasons.get(code)
+        if found is not None:
+            return found
+    return ENGINE.get(code, Reason(code, ""))
 
 
 @cache

@@ -22,12 +22,6 @@ Looks for
     6. codes of 4 or 8 bits that the kernel takes
 
 Declines
-    experts: as MOE001.
-        Expected: as MOE001.
-        Change: as MOE001.
-    routing: as MOE001.
-        Expected: as MOE001.
-        Change: as MOE001.
     packing: g_idx, padded K, zero points that are numbers or left out beside unsigned codes, one
         scale for everything (`expert_codes`).
         Expected: codes with their scales, and zero points that are codes.
@@ -49,18 +43,18 @@ Declines
     accuracy: 8 bits in blocks: the CPU kernel rounds what it multiplies to 8 bits, told to or not.
         Expected: 4 bits in blocks, or 8 bits with a scale a row.
         Change: quantise to 4 bits, or to 8 with a scale a row.
-    activation: as ORT004.
-        Expected: as ORT004.
-        Change: as ORT004.
-    form: as ORT004.
-        Expected: as ORT004.
-        Change: as ORT004.
-    router: as ORT004.
-        Expected: as ORT004.
-        Change: as ORT004.
-    weights: as ORT004.
-        Expected: as ORT004.
-        Change: as ORT004.
+    activation: the kernel has no such activation.
+        Expected: what ORT004 takes.
+        Change: see `onnxgen rules ORT004`.
+    form: the kernel has no such form: no indices, or weights of several experts on its input.
+        Expected: what ORT004 takes.
+        Change: see `onnxgen rules ORT004`.
+    router: the kernel's weights are probabilities, and these may be below zero.
+        Expected: what ORT004 takes.
+        Change: see `onnxgen rules ORT004`.
+    weights: they are computed, or of a type that the kernel does not take.
+        Expected: what ORT004 takes.
+        Change: see `onnxgen rules ORT004`.
 
 Numerics
     The same numbers (codes - zero points) * scales, the same products.

@@ -34,6 +34,22 @@ Numerics
 
 Seen in
     torch.onnx.export, TorchScript and dynamo, torch 2.13; transformers' OnnxExporter 5.23.
+
+Example
+    opset 20
+    (float[b,s,40] x)
+    => (float[b,s,40] y)
+    <float[40] w>
+    {
+      q = Pow(x, 2.0)
+      m = ReduceMean(q, [-1])
+      e = Add(m, 0.00001)
+      r = Sqrt(e)
+      n = Div(x, r)
+      y = Mul(n, w)
+    }
+    becomes
+        y = RMSNormalization<axis = -1, epsilon = 1e-05, stash_type = 1>(x, w)
 """
 
 from __future__ import annotations

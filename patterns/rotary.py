@@ -37,6 +37,31 @@ Numerics
 
 Seen in
     torch.onnx.export, TorchScript and dynamo, torch 2.13; transformers' OnnxExporter 5.23.
+
+Example
+    opset 20
+    (float[b,s,20] h, int64[b,s] position_ids)
+    => (float[b,s,20] y)
+    {
+      pf = Cast<to = 1>(position_ids)
+      pu = Unsqueeze(pf, [-1])
+      a = Mul(pu, [1.0, 0.63, 0.4, 0.25, 0.158, 0.1, 0.063, 0.04, 0.025, 0.0158])
+      aa = Concat<axis = -1>(a, a)
+      c2 = Cos(aa)
+      s2 = Sin(aa)
+      c = Identity(c2)
+      n = Identity(s2)
+      lo = Slice(h, [0], [10], [-1])
+      hi = Slice(h, [10], [100], [-1])
+      ng = Neg(hi)
+      t = Concat<axis = -1>(ng, lo)
+      hc = Mul(h, c)
+      ts = Mul(t, n)
+      y = Add(hc, ts)
+    }
+    becomes
+        ...
+        y = RotaryEmbedding<interleaved = 0, num_heads = 1>(h, expand, expand_2)
 """
 
 from __future__ import annotations

@@ -22,6 +22,21 @@ Numerics
 
 Seen in
     torch.onnx.export with dynamo at opset 23, of models without position_ids (ModernBERT), torch 2.13.
+
+Example
+    opset 23
+    (float[b,s,120] h, int64[1,s] position_ids)
+    => (float[b,6,s,20] y)
+    <float[120] weight, float[64,10] c, float[64,10] n>
+    {
+      g = RMSNormalization(h, weight)
+      r4 = Reshape(g, [0, 0, 6, 20])
+      x = Transpose<perm = [0, 2, 1, 3]>(r4)
+      y = RotaryEmbedding(x, c, n, position_ids)
+    }
+    becomes
+        ...
+        y = RotaryEmbedding(x, c, n, expand)
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ import onnx_ir as ir
 from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.symbols import Dim
 from onnxgen.patterns.building import Builder
-from onnxgen.patterns.pages import ENGINE, Page, Reason, page_of
+from onnxgen.patterns.pages import Page, page_of, reason_of
 from onnxgen.report.values import Decline
 
 # Metadata of a node that a rule made: the rule's code.
@@ -71,7 +71,7 @@ class Declined(Exception):
     def __init__(self, rule: Rule, code: str, reason: str, *nodes: ir.Node | None) -> None:
         self.stopped = next((node for node in nodes if node is not None), None)
         names = tuple(node.name or "" for node in nodes if node is not None)
-        said = rule.page.reasons.get(code) or ENGINE.get(code) or Reason(code, "")
+        said = reason_of(type(rule), code)
         self.decline = Decline(
             rule.code, code, reason, names, expected=said.expected, change=said.change
         )

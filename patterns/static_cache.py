@@ -34,6 +34,32 @@ Numerics
 Seen in
     transformers' OnnxExporter 5.23 (StaticCache); index_copy, index_put, scatter and assigned
     slices by TorchScript and dynamo, torch 2.13.
+
+Example
+    opset 20
+    (int64[b,1] ids, int64 at, float[b,3,24,20] past)
+    => (float[b,3,24,20] present)
+    <int64[3,1] heads = {0, 1, 2}, float[37,50] table, float[50,60] wk>
+    {
+      x = Gather(table, ids)
+      kp = MatMul(x, wk)
+      k3 = Reshape(kp, [0, 0, 3, 20])
+      k = Transpose<perm = [0, 2, 1, 3]>(k3)
+      sl = Shape<start = 1, end = 2>(ids)
+      ss = Squeeze(sl, [0])
+      bl = Shape<start = 0, end = 1>(ids)
+      bb = Squeeze(bl, [0])
+      row = Range(0, ss, 1)
+      places = Add(row, at)
+      all = Range(0, 24, 1)
+      here = Equal(all, at)
+      hu = Unsqueeze(here, [0, 1, 3])
+      present = Where(hu, k, past)
+    }
+    becomes
+        ...
+        transpose = Transpose<perm = (0, 2, 1, 3)>(k3)
+        present = TensorScatter<axis = 2>(past, transpose, expand)
 """
 
 from __future__ import annotations

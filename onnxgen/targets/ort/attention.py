@@ -40,6 +40,31 @@ Numerics
 
 Seen in
     what raising gives for every decoder with a cache; target of onnxruntime-genai's builder.
+
+Example
+    opset 24
+    (int64[b,s] ids, float[b,3,p,24] past_k, float[b,3,p,24] past_v)
+    => (float[b,6,s,24] y, float[b,3,t,24] present_k, float[b,3,t,24] present_v)
+    <float[37,50] table, float[50,144] wq, float[50,72] wk, float[50,72] wv>
+    {
+      x = Gather(table, ids)
+      qp = MatMul(x, wq)
+      kp = MatMul(x, wk)
+      vp = MatMul(x, wv)
+      q4 = Reshape(qp, [0, 0, 6, 24])
+      k4 = Reshape(kp, [0, 0, 3, 24])
+      v4 = Reshape(vp, [0, 0, 3, 24])
+      q = Transpose<perm = [0, 2, 1, 3]>(q4)
+      k = Transpose<perm = [0, 2, 1, 3]>(k4)
+      v = Transpose<perm = [0, 2, 1, 3]>(v4)
+      y, present_k, present_v = Attention<is_causal = 1>(q, k, v, , past_k, past_v)
+    }
+    becomes
+        ...
+        groupqueryattention, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads = 6,
+            kv_num_heads = 3, scale = 0.204124>(qp, kp, vp, past_k, past_v, seqlens_k, cast)
+        reshape = Reshape(groupqueryattention, [ 0,  0,  6, 24])
+        y = Transpose<perm = (0, 2, 1, 3)>(reshape)
 """
 
 from __future__ import annotations

@@ -61,6 +61,25 @@ Numerics
 
 Seen in
     every mixture of experts, after raising.
+
+Example
+    opset 24
+    <ir_version: 10, opset_import: ["" : 24, "onnxgen" : 1]> g
+    (float[t,8] x)
+    => (float[t,8] y)
+    <float[8,5] R, float[5,6,8] W1, float[5,8,6] W2>
+    {
+      l = MatMul(x, R)
+      p = Softmax(l)
+      w, i = TopK(p, [2])
+      y = onnxgen.MoE:relu(x, w, i, W1, , W2)
+    }
+    becomes
+        ...
+        turned = Slice(l, [-1], [-6], [-1], [-1])
+        logits = Reshape(turned, [-1,  5])
+        y = com.microsoft.MoE<activation_type = relu, k = 2, normalize_routing_weights = 0>(x,
+            logits, experts, , experts_2)
 """
 
 from __future__ import annotations

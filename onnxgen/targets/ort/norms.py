@@ -18,6 +18,18 @@ Numerics
 
 Seen in
     every decoder with residuals; what onnxruntime-genai's builder writes.
+
+Example
+    opset 24
+    (float[b,s,40] a, float[b,s,40] c)
+    => (float[b,s,40] y, float[b,s,40] h)
+    <float[40] w>
+    {
+      h = Add(a, c)
+      y = RMSNormalization<axis = -1, epsilon = 0.00001>(h, w)
+    }
+    becomes
+        y, , , h = com.microsoft.SkipSimplifiedLayerNormalization<epsilon = 1e-05>(a, c, w)
 """
 
 from __future__ import annotations

@@ -19,6 +19,31 @@ Numerics
 
 Seen in
     every decoder without norms of heads.
+
+Example
+    <ir_version: 10, opset_import: ["" : 24, "com.microsoft" : 1]> g
+    (int64[b,s] ids, float[b,3,p,16] past_k, float[b,3,p,16] past_v, int64[b,t] attention_mask)
+    => (float[b,s,96] y, float[b,3,u,16] present_k, float[b,3,u,16] present_v)
+    <float[37,50] table, float[50,96] wq, float[50,48] wk, float[50,48] wv>
+    {
+      x = Gather(table, ids)
+      q = MatMul(x, wq)
+      k = MatMul(x, wk)
+      v = MatMul(x, wv)
+      n = ReduceSum<keepdims = 0>(attention_mask, [1])
+      n1 = Sub(n, 1)
+      count = Cast<to = 6>(n1)
+      l = Shape(attention_mask)
+      t64 = Gather(l, 1)
+      total = Cast<to = 6>(t64)
+      y, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads = 6,
+          kv_num_heads = 3>(q, k, v, past_k, past_v, count, total)
+    }
+    becomes
+        ...
+        matmul = MatMul(x, packed)
+        y, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads = 6, kv_num_heads =
+            3>(matmul, , , past_k, past_v, count, total)
 """
 
 from __future__ import annotations
