@@ -24,6 +24,7 @@ from onnxgen.cli_ci import announce
 from onnxgen.cli_tasks import Task
 from onnxgen.cli_words import (
     Progress,
+    debugging,
     is_quiet,
     is_verbose,
     proof_exit_code,
@@ -161,6 +162,9 @@ class _Child:
                 pass_fds=(reading, theirs),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=None
+                if debugging()
+                else subprocess.DEVNULL,  # what it says comes by the pipe
                 process_group=0,  # Ctrl-C is for who started it, and asks it to end
                 env=child_environment(),
             )

@@ -41,12 +41,13 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # "→" where the encoding has none
-    if not _debugging():
+    if not debugging():
         logging.getLogger().addHandler(logging.NullHandler())
         warnings.simplefilter("ignore")
 
 
-def _debugging() -> bool:
+def debugging() -> bool:
+    """Whether tracebacks were asked for."""
     return os.environ.get("ONNXGEN_DEBUG") == "1"
 
 
@@ -57,7 +58,7 @@ def say_error(error: Exception | str) -> None:
 
 def unexpected(error: Exception) -> OnnxgenError:
     """A failure of onnxgen itself, as a sentence."""
-    if _debugging():
+    if debugging():
         traceback.print_exception(error)
     if isinstance(error, MemoryError):
         return RefusedError("there is not enough memory for this model and what is asked of it")

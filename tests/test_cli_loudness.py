@@ -9,6 +9,8 @@ from click.testing import CliRunner, Result
 
 from onnxgen import testing
 from onnxgen.cli import main
+from onnxgen.report import text
+from onnxgen.report.values import Obstacle, Paging, Report
 from onnxgen.words import near, time_in_words
 from tests.large_decoder import Sizes, write_decoder
 
@@ -61,6 +63,18 @@ def test_a_hundred_layers_fit_on_a_screen(tmp_path: Path) -> None:
     assert "100" in plain
     assert len(plain.splitlines()) <= SCREEN
     assert len(loud.splitlines()) == 501
+
+
+def test_a_hundred_reasons_fit_on_a_screen() -> None:
+    paging = Paging(16, obstacles=[Obstacle("PAG008", f"{n} mixes", f"n{n}") for n in range(100)])
+    warnings = [f"node {number} is odd" for number in range(100)]
+    console = text.console()
+    with console.capture() as captured:
+        console.print(text.render(Report("m", "", "paged", paging=paging, warnings=warnings)))
+    printed = captured.get()
+    assert len(printed.splitlines()) <= SCREEN
+    assert "and 92 other reasons (--json lists all)" in printed
+    assert "and 92 other warnings (--json lists all)" in printed
 
 
 @pytest.mark.parametrize(

@@ -162,13 +162,15 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Li
 def test_an_interruption_ends_all(models: Path, number: signal.Signals, code: int) -> None:
     before = sorted(models.iterdir())
     words = ("a.onnx", "b.onnx", "--out-dir", "D", "-j", "2")
-    with start(*words, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+    with start(*words, stderr=subprocess.PIPE, start_new_session=True) as process:
         found = seen(process, 2)
         if number == signal.SIGINT:  # a terminal sends it to all of them
             os.killpg(process.pid, number)
         else:
             process.send_signal(number)
-        assert process.wait(60) == code
+        _, stderr = process.communicate(timeout=60)
+        assert process.returncode == code
+        assert stderr == (b"Interrupted\n" if number == signal.SIGINT else b"")
     for _ in range(600):
         if not any(Path(f"/proc/{child}/exe").exists() for child in found):
             break

@@ -20,6 +20,7 @@ from onnxgen.words import time_in_words
 
 NAMES_SHOWN = 3
 GROUPS_SHOWN = 4
+REASONS_SHOWN = 8
 
 _NAMES = {
     "attention": "attention",
@@ -64,7 +65,11 @@ def render_report(report: Report) -> RenderableType:
         parts.append(_labelled("Contract", report.contract, "bold"))
     if report.proof is not None or report.paging is None:
         parts.append(render_proof(report.proof))
-    parts += [_labelled("Warning", warning, "yellow") for warning in report.warnings]
+    shown = report.warnings[:REASONS_SHOWN]
+    parts += [_labelled("Warning", warning, "yellow") for warning in shown]
+    if len(report.warnings) > len(shown):
+        more = many(len(report.warnings) - len(shown), "other warning")
+        parts.append(Text(f"Warning: and {more} (--json lists all)", "yellow"))
     parts.append(_footer(report))
     if report.beside:
         parts.append(Text(one_line(f"Beside it: {', '.join(report.beside)}")))
@@ -218,10 +223,13 @@ def _paging(paging: Paging) -> Iterator[Text]:
     groups: dict[tuple[str, str], list[str]] = {}
     for each in paging.obstacles:
         groups.setdefault((each.code, each.reason), []).append(each.node)
-    for (code, reason), places in groups.items():
+    for (code, reason), places in list(groups.items())[:REASONS_SHOWN]:
         where = some(filter(None, places))
         said = f"{reason} [{where}]" if where else reason
         yield _labelled(f"Cannot be paged ({len(places)}): {code}", said, "red")
+    if len(groups) > REASONS_SHOWN:
+        more = many(len(groups) - REASONS_SHOWN, "other reason")
+        yield Text(f"Cannot be paged: and {more} (--json lists all)", "red")
     if paging.obstacles or not paging.layers:
         return
     families = "; ".join(paging.families)
