@@ -14,30 +14,30 @@ from typing import Any
 import click
 
 from onnxgen import __version__
+from onnxgen.cli_ci import annotate_error
+from onnxgen.cli_explain import explain, inspect, rules
+from onnxgen.cli_fuse import fuse
 from onnxgen.cli_new_pattern import new_pattern
 from onnxgen.cli_paged import to_paged
+from onnxgen.cli_streams import STREAM, check_streams, received
 from onnxgen.cli_words import (
     PathType,
-    Progress,
     check_report_file,
-    check_verify,
     json_option,
-    no_verify_option,
+    loudness_options,
     outcome_of,
     parse_roles,
     prepare_streams,
     proof_exit_code,
-    report_of,
     report_option,
     role_option,
-    rules_option,
     say_error,
     show_outcome,
     show_progress,
     unexpected,
     verify_option,
 )
-from onnxgen.errors import OnnxgenError, RefusedError
+from onnxgen.errors import OnnxgenError, RefusedError, UsageError
 from onnxgen.mapped import cut_off_in_words
 from onnxgen.places import default_output
 from onnxgen.report import as_json, files
@@ -60,7 +60,10 @@ class _Program(click.Group):
         except KeyboardInterrupt:
             click.echo("Interrupted", err=True)
             ctx.exit(INTERRUPTED)
-        except (click.ClickException, click.exceptions.Exit, click.Abort, BrokenPipeError):
+        except click.ClickException as error:
+            annotate_error(error.format_message())
+            raise
+        except (click.exceptions.Exit, click.Abort, BrokenPipeError):
             raise
         except Exception as error:
             say_error(unexpected(error))
@@ -83,121 +86,13 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("model", type=PathType())
-@click.option(
-    "-o",
-    "--output",
-    type=PathType(),
-    metavar="OUT",
-    help="Where to write; MODEL with .fused.onnx unless given.",
-)
-@click.option(
-    "--target",
-    type=click.Choice(["onnx", "ort"]),
-    default="onnx",
-    show_default=True,
-    help="What to write for: the ONNX standard, or ONNX Runtime's own operators.",
-)
-@click.option(
-    "--padding",
-    type=click.Choice(["any", "right", "none"]),
-    default="any",
-    show_default=True,
-    help="With ort: the padding that the result must take; with any other it fails.",
-)
-@click.option(
-    "--max-length",
-    type=click.IntRange(min=1),
-    metavar="N",
-    help="With ort: the most tokens, past and new. Default: config.json's, else the model's own.",
-)
-@verify_option
-@no_verify_option
-@click.option(
-    "--disable",
-    multiple=True,
-    metavar="CODE",
-    help="Leave out the rule with this code. Repeatable.",
-)
-@click.option("--opset", type=click.IntRange(min=1), metavar="N", help="Write this opset.")
-@click.option("--inline", is_flag=True, help="Expand functions of our own to standard ops.")
-@click.option(
-    "--genai-config",
-    is_flag=True,
-    help="Write what onnxruntime-genai needs beside OUT: genai_config.json, the tokenizer's files.",
-)
-@click.option(
-    "--force",
-    is_flag=True,
-    help="Allow OUT to replace MODEL, and with --genai-config the config and tokenizer of another model.",
-)
-@role_option
-@rules_option
-@report_option
-@json_option
-def fuse(
-    model: Path,
-    output: Path | None,
-    target: str,
-    padding: Any,
-    max_length: int | None,
-    budget: Any,
-    no_verify: bool,
-    disable: tuple[str, ...],
-    opset: int | None,
-    inline: bool,
-    genai_config: bool,
-    force: bool,
-    roles: tuple[str, ...],
-    rules: tuple[Path, ...],
-    report_file: Path | None,
-    json_output: bool,
-) -> None:
-    """Fuse MODEL's attention, norms and rotary embeddings, prove the result, and write it.
-
-    Every rewrite is checked where it happens, then the whole model is compared with the
-    original on ONNX Runtime. Where it differs nothing is written.
-
-    \b
-    Example:
-      onnxgen fuse model.onnx -o fused.onnx --report report.json
-    """
-    from onnxgen import pipeline
-    from onnxgen.targets.genai_files import CONFIG, READ
-
-    output = output or default_output(model)
-    beside = (file.with_name(name) for file in (model, output) for name in (CONFIG, *READ))
-    check_report_file(report_file, model, output, *beside)
-    check_verify(budget, no_verify)
-    options = pipeline.FuseOptions(
-        output=output,
-        target=target,
-        padding=padding,
-        max_length=max_length,
-        verify=not no_verify,
-        budget=budget,
-        disable=disable,
-        opset=opset,
-        inline=inline,
-        roles=parse_roles(roles),
-        rules=rules,
-        force=force,
-        genai_config=genai_config,
-    )
-
-    def work(progress: Progress) -> Report:
-        return pipeline.fuse(model, options, progress)
-
-    report_of("fuse", work, report_file, json_output)
-
-
-@main.command()
 @click.argument("original", type=PathType())
 @click.argument("rewritten", type=PathType())
 @verify_option
 @role_option
 @report_option
 @json_option
+@loudness_options
 def verify(
     original: Path,
     rewritten: Path,
@@ -208,22 +103,33 @@ def verify(
 ) -> None:
     """Compare two models that have the same inputs and outputs, by running both.
 
+    One of the two can be -, which is stdin.
+
     \b
     Example:
       onnxgen verify model.onnx model.fused.onnx
     """
     from onnxgen import pipeline
 
-    check_report_file(report_file, original, rewritten)
+    if original == rewritten == STREAM:
+        raise UsageError("- is one model: give the other as a file")
+    for path in (original, rewritten):
+        check_streams(path, None)
+    check_report_file(report_file, *(each for each in (original, rewritten) if each != STREAM))
     parsed = parse_roles(roles)
 
     def show(proof: Proof | None, code: int, error: str | None) -> None:
         document = as_json.verify_document(str(original), str(rewritten), proof, code, error)
         show_outcome(as_json.dumps(document), proof, report_file, json_output)
 
-    with outcome_of(show) as outcome, show_progress() as progress:
+    with (
+        outcome_of(show) as outcome,
+        show_progress() as progress,
+        received(original) as one,
+        received(rewritten) as other,
+    ):
         outcome.value = proof = pipeline.verify(
-            original, rewritten, roles=parsed, budget=budget, progress=progress
+            one, other, roles=parsed, budget=budget, progress=progress
         )
         outcome.exit_code = proof_exit_code(proof, unproven=RefusedError.exit_code)
         to_blame = rewritten if proof.status == "differs" else original
@@ -267,5 +173,9 @@ def demo(keep: Path | None) -> None:
             outcome.exit_code = proof_exit_code(report.proof, unproven=RefusedError.exit_code)
 
 
+main.add_command(fuse)
 main.add_command(to_paged)
+main.add_command(explain)
+main.add_command(inspect)
+main.add_command(rules)
 main.add_command(new_pattern)

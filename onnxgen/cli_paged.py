@@ -7,12 +7,15 @@ from typing import Any
 
 import click
 
+from onnxgen.cli_ci import baseline_option, expect_option, expectations_of
+from onnxgen.cli_streams import STREAM, check_streams, received
 from onnxgen.cli_words import (
     PathType,
     Progress,
     check_report_file,
     check_verify,
     json_option,
+    loudness_options,
     no_verify_option,
     parse_roles,
     report_of,
@@ -90,10 +93,13 @@ from onnxgen.report.values import Report
 @click.option(
     "--force", is_flag=True, help="Allow files of another model in DIR, or MODEL, to be replaced."
 )
+@expect_option
+@baseline_option
 @role_option
 @rules_option
 @report_option
 @json_option
+@loudness_options
 def to_paged(
     model: Path,
     output: Path | None,
@@ -109,6 +115,8 @@ def to_paged(
     inline: bool,
     genai_config: bool,
     force: bool,
+    expect: tuple[str, ...],
+    baseline: Path | None,
     roles: tuple[str, ...],
     rules: tuple[Path, ...],
     report_file: Path | None,
@@ -118,7 +126,7 @@ def to_paged(
 
     Tokens of all sequences come in one row without padding; a block table says where each one's
     past is. The result is compared with the original on runs that mix prompts and single tokens,
-    on shuffled, shared and reused blocks. Where it differs nothing is written.
+    on shuffled, shared and reused blocks. Where it differs nothing is written. MODEL - is stdin.
 
     \b
     Example:
@@ -128,9 +136,11 @@ def to_paged(
     from onnxgen.targets.genai_files import CONFIG, READ
     from onnxgen.targets.paged import KV_DTYPES, PagedOptions
 
-    output = output or default_folder(model)
+    check_streams(model, None)
+    output = output or default_folder(Path("stdin") if model == STREAM else model)
     written = [output / name for name in ("model.onnx", CONFIG, *READ)]
-    check_report_file(report_file, model, *map(model.with_name, (CONFIG, *READ)), *written)
+    before = [baseline] if baseline is not None else []
+    check_report_file(report_file, model, *before, *map(model.with_name, (CONFIG, *READ)), *written)
     check_verify(budget, no_verify)
     kind = None if kv_dtype is None else KV_DTYPES[kv_dtype]
     options = pipeline_paged.PageOptions(
@@ -145,9 +155,13 @@ def to_paged(
         rules=rules,
         genai_config=genai_config,
         force=force,
+        expect=expectations_of(expect, baseline, "to-paged"),
     )
 
     def work(progress: Progress) -> Report:
-        return pipeline_paged.to_paged(model, options, progress)
+        with received(model) as source:
+            report = pipeline_paged.to_paged(source, options, progress)
+        report.input = str(model)
+        return report
 
     report_of("to-paged", work, report_file, json_output)

@@ -15,6 +15,8 @@ from onnxgen.cli import main
 from onnxgen.patterns.rule import Rule
 from onnxgen.targets import ort
 
+_PIPE = r"\|"  # which would end a table's cell, in code too
+
 
 def reference() -> str:
     """cli.md: every command with its usage, arguments, options and example; every rule."""
@@ -44,7 +46,7 @@ def _command(name: str, command: click.Command) -> Iterator[str]:
         yield "| option | meaning |"
         yield "|---|---|"
         for option in shown:
-            yield f"| `{_spelling(option)}` | {_meaning(option)} |"
+            yield f"| `{_spelling(option).replace('|', _PIPE)}` | {_meaning(option)} |"
 
 
 def _rules() -> Iterator[str]:
@@ -63,7 +65,7 @@ def _rules() -> Iterator[str]:
 
 def _usage(command: click.Command) -> str:
     arguments = [p for p in command.params if isinstance(p, click.Argument)]
-    words = ["[OPTIONS]", *(str(argument.name).upper() for argument in arguments)]
+    words = ["[OPTIONS]", *(each.metavar or str(each.name).upper() for each in arguments)]
     if isinstance(command, click.Group):
         words.append("COMMAND")
     return " ".join(words)

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from onnxgen.cli_ci import annotate_error, announce
 from onnxgen.errors import OnnxgenError, RefusedError, UsageError, one_line
 from onnxgen.places import same_place
 from onnxgen.report import as_json, files
@@ -40,22 +41,24 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # "→" where the encoding has none
-    if not _debugging():
+    if not debugging():
         logging.getLogger().addHandler(logging.NullHandler())
         warnings.simplefilter("ignore")
 
 
-def _debugging() -> bool:
+def debugging() -> bool:
+    """Whether tracebacks were asked for."""
     return os.environ.get("ONNXGEN_DEBUG") == "1"
 
 
 def say_error(error: Exception | str) -> None:
     click.echo(f"Error: {one_line(str(error))}", err=True)
+    annotate_error(str(error))
 
 
 def unexpected(error: Exception) -> OnnxgenError:
     """A failure of onnxgen itself, as a sentence."""
-    if _debugging():
+    if debugging():
         traceback.print_exception(error)
     if isinstance(error, MemoryError):
         return RefusedError("there is not enough memory for this model and what is asked of it")
@@ -69,7 +72,7 @@ def unexpected(error: Exception) -> OnnxgenError:
 @contextmanager
 def show_progress() -> Iterator[Progress]:
     """What is being done, on one line of stderr while it is a terminal; nothing in a pipe."""
-    if not sys.stderr.isatty():
+    if is_quiet() or not sys.stderr.isatty():
         yield lambda message: None
         return
     from rich.text import Text
@@ -115,6 +118,49 @@ report_option = click.option(
 json_option = click.option(
     "--json", "json_output", is_flag=True, help="Print the report as JSON and nothing else."
 )
+
+
+_LOUDNESS = "onnxgen.loudness"
+STDOUT_TAKEN = "onnxgen.stdout"
+"""Key of a command's context that is set where stdout is not for words."""
+
+
+def _meta() -> dict[str, Any]:
+    context = click.get_current_context(silent=True)
+    return context.meta if context is not None else {}
+
+
+def _set_loudness(context: click.Context, param: click.Parameter, value: bool) -> None:
+    if value and context.meta.setdefault(_LOUDNESS, param.name) != param.name:
+        raise click.UsageError("-v and -q exclude one another")
+
+
+def is_quiet() -> bool:
+    """Whether -q was given: only errors are printed."""
+    return _meta().get(_LOUDNESS) == "quiet"
+
+
+def is_verbose() -> bool:
+    """Whether -v was given: every site and every case is printed."""
+    return _meta().get(_LOUDNESS) == "verbose"
+
+
+def take_stdout() -> None:
+    """Words go to stderr from here on."""
+    _meta()[STDOUT_TAKEN] = True
+
+
+def loudness_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """-v and -q."""
+    for letter, name, said in (
+        ("-q", "--quiet", "Print errors only."),
+        ("-v", "--verbose", "Print every site and every case, too."),
+    ):
+        option = click.option(
+            letter, name, is_flag=True, expose_value=False, callback=_set_loudness, help=said
+        )
+        command = option(command)
+    return command
 
 
 def parse_roles(words: Sequence[str]) -> Mapping[str, str]:
@@ -175,12 +221,14 @@ def outcome_of(show: Callable[[Any, int, str | None], None]) -> Iterator[_Outcom
         failure = unexpected(error)
     if failure is not None:
         try:
-            show(getattr(failure, "report", None), failure.exit_code, str(failure))
+            show(failure.report, failure.exit_code, str(failure))
+            announce(failure.report, failure.exit_code, str(failure))
         except OnnxgenError as error:  # the report cannot be written: the first failure counts
             say_error(error)
         raise failure
     sentence = outcome.failure if outcome.exit_code else ""
     show(outcome.value, outcome.exit_code, sentence or None)
+    announce(outcome.value, outcome.exit_code, sentence or None)
     if outcome.exit_code:
         if sentence:
             say_error(sentence)
@@ -211,10 +259,13 @@ def show_outcome(
         files.write_text(report_file, document)
     if json_output:
         click.echo(document, nl=False)
-    elif value is not None:
-        from onnxgen.report import text
+    elif value is not None and not is_quiet():
+        from onnxgen.report import details, text
 
-        text.console().print(text.render(value))
+        console = text.console(stderr=STDOUT_TAKEN in _meta())
+        console.print(text.render(value))
+        if is_verbose():
+            console.print(details.render_details(value))
 
 
 def check_report_file(report_file: Path | None, *others: Path) -> None:

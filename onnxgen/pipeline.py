@@ -3,6 +3,7 @@
 fuse:    read -> for each branch of a merged model, if it is one:
              roles -> normalize -> raise -> lower for the target (each rewrite checked) -> tidy
          -> stage beside the output -> verify -> move into place
+         explain and --check stop before staging: nothing is written
 to_paged: in `onnxgen.pipeline_paged`, which is as long again
 verify:  the comparison alone, of any two models with the same inputs and outputs
 """
@@ -19,9 +20,10 @@ import onnx_ir as ir
 
 from onnxgen import __version__, functions
 from onnxgen.analysis.masks import MaskFamily
-from onnxgen.analysis.roles import find_roles, write_roles
+from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import UsageError
+from onnxgen.expectations import NOTHING, Expectations
 from onnxgen.model_io import data_files, read_model, staged
 from onnxgen.own_rules import OwnRules
 from onnxgen.passes.lower import lower_model
@@ -37,12 +39,15 @@ from onnxgen.stages import (
     Progress,
     Work,
     add_checks,
+    check_baseline,
     count_ops,
     describe,
     files_beside,
     find_own,
     raise_part,
+    raise_unless_expected,
     raise_unless_good,
+    sizes,
 )
 from onnxgen.staging import check_output
 from onnxgen.targets import onnx as onnx_target
@@ -79,6 +84,8 @@ class FuseOptions:
         roles: what inputs are for, by name, where structure does not tell.
         force: let the output replace the input.
         genai_config: write genai_config.json and the tokenizer's files beside the output too.
+        expect: what the result must be; where it is not, nothing is written.
+        check: write nothing, and compare no whole models; say what would be fused.
     """
 
     output: Path | None = None
@@ -94,6 +101,8 @@ class FuseOptions:
     roles: Mapping[str, str] = field(default_factory=dict)
     force: bool = False
     genai_config: bool = False
+    expect: Expectations = NOTHING
+    check: bool = False
 
     @property
     def disabled(self) -> frozenset[str]:
@@ -115,6 +124,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         RefusedError: the model cannot be converted, or no run of it can be compared; carries
             `report` where there is one.
         ModelDiffersError: the result differs from the original; carries `report`.
+        ExpectationError: the result is not what `options.expect` says; carries `report`.
     """
     output = options.output or default_output(path)
     report = Report(input=str(path), output="", target=options.target)
@@ -125,32 +135,16 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
     reads = [*data_files(model), *map(path.with_name, READ)]
-    check_output(output, path, reads, force=options.force)
+    if not options.check:
+        check_output(output, path, reads, force=options.force)
+    report.bytes_before = sizes([path, *data_files(model)])
     report.ops_before = count_ops(model)
     report.opset_before = model.graph.opset_imports.get("", 0)
-    opset = onnx_target.opset_for(report.opset_before, options.opset)
     roles = find_roles(model, options.roles)
-    contract = Contract()
-
     with Runtime(twins=unrunnable_types(model)) as runtime:
-        checkers: list[RewriteChecker] = []
-        parts = split_branches(model)
-        for part in parts:
-            own = find_roles(part.model, options.roles) if part.branch else roles
-            clock.start("normalize", "normalizing")
-            report.warnings += normalize(part.model, opset, runtime, own)
-
-            clock.start("raise", "raising")
-            checkers += [RewriteChecker(runtime, own)] if options.verify else []
-            sampler = Sampler(part.model.graph, own, runtime)
-            rules = ort_target.RAISING if options.target == "ort" else RULES
-            work = Work(part, own, sampler, checkers, options.disabled, rules, own_rules)
-            families = raise_part(report, work, runtime)
-            if options.target == "ort":
-                clock.start("lower", "lowering")
-                settings = _settings(path, options)
-                contract = contract.both(_lower(report, work, settings, families))
-        model = join_branches(parts)
+        model, contract, checkers = _rewrite(
+            report, path, model, roles, options, own_rules, runtime, clock
+        )
         if options.inline:
             functions.expand(model)
         write_contract(model, contract)
@@ -158,6 +152,12 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         write_roles(model, roles)
         onnx_target.finish(model, __version__, options.target)
         describe(report, model)
+        if options.check:
+            report.proof = Proof("unproven", TOLERANCES[FLOAT], reason="--check only looks")
+            add_checks(report.proof, checkers, runtime)
+            clock.stop()
+            raise_unless_expected(report, options.expect, path)
+            return report
 
         beside: dict[str, bytes] = {}
         if options.genai_config:
@@ -168,6 +168,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         with staged(
             model, output, source=path, force=options.force, beside=beside, reads=reads
         ) as stage:
+            report.bytes_after = stage.bytes
             clock.start("verify", "verifying")
             report.proof = (
                 _prove(path, stage.path, options, runtime, checkers, progress)
@@ -176,6 +177,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
             )
             clock.stop()
             raise_unless_good(report, path)
+            raise_unless_expected(report, options.expect, path)
             stage.commit()
             report.output, report.beside = str(output), list(beside)
     return report
@@ -193,6 +195,43 @@ def verify(
     return verify_models(original, rewritten, roles=roles, budget=budget, progress=progress)
 
 
+def _rewrite(
+    report: Report,
+    path: Path,
+    model: ir.Model,
+    roles: Roles,
+    options: FuseOptions,
+    own_rules: OwnRules,
+    runtime: Runtime,
+    clock: Clock,
+) -> tuple[ir.Model, Contract, list[RewriteChecker]]:
+    """Normalize, raise and lower each branch of a model, and say in the report what happened.
+
+    Returns:
+        The model for the target, what it assumes, and the checkers with their figures.
+    """
+    opset = onnx_target.opset_for(report.opset_before, options.opset)
+    contract = Contract()
+    checkers: list[RewriteChecker] = []
+    parts = split_branches(model)
+    for part in parts:
+        own = find_roles(part.model, options.roles) if part.branch else roles
+        clock.start("normalize", "normalizing")
+        report.warnings += normalize(part.model, opset, runtime, own)
+
+        clock.start("raise", "raising")
+        checkers += [RewriteChecker(runtime, own)] if options.verify else []
+        sampler = Sampler(part.model.graph, own, runtime)
+        rules = ort_target.RAISING if options.target == "ort" else RULES
+        work = Work(part, own, sampler, checkers, options.disabled, rules, own_rules)
+        families = raise_part(report, work, runtime)
+        if options.target == "ort":
+            clock.start("lower", "lowering")
+            settings = _settings(path, options)
+            contract = contract.both(_lower(report, work, settings, families))
+    return join_branches(parts), contract, checkers
+
+
 def _check_options(options: FuseOptions, own: OwnRules) -> None:
     codes = [*_CODES, *own.codes]
     for code in options.disable:
@@ -202,6 +241,11 @@ def _check_options(options: FuseOptions, own: OwnRules) -> None:
         raise UsageError(f"--target {options.target}: no such target; targets: onnx, ort")
     if options.target != "ort" and (options.padding != "any" or options.max_length):
         raise UsageError("--padding and --max-length are for --target ort")
+    lowered = [rule.kind for rule in ort_target.RULES] if options.target == "ort" else []
+    options.expect.check_kinds((rule.kind for rule in RULES), lowered)
+    if options.expect.unchanged and options.target != "onnx":
+        raise UsageError("--expect unchanged is for --target onnx: others always start anew")
+    check_baseline(options.expect, options.target)
     if (options.max_length or 0) > ort_target.LONGEST:
         raise UsageError(
             f"--max-length {options.max_length}: rotary tables of so many positions fit in no "

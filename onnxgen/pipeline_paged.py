@@ -21,6 +21,7 @@ from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import RefusedError, UsageError
+from onnxgen.expectations import NOTHING, Expectations
 from onnxgen.model_io import data_files, read_model, staged
 from onnxgen.passes.normalize import normalize
 from onnxgen.passes.tidy import tidy
@@ -34,13 +35,16 @@ from onnxgen.stages import (
     Progress,
     Work,
     add_checks,
+    check_baseline,
     continuing,
     count_ops,
     describe,
     files_beside,
     find_own,
     raise_part,
+    raise_unless_expected,
     raise_unless_good,
+    sizes,
 )
 from onnxgen.staging import check_output
 from onnxgen.targets import onnx as onnx_target
@@ -77,6 +81,7 @@ class PageOptions:
         rules: the user's own: files, or rules themselves; see `onnxgen.own_rules`.
         genai_config: write genai_config.json and the tokenizer's files beside the output too.
         force: let files of another model in the output's folder be replaced, and the input.
+        expect: what the result must be; where it is not, nothing is written.
     """
 
     output: Path
@@ -90,6 +95,7 @@ class PageOptions:
     rules: tuple[Any, ...] = ()
     genai_config: bool = False
     force: bool = False
+    expect: Expectations = NOTHING
 
 
 def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
@@ -101,11 +107,13 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
         RefusedError: the model cannot be paged, or no run of it can be compared; carries
             `report`, whose paging names every obstacle.
         ModelDiffersError: the result differs from the original; carries `report`.
+        ExpectationError: the result is not what `options.expect` says; carries `report`.
     """
     folder = options.output
     check_paged_options(options.paged)
     if options.max_length and options.paged.flavor != "ort":
         raise UsageError("--max-length is for --flavor ort")
+    _check_expectations(options)
     size = options.paged.block_size
     report = Report(input=str(path), output="", target="paged", paging=Paging(block_size=size))
     own = find_own(report, options.rules, [rule.code for rule in RULES])
@@ -116,6 +124,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
     report.ops_before = count_ops(model)
     output = folder / "model.onnx"
     reads = [*data_files(model), *map(path.with_name, READ)]
+    report.bytes_before = sizes([path, *data_files(model)])
     if folder.is_dir():
         check_output(output, path, reads, force=options.force)
     report.opset_before = model.graph.opset_imports.get("", 0)
@@ -136,6 +145,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
         results = _page(report, part.model, roles, runtime, families, options)
         if options.check:
             clock.stop()
+            raise_unless_expected(report, options.expect, path)
             return report
         result = results[0]
         beside: dict[str, bytes] = {}
@@ -170,6 +180,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
                         results, ("model.onnx", "other-blocks.onnx"), (beside, {}), strict=True
                     )
                 ]
+                report.bytes_after = stages[0].bytes
                 clock.start("verify", "verifying")
                 if options.verify:
                     paths = [stage.path for stage in stages]
@@ -184,6 +195,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
                     report.proof = Proof("unproven", TOLERANCES[FLOAT], reason="told not to run")
                 clock.stop()
                 raise_unless_good(report, path)
+                raise_unless_expected(report, options.expect, path)
                 stages[0].commit()
                 report.output, report.beside = str(output), list(beside)
         finally:
@@ -191,6 +203,14 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
     return report
+
+
+def _check_expectations(options: PageOptions) -> None:
+    lowered = ["attention"] if options.paged.flavor == "ort" else []
+    options.expect.check_kinds((rule.kind for rule in RULES), lowered)
+    if options.expect.unchanged:
+        raise UsageError("--expect unchanged is for fuse: a paged model is another one")
+    check_baseline(options.expect, "paged")
 
 
 def _page(

@@ -29,15 +29,16 @@ def check_place(path: Path) -> None:
 
 def default_output(model: Path) -> Path:
     """MODEL with .fused.onnx: `model.onnx` gives `model.fused.onnx`, beside it."""
-    return model.with_name(f"{_stem(model)}.fused.onnx")
+    return model.with_name(f"{stem(model)}.fused.onnx")
 
 
 def default_folder(model: Path) -> Path:
     """MODEL with .paged: `model.onnx` gives the folder `model.paged`, beside it."""
-    return model.with_name(f"{_stem(model)}.paged")
+    return model.with_name(f"{stem(model)}.paged")
 
 
-def _stem(model: Path) -> str:
+def stem(model: Path) -> str:
+    """A model's name without its ending."""
     return model.stem if model.suffix.lower() == ".onnx" else model.name
 
 

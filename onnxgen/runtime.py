@@ -225,7 +225,7 @@ class Runtime:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 cwd=Path(__file__).resolve().parent,
-                env=_environment(),
+                env=child_environment(),
             )
             self._watch = _Watch(process, self.bounds.memory)
         return self._watch
@@ -293,7 +293,7 @@ class _Watch:
             raise _GreedyError
 
 
-def _environment() -> dict[str, str]:
+def child_environment() -> dict[str, str]:
     """The environment without what would have the process load code from where the user works."""
     environment = {
         name: value

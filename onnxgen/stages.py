@@ -16,11 +16,14 @@ from onnxgen import functions
 from onnxgen.analysis.masks import MaskFamily, mask_families
 from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.analysis.sampling import Sampler
-from onnxgen.errors import ModelDiffersError, RefusedError
+from onnxgen.errors import ExpectationError, ModelDiffersError, RefusedError, UsageError
+from onnxgen.expectations import Expectations
 from onnxgen.own_rules import OwnRules, find_rules
 from onnxgen.passes.merged import Part, split_branches
+from onnxgen.passes.missed import missed
 from onnxgen.passes.normalize import settle
 from onnxgen.passes.raise_ import raise_model
+from onnxgen.passes.rewriting import NearMiss
 from onnxgen.passes.tidy import tidy
 from onnxgen.patterns import RULES
 from onnxgen.patterns.foreign import OwnRule
@@ -69,12 +72,15 @@ def raise_part(report: Report, work: Work, runtime: Runtime) -> dict[str, MaskFa
     if any(site.status == "fused" for site in sites):
         report.warnings += settle(model, runtime, work.roles)
         work = replace(work, sampler=Sampler(model.graph, work.roles, runtime))
-    sites += _raise(report, work)
+    near: list[NearMiss] = []
+    sites += _raise(report, work, near)
+    sites += missed(model.graph, work.roles, sites, near, work.rules, work.disabled)
     families = mask_families(model.graph, work.sampler)
     for site in sites:
         family = families.get(site.node) if site.status == "fused" else None
         if family is not None:
             site.details["mask"] = str(family)
+    _count_already(report, model, sites)
     tidy(model)
     after = work.own.at("after")
     if after:
@@ -88,7 +94,7 @@ def raise_part(report: Report, work: Work, runtime: Runtime) -> dict[str, MaskFa
     return families
 
 
-def _raise(report: Report, work: Work) -> list[Site]:
+def _raise(report: Report, work: Work, near: list[NearMiss] | None = None) -> list[Site]:
     sites = raise_model(
         work.part.model,
         work.roles,
@@ -96,6 +102,7 @@ def _raise(report: Report, work: Work) -> list[Site]:
         check=work.checker,
         disabled=work.disabled,
         rules=work.rules,
+        near=near,
     )
     for rule in work.rules:
         if isinstance(rule, OwnRule) and rule.code not in work.disabled:
@@ -114,6 +121,31 @@ def find_own(
     report.own_rules = {r.code: r.origin.name for r in own.rules if r.code not in disabled}
     report.warnings += own.warnings
     return own
+
+
+# By operator, the kind of site that becomes it.
+_KINDS = {
+    ("", "Attention"): "attention",
+    ("onnxgen", "SinkAttention"): "attention",
+    ("", "RMSNormalization"): "rms_norm",
+    ("", "LayerNormalization"): "layer_norm",
+    ("", "RotaryEmbedding"): "rotary",
+    ("", "TensorScatter"): "cache",
+    ("", "Gelu"): "activation",
+    ("onnxgen", "MoE"): "moe",
+    ("com.microsoft", "MoE"): "moe",
+    ("com.microsoft", "QMoE"): "moe",
+    ("onnxgen", "GroupedMatMul"): "grouped_matmul",
+}
+
+
+def _count_already(report: Report, model: ir.Model, sites: Sequence[Site]) -> None:
+    """Count what the exporter itself wrote in the operators that sites become."""
+    looked_at = {site.node for site in sites}
+    for node in model.graph.all_nodes():
+        kind = _KINDS.get((node.domain, node.op_type))
+        if kind is not None and node.name not in looked_at:
+            report.already[kind] = report.already.get(kind, 0) + 1
 
 
 def add_checks(proof: Proof, checkers: Sequence[RewriteChecker], runtime: Runtime) -> None:
@@ -145,6 +177,38 @@ def raise_unless_good(report: Report, path: Path) -> None:
     error = kind(f"{path}: {proof.reason}; nothing was written")
     error.report = report
     raise error
+
+
+def check_baseline(expect: Expectations, target: str) -> None:
+    """Whether like is compared with like.
+
+    Raises:
+        UsageError: the baseline was made for another target.
+    """
+    baseline = expect.baseline
+    if baseline is not None and baseline.target != target:
+        raise UsageError(
+            f"--baseline {baseline.name} is of a model for the target {baseline.target}, "
+            f"and this one is for {target}"
+        )
+
+
+def raise_unless_expected(report: Report, expect: Expectations, path: Path) -> None:
+    """What is right, but not what the caller said it must be, is not written either.
+
+    Raises:
+        ExpectationError: with the report as `report`.
+    """
+    unmet = expect.unmet(report)
+    if unmet:
+        error = ExpectationError(f"{path}: {'; '.join(unmet)}; nothing was written")
+        error.report = report
+        raise error
+
+
+def sizes(paths: Sequence[Path]) -> int:
+    """Bytes of files together."""
+    return sum(path.stat().st_size for path in paths)
 
 
 def describe(report: Report, model: ir.Model) -> None:

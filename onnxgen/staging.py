@@ -52,12 +52,14 @@ class Staged:
             from there, external data and all.
         output: where commit() moves it.
         data: the data file written for it, None where it needs none.
+        bytes: of the .onnx and of the data files that it names, each once.
         beside: where commit() moves further files, by where they are written, in this order.
     """
 
     path: Path
     output: Path
     data: Path | None = None
+    bytes: int = 0
     beside: dict[Path, Path] = field(default_factory=dict)
 
     @property
@@ -133,7 +135,7 @@ def staged(
         if not committed:
             data_file.remove()
 
-    with _termination_raises(), cleaned(clean):
+    with termination_raises(), cleaned(clean):
         with _writing(output):
             place = folder / output.name
             made = stage = _write(model, slots, place, data_file, created, passing=passing)
@@ -194,6 +196,7 @@ def _write(
 
     main = len(proto.graph.initializer)
     embedded: dict[int, ir.TensorProtocol] = {}
+    named: set[Path] = {output.with_name(name)} if places else set()
     for position, tensor in enumerate(tensors_of(proto)):  # the main graph's initializers first
         if tensor.data_location != onnx.TensorProto.EXTERNAL:
             continue
@@ -204,6 +207,7 @@ def _write(
             _refer(tensor, name, *places[index])
         elif isinstance(original, ir.ExternalTensor):
             _refer(tensor, os.fspath(original.location), original.offset, original.length)
+            named.add(Path(original.path))
         else:
             tensor.ClearField("data_location")
             if position < main:
@@ -218,7 +222,8 @@ def _write(
     with create(path, created) as file:
         serializer.write(file)
         sync(file)
-    return Staged(path, output, output.with_name(name) if places else None)
+    size = serializer.size + sum(each.stat().st_size for each in named)
+    return Staged(path, output, output.with_name(name) if places else None, size)
 
 
 def _without_weights(model: ir.Model, slots: Sequence[TensorSlot]) -> onnx.ModelProto:
@@ -291,7 +296,7 @@ def _writing(output: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _termination_raises() -> Iterator[None]:
+def termination_raises() -> Iterator[None]:
     """Turn a request to end the process into an exception, so that files are removed."""
 
     def end(number: int, _: FrameType | None) -> None:

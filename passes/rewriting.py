@@ -9,7 +9,8 @@ A rewrite whose check fails never reaches the graph; its site is reported as und
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import onnx_ir as ir
 
@@ -19,13 +20,23 @@ from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.analysis.scopes import SCOPES, scope_of
 from onnxgen.patterns.building import Builder
+from onnxgen.patterns.pages import ENGINE
 from onnxgen.patterns.rule import RULE, Declined, Rewrite, Rule
-from onnxgen.report.values import Decline, Site
+from onnxgen.report.values import Site
 
 # Shows a rewrite's old and new values to the verifier: None where they agree, else the reason.
 Check = Callable[[Facts, Rewrite, Sequence[ir.Node]], str | None]
 
 REPLACED = "onnxgen.replaced"
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A node that a rule took for no site of its own, although some of its steps held."""
+
+    rule: Rule
+    node: ir.Node
+    steps: int
 
 
 @dataclass
@@ -48,6 +59,7 @@ class Rewriter:
         self.builder = Builder(self.model.graph, self.facts.shapes)
         self._placed: list[tuple[int, Site]] = []
         self._kept_at: dict[ir.Node, tuple[int, Site]] = {}
+        self.near: list[NearMiss] = []
 
     @property
     def sites(self) -> list[Site]:
@@ -74,42 +86,47 @@ class Rewriter:
         rule.end()
 
     def _try(self, rule: Rule, node: ir.Node) -> Site | None:
+        self.builder.steps = 0
         try:
             rewrite = rule.rewrite(self.facts, self.builder, node)
         except Declined as declined:
             self.builder.drop()
-            return self._kept(rule, node, "kept", declined.decline)
+            return self._kept(rule, node, declined)
         if rewrite is None:
             self.builder.drop()
+            if self.builder.steps:
+                self.near.append(NearMiss(rule, node, self.builder.steps))
             return None
         nodes = self.builder.keep(new for _, new in rewrite.outputs)
         if self._cyclic(rewrite, nodes):
-            decline = Decline(
-                rule.code,
-                "cycle",
-                "an input of the fused node needs its output",
-                (node.name or "",),
-            )
             self.builder.drop()
-            return self._kept(rule, node, "kept", decline)
+            why = "an input of the fused node needs its output"
+            return self._kept(rule, node, Declined(rule, "cycle", why, node))
         place = max(self.facts.order(old) for old, _ in rewrite.outputs)
         for new in nodes:
             self.facts.added(new, place)
         reason = None if self.check is None else self.check(self.facts, rewrite, nodes)
         if reason is not None:
-            decline = Decline(rule.code, "check-failed", reason, (node.name or "",))
             self.builder.drop()
-            return self._kept(rule, node, "undone", decline)
+            return self._kept(rule, node, Declined(rule, "check-failed", reason, node))
         site = self._splice(rule, rewrite, self.builder.take())
         rule.applied(rewrite)
         return site
 
-    def _kept(self, rule: Rule, node: ir.Node, status: str, decline: Decline) -> Site:
-        scope = scope_of([node])
-        undone = status == "undone"
-        return Site(
-            rule.kind, rule.code, node.name or "", scope, "undone" if undone else "kept", decline
+    def _kept(self, rule: Rule, node: ir.Node, declined: Declined) -> Site:
+        """A site that stays, with how far the rule got and what it met there."""
+        decline, steps = declined.decline, rule.page.steps
+        whole = decline.code in ENGINE  # it was made, and stopped by the engine
+        count = len(steps) if whole else min(self.builder.steps, len(steps))
+        decline = replace(
+            decline,
+            reached=steps[:count],
+            ahead=steps[count:],
+            found="" if declined.stopped is None else self.facts.describe(declined.stopped),
         )
+        undone = decline.code == "check-failed"
+        status: Literal["kept", "undone"] = "undone" if undone else "kept"
+        return Site(rule.kind, rule.code, node.name or "", scope_of([node]), status, decline)
 
     def _cyclic(self, rewrite: Rewrite, nodes: Sequence[ir.Node]) -> bool:
         """Whether a new node reads, however indirectly, an old value that it replaces."""
@@ -143,7 +160,7 @@ class Rewriter:
         # What takes the place of one of ours keeps its name and module: earlier sites speak of it.
         ours = (n for n in removed if n.op_type == fused.op_type and RULE in n.metadata_props)
         taken = next(ours, None)
-        scope = scope_of(removed if taken is None else [taken])
+        scope = scope_of(self._own(removed) if taken is None else [taken])
         for node in nodes:
             if scope:
                 node.metadata_props.setdefault(SCOPES, scope)
@@ -162,6 +179,11 @@ class Rewriter:
             replaced=len(removed),
             details=dict(rewrite.details),
         )
+
+    def _own(self, removed: Sequence[ir.Node]) -> Sequence[ir.Node]:
+        """Those that carry activations: masks and tables go with the first layer that reads them."""
+        carrying = [n for n in removed if any(map(self.facts.is_activation, n.outputs))]
+        return carrying or removed
 
 
 def _replaced_by(node: ir.Node) -> list[str]:

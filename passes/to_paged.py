@@ -1,4 +1,4 @@
-"""To paged: a raised decoder's caches become pools of blocks, its batch one row of packed tokens.
+"""PAG: a raised decoder's caches become pools of blocks, its batch one row of packed tokens.
 
     ids [B,S], masks, positions, caches [B,K,P,D]   ->   ids [N], lengths, block_table, pools
 
@@ -8,6 +8,43 @@
 The tokens of all sequences stand behind one another in one row: the model sees a batch of one and
 a sequence of N. Nothing between the embedding and the logits has to know; only attention, which
 alone looks at other tokens, and the positions do.
+
+Declines
+    PAG001: the model is paged already.
+        Expected: a decoder with caches of its own.
+        Change: none needed.
+    PAG002: the model has no attention over a cache.
+        Expected: past keys and values as inputs, and present ones as outputs.
+        Change: export with use_cache=True, past and present.
+    PAG003: an attention was not raised, its scores are an output, or its sizes are not known.
+        Expected: every attention as the standard's Attention, of fixed heads and head size.
+        Change: `onnxgen explain MODEL` says why it was not raised.
+    PAG004: a mask is of no family that can be paged.
+        Expected: causal, a window, chunks or ALiBi, and padding.
+        Change: export a causal decoder, with an attention mask of zeros and ones.
+    PAG005: something else than attention mixes tokens, or a cache is read by no attention.
+        Expected: tokens that meet in attention alone.
+        Change: none: convolutions over tokens and recurrent states have no pages.
+    PAG006: an input holds no tokens of the sequence, such as an encoder's states.
+        Expected: a decoder without cross-attention.
+        Change: none yet: the decoder of an encoder and decoder is not paged.
+    PAG007: tokens come in by no input, or by several.
+        Expected: one input that holds tokens: ids, or their embeddings.
+        Change: --role NAME=tokens says which input they are.
+    PAG008: something depends on a token's place in the run, and not in its sequence.
+        Expected: positions that are counted from lengths, or read from an input.
+        Change: export with position_ids as an input, or computed inside from the mask.
+    PAG009: no output has a row for each token.
+        Expected: logits [B, S, V].
+        Change: export without num_logits_to_keep; --logits last takes the last row afterwards.
+    PAG010: the model takes a fixed number of new tokens.
+        Expected: one new token, or as many as a run brings.
+        Change: export with a dynamic sequence length.
+    PAG011: com.microsoft::PagedAttention has no such form: head sizes that are no multiple of 8,
+        values of another size than keys, masks with slopes or chunks, layers that read another's
+        pools, blocks of less than 16 slots.
+        Expected: what the operator takes.
+        Change: --flavor portable has no such limit.
 """
 
 from __future__ import annotations

@@ -13,13 +13,38 @@ Replaces
     With a column of sinks joined to the scores, and dropped from the probabilities, the node is
     onnxgen::SinkAttention (`onnxgen.functions.sink_attention`): the standard has no such operator.
 
+Looks for
+    1. a Softmax over the last axis, or one that is written out
+    2. above it scores: q @ k^T, scaled, capped, masked, joined with sinks, cast or viewed
+    3. below it p @ v
+    4. scores and probabilities of batch, heads, rows and columns
+    5. queries, keys and values of that layout, with heads of keys that divide the queries'
+    6. a mask of the scores' shape, and sinks that are one number a head
+
 Declines
     scores: something unknown stands between the Softmax and q @ k, or before p @ v.
+        Expected: a factor, a cap, masks, biases, sinks, casts and views between q @ k and the
+        Softmax; views, casts and the same mask between it and p @ v.
+        Change: export the model in inference mode and with attn_implementation="sdpa" or "eager";
+        an attention of another form is not supported.
     layout: an operand cannot be read as batch, heads, rows and columns.
+        Expected: views (Reshape, Transpose, Expand, Slice, Concat ...) from a projection to [B, H,
+        S, D].
+        Change: sizes that are fixed while exporting are read where computed ones are not: make only
+        batch and lengths dynamic.
     groups: keys and values do not have the same heads, or these do not divide the queries'.
+        Expected: K key and value heads, H query heads, H a multiple of K.
+        Change: none: the operator has no such sharing.
     mask: the mask cannot be brought to [.., S, T].
+        Expected: a mask that broadcasts to batch, heads, rows and columns of the scores.
+        Change: none yet: a mask that is laid out otherwise than the scores is not supported.
     sinks: what is joined to the scores is not one number a head.
+        Expected: a column of the scores that is the same for every row and token.
+        Change: none: no operator has it.
     cap-order: a mask is applied before the cap, where the operator applies it behind.
+        Expected: the cap on the scores, and masks behind it.
+        Change: export with attn_implementation="eager", where the model's own code applies the mask
+        last.
 
 Numerics
     The same sums in another order: about 1e-6 of the output's standard deviation in fp32. Rows
@@ -31,6 +56,37 @@ Numerics
 
 Seen in
     torch.onnx.export, TorchScript and dynamo, torch 2.13; transformers' OnnxExporter 5.23.
+
+Example
+    opset 20
+    (int64[b,s] ids, int64[b,s] attention_mask)
+    => (float[b,6,s,20] y)
+    <float[37,50] table, float[50,120] wq, float[50,120] wk, float[50,120] wv>
+    {
+      x = Gather(table, ids)
+      qp = MatMul(x, wq)
+      q4 = Reshape(qp, [0, 0, 6, 20])
+      q = Transpose<perm = [0, 2, 1, 3]>(q4)
+      kp = MatMul(x, wk)
+      k4 = Reshape(kp, [0, 0, 6, 20])
+      kt = Transpose<perm = [0, 2, 3, 1]>(k4)
+      vp = MatMul(x, wv)
+      v4 = Reshape(vp, [0, 0, 6, 20])
+      v = Transpose<perm = [0, 2, 1, 3]>(v4)
+      m = Cast<to = 9>(attention_mask)
+      keep = Unsqueeze(m, [1, 2])
+      s0 = MatMul(q, kt)
+      s1 = Div(s0, 4.472136)
+      s2 = Where(keep, s1, -inf)
+      p = Softmax<axis = -1>(s2)
+      y = MatMul(p, v)
+    }
+    becomes
+        ...
+        reshape = Reshape(kp, [ 0,  0,  6, 20])
+        transpose = Transpose<perm = (0, 2, 1, 3)>(reshape)
+        ...
+        y = Attention<scale = 0.223607>(q, transpose, v, expand)
 """
 
 from __future__ import annotations
@@ -80,13 +136,15 @@ class SoftmaxAttention(Rule):
         softmax = softmax_of(facts, node)
         if softmax is None:
             return None
+        builder.passed(1)
         up = walk_up(facts, softmax.scores)
         down = walk_down(facts, softmax.value, None if isinstance(up, Stopped) else up.sink)
         if (isinstance(up, Stopped) or isinstance(down, Stopped)) and not attends(facts, node):
             return None  # a router's Softmax, or a classifier's: nothing is attended to
-        for stopped in (up, down):
+        for step, stopped in ((2, up), (3, down)):
             if isinstance(stopped, Stopped):
                 raise Declined(self, "scores", stopped.reason, stopped.node or node)
+            builder.passed(step)
         assert isinstance(up, Scores)
         assert isinstance(down, Down)
         if not softmax.last:
@@ -101,6 +159,7 @@ class SoftmaxAttention(Rule):
         scores_found = masked_again(up, down)
         if scores_found is None:
             raise Declined(self, "scores", "the probabilities are masked by another mask", node)
+        builder.passed(4)
         return self._emit(facts, builder, softmax, scores_found, down, layout)
 
     def _operands(
@@ -163,6 +222,7 @@ class SoftmaxAttention(Rule):
         assert queries is not None
         assert keys is not None
         assert values is not None
+        builder.passed(5)
         dtype = given(up.contraction).dtype  # of the product of queries and keys
         queries, keys, values = (cast(builder, each, dtype) for each in (queries, keys, values))
         scale = up.scale

@@ -25,6 +25,7 @@ class Builder:
         self.graph = graph
         self.shapes = shapes
         self.nodes: list[ir.Node] = []
+        self.steps = 0  # of what the rule looks for, so many hold
         self._taken: set[str] = {node.name or "" for node in graph.all_nodes()}
         self._taken |= {value.name or "" for node in graph.all_nodes() for value in node.outputs}
         self._taken |= {value.name or "" for value in graph.inputs} | set(graph.initializers)
@@ -35,6 +36,10 @@ class Builder:
         """The nodes collected since the last call."""
         nodes, self.nodes = self.nodes, []
         return nodes
+
+    def passed(self, step: int) -> None:
+        """The rule's steps up to this one, counted from 1 as on its page, hold."""
+        self.steps = max(self.steps, step)
 
     def drop(self) -> None:
         """Give up the collected nodes: nothing is read by them any more."""

@@ -12,13 +12,26 @@ Replaces
     W. Where no row can differ from another, past_key and past_value of Attention do the same.
     Packed queries, keys and values are split.
 
+Looks for
+    1. the operator, of the forms that ONNX Runtime runs on CPU
+    2. queries, keys and values with heads of known sizes
+    3. lengths of the cache that can be computed
+
 Declines
     quantized-cache: the cache is stored in fewer bits.
+        Expected: a cache of float32, float16 or bfloat16.
+        Change: build the model with a cache that is not quantised.
     window-cache: the cache has about the window's size (sliding_window_cache). How many positions
         it holds is the runtime's choice, in bounds, so that no graph can tell where they stand.
-    unsupported: norms of queries and keys inside, scores as an output, ragged queries, a window
-        of 0, one past without the other.
+        Expected: a cache that holds every token.
+        Change: build the model without the sliding window cache.
+    unsupported: norms of queries and keys inside, scores as an output, ragged queries, a window of
+        0, one past without the other.
+        Expected: the operator without these.
+        Change: none: the standard has no such attention.
     layout: sizes of heads, tables or caches are not known.
+        Expected: fixed head sizes; tables and caches of a known rank.
+        Change: give the inputs static head sizes.
 
 Numerics
     The same sums in another order: about 1e-6. Rows of padding in a prompt, which the operator
@@ -27,6 +40,43 @@ Numerics
 
 Seen in
     onnxruntime-genai's model builder 0.18; onnxruntime.transformers 1.32.
+
+Example
+    opset 20
+    <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g
+    (int64[b,s] ids, float[b,3,p,d] past_k, float[b,3,p,d] past_v, int64[b,t] attention_mask)
+    => (float[b,s,96] y, float[b,3,u,d] present_k, float[b,3,u,d] present_v)
+    <float[37,50] table, float[50,96] wq, float[50,48] wk, float[50,48] wv>
+    {
+      x = Gather(table, ids)
+      q = MatMul(x, wq)
+      k = MatMul(x, wk)
+      v = MatMul(x, wv)
+      n = ReduceSum<keepdims = 0>(attention_mask, [1])
+      n1 = Sub(n, 1)
+      count = Cast<to = 6>(n1)
+      l = Shape(attention_mask)
+      t64 = Gather(l, 1)
+      total = Cast<to = 6>(t64)
+      y, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads = 6, kv_num_heads =
+          3>(q, k, v, past_k, past_v, count, total)
+    }
+    becomes
+        ...
+        reshape = Reshape(q, [ 0,  0,  6, 16])
+        transpose = Transpose<perm = (0, 2, 1, 3)>(reshape)
+        reshape_2 = Reshape(k, [ 0,  0,  3, 16])
+        transpose_2 = Transpose<perm = (0, 2, 1, 3)>(reshape_2)
+        reshape_3 = Reshape(v, [ 0,  0,  3, 16])
+        transpose_3 = Transpose<perm = (0, 2, 1, 3)>(reshape_3)
+        ...
+        concat_2 = Concat<axis = 2>(past_k, constantofshape)
+        present_k = TensorScatter(concat_2, transpose_2, max)
+        concat_4 = Concat<axis = 2>(past_v, constantofshape)
+        present_v = TensorScatter(concat_4, transpose_3, max)
+        attention = Attention<scale = 0.25>(transpose, present_k, present_v, lessorequal)
+        transpose_4 = Transpose<perm = (0, 2, 1, 3)>(attention)
+        y = Reshape(transpose_4, [ 0,  0, 96])
 """
 
 from __future__ import annotations
@@ -54,8 +104,10 @@ class GroupQueryAttention(Rule):
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         self._check(node)
+        builder.passed(1)
         heads, kv_heads = int(attribute(node, "num_heads")), int(attribute(node, "kv_num_heads"))
         q, k, v = self._operands(facts, builder, node, heads, kv_heads)
+        builder.passed(2)
         places = Places.of(facts, builder, node)
         if places is None:
             raise Declined(self, "layout", "the lengths of the cache cannot be computed", node)

@@ -7,17 +7,50 @@ Replaces
     Queries, keys and values come as [B, S, H*D], keys and values of another sequence also as
     [B, H, L, D]. The bias of all three is added to each. Masks become one (`contrib_mask`).
 
+Looks for
+    1. the operator, of the forms that ONNX Runtime runs on CPU
+    2. queries, keys and values with heads of known sizes
+    3. lengths, and a mask of a known form
+
 Declines
     packed: queries, keys and values are packed along an axis of their own: no CPU kernel.
+        Expected: three inputs [B, S, H * D], or heads already split.
+        Change: optimise the model for CPU, or without packing.
     shared-buffer: the cache is written in place, or read through an indirection.
-    unsupported: scores are an output, or there is one past without the other.
+        Expected: past and present as tensors of their own.
+        Change: convert the model without past_present_share_buffer and without beam search inside.
+    unsupported: scores are an output, there is one past without the other, or a bias on keys that
+        are split.
+        Expected: the operator without these.
+        Change: none: the standard has no such attention.
     layout: sizes of heads or the mask's form are not known.
+        Expected: fixed head sizes, a mask [B], [B, T] or [B, 1, S, T].
+        Change: give the inputs static head sizes.
 
 Numerics
     The same sums in another order: about 1e-6.
 
 Seen in
     onnxruntime.transformers (vit, clip, whisper, stable diffusion), optimum O2 and up.
+
+Example
+    opset 20
+    <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g
+    (int64[b,s] ids, float[b,6,e,20] k2, float[b,6,e,20] v2)
+    => (float[b,s,120] y)
+    <float[37,50] table, float[50,120] wq>
+    {
+      x = Gather(table, ids)
+      q = MatMul(x, wq)
+      y = com.microsoft.MultiHeadAttention<num_heads = 6>(q, k2, v2)
+    }
+    becomes
+        ...
+        reshape = Reshape(q, [ 0,  0,  6, 20])
+        transpose = Transpose<perm = (0, 2, 1, 3)>(reshape)
+        attention = Attention<scale = 0.223607>(transpose, k2, v2)
+        transpose_2 = Transpose<perm = (0, 2, 1, 3)>(attention)
+        y = Reshape(transpose_2, [  0,   0, 120])
 """
 
 from __future__ import annotations
@@ -41,12 +74,14 @@ class MultiHeadAttention(Rule):
 
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         self._check(facts, node)
+        builder.passed(1)
         heads = int(attribute(node, "num_heads"))
         values = self._biased(facts, builder, node)
         parts = [split_heads(facts, builder, value, heads) for value in values]
         q, k, v = parts
         if q is None or k is None or v is None:
             raise Declined(self, "layout", "the size of the heads is not known", node)
+        builder.passed(2)
         shapes = facts.shapes
         q_shape, k_shape = shapes.of(q), shapes.of(k)
         past_key, past_value = optional(node, 6), optional(node, 7)

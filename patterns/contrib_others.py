@@ -3,11 +3,22 @@
 Replaces
     Nothing: they are named in the report, so that none is passed over in silence.
 
+Looks for
+    1. an attention of ONNX Runtime that no rule raises
+
 Declines
     shared-buffer: the cache is written in place and read through beams.
+        Expected: past and present as tensors of their own.
+        Change: convert the model without beam search inside.
     packed: the batch is packed without padding: no CPU kernel to compare with.
+        Expected: a batch [B, S, ..].
+        Change: optimise the model without packing; a paged model is what `onnxgen to-paged` makes.
     quantized: it computes in integers.
+        Expected: floating point, with weights quantised or not.
+        Change: quantise weights only, or after fusing.
     other: it attends to chosen keys, or to a state.
+        Expected: an attention to all keys, but for a mask.
+        Change: none: the standard has no such attention.
 
 Numerics
     None.
@@ -52,5 +63,6 @@ class OtherAttention(Rule):
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         if node.domain != CONTRIB:
             return None
+        builder.passed(1)
         code, reason = _REASONS[node.op_type]
         raise Declined(self, code, reason, node)

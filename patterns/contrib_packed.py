@@ -7,16 +7,52 @@ Replaces
     The weights of queries, keys and values stand side by side, and so they stay. A past and a
     present [2, B, H, T, D] are taken apart and put together. Masks become one (`contrib_mask`).
 
+Looks for
+    1. the operator, of the forms that ONNX Runtime runs on CPU
+    2. weights of queries, keys and values with heads of known sizes
+    3. a past of a known shape, and a mask of a known form
+
 Declines
     shared-buffer: the cache is written in place.
+        Expected: past and present as tensors of their own.
+        Change: convert the model without past_present_share_buffer.
     rotary: it rotates queries and keys itself: no CPU kernel.
+        Expected: rotary embeddings outside.
+        Change: optimise the model without fusing the rotary embedding.
     layout: sizes of heads or the mask's form are not known, or the mask has four axes.
+        Expected: fixed head sizes, a mask [B], [B, T] or [B, S, T].
+        Change: give the inputs static head sizes.
 
 Numerics
     The same sums in another order: about 1e-6.
 
 Seen in
     onnxruntime.transformers and optimum O1 and up (bert, gpt2).
+
+Example
+    opset 20
+    <ir_version: 10, opset_import: ["" : 20, "com.microsoft" : 1]> g
+    (int64[b,s] ids)
+    => (float[b,s,120] y)
+    <float[37,50] table, float[50,360] w, float[360] wb>
+    {
+      x = Gather(table, ids)
+      y = com.microsoft.Attention<num_heads = 6>(x, w, wb)
+    }
+    becomes
+        ...
+        matmul = MatMul(x, w)
+        add = Add(matmul, wb)
+        split, split_1, split_2 = Split<axis = -1>(add, [120, 120, 120])
+        reshape = Reshape(split, [ 0,  0,  6, 20])
+        transpose = Transpose<perm = (0, 2, 1, 3)>(reshape)
+        reshape_2 = Reshape(split_1, [ 0,  0,  6, 20])
+        transpose_2 = Transpose<perm = (0, 2, 1, 3)>(reshape_2)
+        reshape_3 = Reshape(split_2, [ 0,  0,  6, 20])
+        transpose_3 = Transpose<perm = (0, 2, 1, 3)>(reshape_3)
+        attention = Attention<scale = 0.223607>(transpose, transpose_2, transpose_3)
+        transpose_4 = Transpose<perm = (0, 2, 1, 3)>(attention)
+        y = Reshape(transpose_4, [  0,   0, 120])
 """
 
 from __future__ import annotations
@@ -46,6 +82,7 @@ class PackedAttention(Rule):
             raise Declined(self, "shared-buffer", "the cache is written in place", node)
         if attribute(node, "do_rotary", 0):
             raise Declined(self, "rotary", "it rotates queries and keys itself", node)
+        builder.passed(1)
         heads = int(attribute(node, "num_heads"))
         sizes = self._sizes(facts, node, heads)
         qkv = builder.op("MatMul", [given(node), given(node, 1)])
@@ -58,6 +95,7 @@ class PackedAttention(Rule):
         past, past_shape = optional(node, 4), facts.shapes.of(optional(node, 4))
         if q is None or k is None or v is None or shape is None or q.dtype is None:
             raise Declined(self, "layout", "the size of the heads is not known", node)
+        builder.passed(2)
         if past is not None and (past_shape is None or len(past_shape) != 5):
             raise Declined(self, "layout", "the shape of the past is not known", node)
         held = 0 if past_shape is None else past_shape[3]

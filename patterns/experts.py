@@ -13,12 +13,30 @@ Replaces
     Weights in a stack stay where they are. Weights of experts that are initializers of their own
     are stacked when the model is written.
 
+Looks for
+    1. a TopK or ArgMax whose choice comes together again in one sum
+    2. between the two products of each expert with its weights
+    3. which experts a token goes to, and what they weigh
+    4. one function of a product between them, the same for all experts
+    5. weights of one layout, and sizes that are known
+
 Declines
     experts: what an expert computes is no activation between two products.
+        Expected: products, biases, and any elementwise function between them, alike for all
+        experts.
+        Change: export with experts_implementation="batched_mm" (transformers 5) or as the model's
+        own loop; products alone may still become GroupedMatMul (MOE002).
     routing: it is not found which experts a token goes to, and what they weigh.
+        Expected: indices [T, k] and weights [T, k] of a router, or weights [T, E] of all experts.
+        Change: none yet: it is not supported; please report the model.
     layout: a size that must be known is not.
+        Expected: a fixed hidden size and number of experts; all experts' weights the same way
+        round.
+        Change: make only batch and lengths dynamic when exporting.
     quantised: the weights are packed codes. What reads them is faster than standard operators that
         unpack them; ONNX Runtime has a kernel (`quantised_experts`).
+        Expected: weights that are numbers.
+        Change: --target ort, which has a kernel for them; or quantise after fusing.
 
 Numerics
     The same products, experts of a token summed in the order of their numbers. Products with
@@ -27,6 +45,32 @@ Numerics
 Seen in
     transformers 5.23: `batched_mm` by every exporter, `grouped_mm` by its own; loops over experts
     by TorchScript and dynamo; dense experts (GPT-OSS, Llama 4).
+
+Example
+    opset 20
+    (float[t,8] x)
+    => (float[t,8] y)
+    <float[8,5] R, float[5,6,8] W1, float[5,8,6] W2>
+    {
+      l = MatMul(x, R)
+      p = Softmax(l)
+      w, i = TopK(p, [2])
+      g = Gather(W1, i)
+      c = Unsqueeze(x, [1, 3])
+      h4 = MatMul(g, c)
+      h = Squeeze(h4, [3])
+      m = Relu(h)
+      g2 = Gather(W2, i)
+      mc = Unsqueeze(m, [3])
+      d4 = MatMul(g2, mc)
+      d = Squeeze(d4, [3])
+      u = Unsqueeze(w, [2])
+      v_ = Mul(d, u)
+      y = ReduceSum<keepdims = 0>(v_, [1])
+    }
+    becomes
+        ...
+        y = onnxgen.MoE:relu(x, w, i, W1, , W2)
 """
 
 from __future__ import annotations
@@ -73,18 +117,22 @@ class Experts(Rule):
         try:
             mixture = mixture_of(facts, node)
         except Unread as error:
+            builder.passed(1)
             # Where MOE002 takes these products, nothing is kept any more.
             stopped = error.products or (error.node or node,)
             raise Declined(self, "experts", str(error), *stopped) from None
         if mixture is None:
             return None
+        builder.passed(2)
         routing = closest(
             list(routings(facts, mixture.output, mixture.tokens, mixture.count, mixture.products))
         )
         if routing is None:
             reason = "it is not found which experts a token goes to and what they weigh"
             raise Declined(self, "routing", reason, node, mixture.output.producer())
+        builder.passed(3)
         first, second = self._first(mixture, node), self._second(mixture)
+        builder.passed(4)
         return self._emit(facts, builder, mixture, routing, first, second)
 
     def _second(self, mixture: Mixture) -> Linear:

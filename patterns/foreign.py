@@ -7,6 +7,24 @@ place; nothing of the graph is changed before that is checked. A match that fail
     a part of the pattern fits                          a near miss; of each rule the nearest ones
 
 A pattern of one node that `check` refuses is no site: there the check is part of the pattern.
+
+Declines
+    no-match: a node is not what the pattern has in its place.
+        Expected: the node that the pattern names.
+        Change: another spelling is another pattern; normalized, the model reads as
+            `python -m onnxgen.rule_writing MODEL` prints it.
+    check: the pattern fits, and the rule's check refuses.
+        Expected: what the rule's check asks for.
+        Change: the rule's check.
+    rewrite: the pattern fits, and the rule's rewrite gives nothing.
+        Expected: what the rule's rewrite asks for.
+        Change: the rule's rewrite.
+    other-type: what the rule makes has another type than what it replaces.
+        Expected: outputs of the same types.
+        Change: a Cast in the rule's rewrite.
+    check-failed: the rewrite was run beside what it replaces, and differed or failed.
+        Expected: equal results on ONNX Runtime, within the tolerance.
+        Change: the rule: what it makes is not what it replaces.
 """
 
 from __future__ import annotations

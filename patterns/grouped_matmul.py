@@ -10,14 +10,53 @@ Replaces
     between; and so have experts that do something else between their products, or behind them,
     than an activation. Matrices gathered for each row, or one product for each group of rows.
 
+Looks for
+    1. rows times matrices of a stack that indices choose
+    2. indices below the number of matrices
+    3. an output whose size can be computed
+
 Declines
     layout: a size that must be known is not.
+        Expected: an output whose sizes follow from the inputs'.
+        Change: make only batch and lengths dynamic when exporting.
 
 Numerics
     The same products.
 
 Seen in
     JetMoE, transformers 5.23, by dynamo and by transformers' exporter.
+
+Example
+    opset 20
+    (float[t,8] x)
+    => (float[t,8] y)
+    <float[8,5] R, float[5,6,8] W1, float[5,8,6] W2>
+    {
+      l = MatMul(x, R)
+      p = Softmax(l)
+      w, i = TopK(p, [2])
+      g = Gather(W1, i)
+      c = Unsqueeze(x, [1, 3])
+      h4 = MatMul(g, c)
+      h = Squeeze(h4, [3])
+      m = Softmax(h)
+      g2 = Gather(W2, i)
+      mc = Unsqueeze(m, [3])
+      d4 = MatMul(g2, mc)
+      d = Squeeze(d4, [3])
+      u = Unsqueeze(w, [2])
+      v_ = Mul(d, u)
+      y = ReduceSum<keepdims = 0>(v_, [1])
+    }
+    becomes
+        ...
+        groupedmatmul_2 = onnxgen.GroupedMatMul:turned(x, W1, i)
+        m = Softmax(groupedmatmul_2)
+        reshape = Reshape(m, [-1,  6])
+        reshape_2 = Reshape(i, [-1,  1])
+        groupedmatmul = onnxgen.GroupedMatMul:turned(reshape, W2, reshape_2)
+        d4 = Reshape(groupedmatmul, [-1,  2,  8,  1])
+        ...
 """
 
 from __future__ import annotations
@@ -44,9 +83,11 @@ class GroupedProducts(Rule):
         found = grouped_at(facts, node)
         if found is None:
             return None
+        builder.passed(1)
         bound = bound_of(facts, found.indices)
         if bound is not None and bound > found.groups:
             return None
+        builder.passed(2)
         op, ints = builder.op, builder.ints
         stack = found.source.value
         weights = facts.shapes.of(stack) or ()

@@ -9,10 +9,24 @@ Replaces
     be multiplied out: x * g + (bias - mean * g), with g = weight / root. Casts to float and back
     around it become stash_type.
 
+Looks for
+    1. a variance: a mean of squared deviations, or of squares less the squared mean, over the last
+       axes
+    2. one over its root
+    3. x less its mean, times that
+    4. an epsilon that is a constant and is added under the root
+    5. a weight and a bias of the axes' size, or none
+
 Declines
     epsilon-not-constant: what is added to the variance is computed.
+        Expected: a constant.
+        Change: export with the epsilon as a number of the configuration, not as a tensor.
     epsilon-place: the epsilon is added to the root, or bounds the variance or the root from below.
+        Expected: sqrt(variance + epsilon).
+        Change: none: the operator adds it under the root, and another place is another function.
     axes: the mean and the variance are not over the same last axes, or keep no dimensions.
+        Expected: the last axis, or the last few, of fixed sizes, for both.
+        Change: none: the operator has the last axes only; a transposed model would fit.
 
 Numerics
     The same operations in the same precision; the order of products may differ (1 unit in the
@@ -21,6 +35,25 @@ Numerics
 Seen in
     TorchScript exports below opset 17; tf2onnx (multiplied out); flax (a difference of squares);
     hand-written graphs.
+
+Example
+    opset 20
+    (float[b,s,40] x)
+    => (float[b,s,40] y)
+    <float[40] w, float[40] c>
+    {
+      m = ReduceMean(x, [-1])
+      d = Sub(x, m)
+      p = Mul(d, d)
+      v = ReduceMean(p, [-1])
+      e = Add(v, 0.00001)
+      r = Sqrt(e)
+      n = Div(d, r)
+      g = Mul(n, w)
+      y = Add(g, c)
+    }
+    becomes
+        y = LayerNormalization<axis = -1, epsilon = 1e-05, stash_type = 1>(x, w, c)
 """
 
 from __future__ import annotations
@@ -57,15 +90,18 @@ class LayerNorm(Rule):
         found = _variance(facts, node)
         if found is None:
             return None
+        builder.passed(1)
         variance, mean = found
         x, axis = variance.x, variance.axis if variance.axis == mean.axis else None
         root = inverse_root_of(variance.value, rooted=variance.rooted)
         if root is None:
             return None
+        builder.passed(2)
         normalized = _scaled(facts, root, x, mean)
         affine = _multiplied_out(facts, root, x, mean)
         if normalized is None and affine is None:
             return None
+        builder.passed(3)
         if root.bounded:
             reason = "the epsilon is added to the root, or is a bound: the operator adds it inside"
             raise Declined(self, "epsilon-place", reason, node)
@@ -76,6 +112,7 @@ class LayerNorm(Rule):
             raise Declined(
                 self, "epsilon-not-constant", "what is added to the variance is no constant", node
             )
+        builder.passed(4)
         weight: ir.Value | None
         bias: ir.Value | None
         if normalized is not None:

@@ -13,15 +13,48 @@ Replaces
     Only targets with a kernel for it apply this rule, and only where the kernel takes the experts:
     in standard operators, unpacking each expert takes longer than what the quantiser wrote.
 
+Looks for
+    1. a TopK or ArgMax whose choice comes together again in one sum
+    2. between the two products of each expert with its weights
+    3. which experts a token goes to, and what they weigh
+    4. one function of a product between them, the same for all experts
+    5. weights of one layout, and sizes that are known
+    6. codes of 4 or 8 bits that the kernel takes
+
 Declines
-    as MOE001, as the kernel's own rule, and
     packing: g_idx, padded K, zero points that are numbers or left out beside unsigned codes, one
         scale for everything (`expert_codes`).
+        Expected: codes with their scales, and zero points that are codes.
+        Change: quantise without act-order (g_idx) and with zero points stored as codes.
     bits: a code has neither 4 bits nor 8, or not the same for all weights, or rows end within a
         byte.
-    blocks: scales are for something else than whole rows, or blocks of a row; or the sizes of
-        codes, scales and zero points do not fit.
-    layout: experts packed in different ways.
+        Expected: 4 or 8 bits, alike for all weights.
+        Change: quantise all experts to 4 or to 8 bits.
+    blocks: scales are for something else than whole rows, or blocks of a row, which the kernel
+        takes from 16 on and alike for both weights; or the sizes of codes, scales and zero points
+        do not fit.
+        Expected: a scale for each row, or for each block of a row: of one size, at least 16, a
+        power of 2.
+        Change: quantise with one block_size of 16, 32, 64, 128 or 256.
+    layout: experts packed in different ways, some of them not at all, a size that is not known, or
+        zero points of 4 bits one a row: two rows would share a byte.
+        Expected: all experts quantised alike.
+        Change: quantise all experts with the same settings.
+    accuracy: 8 bits in blocks: the CPU kernel rounds what it multiplies to 8 bits, told to or not.
+        Expected: 4 bits in blocks, or 8 bits with a scale a row.
+        Change: quantise to 4 bits, or to 8 with a scale a row.
+    activation: the kernel has no such activation.
+        Expected: what ORT004 takes.
+        Change: see `onnxgen rules ORT004`.
+    form: the kernel has no such form: no indices, or weights of several experts on its input.
+        Expected: what ORT004 takes.
+        Change: see `onnxgen rules ORT004`.
+    router: the kernel's weights are probabilities, and these may be below zero.
+        Expected: what ORT004 takes.
+        Change: see `onnxgen rules ORT004`.
+    weights: they are computed, or of a type that the kernel does not take.
+        Expected: what ORT004 takes.
+        Change: see `onnxgen rules ORT004`.
 
 Numerics
     The same numbers (codes - zero points) * scales, the same products.
@@ -83,6 +116,7 @@ class QuantisedExperts(Experts):
         try:
             rewrite = super().rewrite(facts, builder, node)
             if rewrite is not None:
+                builder.passed(5)
                 self._kernel.rewrite(facts, builder, rewrite.node)  # the engine drops its nodes
         except _Numbers:
             return None

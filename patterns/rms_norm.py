@@ -10,10 +10,23 @@ Replaces
     stash_type. Where only the result is narrowed before the weight, the weight is widened instead
     and the product narrowed.
 
+Looks for
+    1. a mean of squares over the last axes
+    2. one over its root
+    3. x times that
+    4. an epsilon that is a constant and is added under the root
+    5. a weight of the axes' size, or none
+
 Declines
     epsilon-not-constant: what is added to the mean is computed.
+        Expected: a constant.
+        Change: export with the epsilon as a number of the configuration, not as a tensor.
     epsilon-place: the epsilon is added to the root, or bounds the mean or the root from below.
+        Expected: sqrt(mean + epsilon).
+        Change: none: the operator adds it under the root, and another place is another function.
     axes: the mean is not over the last axes, or keeps no dimensions.
+        Expected: the last axis, or the last few, of fixed sizes.
+        Change: none: the operator has the last axes only; a transposed model would fit.
 
 Numerics
     The same operations in the same precision; the order of the two multiplications may differ
@@ -21,6 +34,22 @@ Numerics
 
 Seen in
     torch.onnx.export, TorchScript and dynamo, torch 2.13; transformers' OnnxExporter 5.23.
+
+Example
+    opset 20
+    (float[b,s,40] x)
+    => (float[b,s,40] y)
+    <float[40] w>
+    {
+      q = Pow(x, 2.0)
+      m = ReduceMean(q, [-1])
+      e = Add(m, 0.00001)
+      r = Sqrt(e)
+      n = Div(x, r)
+      y = Mul(n, w)
+    }
+    becomes
+        y = RMSNormalization<axis = -1, epsilon = 1e-05, stash_type = 1>(x, w)
 """
 
 from __future__ import annotations
@@ -48,13 +77,16 @@ class RMSNorm(Rule):
         mean = mean_by(facts, node)
         if mean is None or not mean.squares:
             return None
+        builder.passed(1)
         root = inverse_root_of(mean.value, rooted=mean.rooted)
         if root is None:
             return None
+        builder.passed(2)
         x, axis = mean.x, mean.axis
         normalized, grouped = scaled_by(root, x), scaled_with_weight(root, x)
         if normalized is None and grouped is None:
             return None
+        builder.passed(3)
         if root.bounded:
             reason = "the epsilon is added to the root, or is a bound: the operator adds it inside"
             raise Declined(self, "epsilon-place", reason, node)
@@ -64,6 +96,7 @@ class RMSNorm(Rule):
             raise Declined(
                 self, "epsilon-not-constant", "what is added to the mean is not a constant", node
             )
+        builder.passed(4)
         if normalized is not None:
             weight, result = norm_weight(facts, normalized, x, axis)
         elif grouped is not None and fits(facts, grouped[0], x, axis):

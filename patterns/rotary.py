@@ -11,17 +11,57 @@ Replaces
     another order than the operator's are moved around it. Tables stay as the model computes them:
     any scaling is exact.
 
+Looks for
+    1. a tensor whose lanes are made of lanes of another and of tables
+    2. pairs of lanes, each turned by an angle of its own
+    3. a type that the operator has
+    4. tables that are the same for all heads
+    5. a batch whose size can be computed
+
 Declines
     lanes: x is mixed with tables as in a rotation, but its lanes make none.
+        Expected: y[i] = x[i] cos - x[j] sin beside y[j] = x[j] cos + x[i] sin, for pairs of lanes.
+        Change: none: another mixture is another function.
     table-layout: the tables differ from head to head.
+        Expected: tables [B, S, R/2], for all heads.
+        Change: none: the operator has no tables of heads.
     element-type: the operator has no such type (float64).
+        Expected: float32, float16 or bfloat16.
+        Change: export the model in float32.
     batch-unknown: the tables have to be repeated for a batch whose size cannot be computed.
+        Expected: sizes that follow from the inputs'.
+        Change: make only batch and lengths dynamic when exporting.
 
 Numerics
     The same operations in the same precision.
 
 Seen in
     torch.onnx.export, TorchScript and dynamo, torch 2.13; transformers' OnnxExporter 5.23.
+
+Example
+    opset 20
+    (float[b,s,20] h, int64[b,s] position_ids)
+    => (float[b,s,20] y)
+    {
+      pf = Cast<to = 1>(position_ids)
+      pu = Unsqueeze(pf, [-1])
+      a = Mul(pu, [1.0, 0.63, 0.4, 0.25, 0.158, 0.1, 0.063, 0.04, 0.025, 0.0158])
+      aa = Concat<axis = -1>(a, a)
+      c2 = Cos(aa)
+      s2 = Sin(aa)
+      c = Identity(c2)
+      n = Identity(s2)
+      lo = Slice(h, [0], [10], [-1])
+      hi = Slice(h, [10], [100], [-1])
+      ng = Neg(hi)
+      t = Concat<axis = -1>(ng, lo)
+      hc = Mul(h, c)
+      ts = Mul(t, n)
+      y = Add(hc, ts)
+    }
+    becomes
+        ...
+        y = RotaryEmbedding<interleaved = 0, num_heads = 1>(h, expand, expand_2)
 """
 
 from __future__ import annotations
@@ -72,7 +112,10 @@ class Rotary(Rule):
                 if not found.leads and _has_inner(facts, y, x, leading):
                     return None
                 return _Emission(self, facts, builder, node, x, found, leading).rewrite()
-            if resembles(written, x) and node.op_type in ("Add", "Sub", "Concat"):
+            if not resembles(written, x):
+                continue
+            builder.passed(1)
+            if node.op_type in ("Add", "Sub", "Concat"):
                 if _has_inner(facts, y, x, leading):
                     return None
                 reason = "it is mixed with tables as in a rotation, but its lanes make none"
@@ -145,12 +188,15 @@ class _Emission:
             Declined: with the rule's codes.
         """
         builder, rotation, y = self._builder, self._rotation, self._node.outputs[0]
+        builder.passed(2)
         if y.dtype not in _TYPES:
             raise self._declined("element-type", f"the operator has no {y.dtype}")
+        builder.passed(3)
         varies = varying(self._facts, rotation.cos + rotation.sin, len(self._leading))
         layout = find_layout(self._leading, varies)
         if layout is None:
             raise self._declined("table-layout", "the tables differ from head to head")
+        builder.passed(4)
         x = self._x
         if x.dtype != y.dtype:
             x = builder.op("Cast", [x], {"to": int(y.dtype)})

@@ -8,14 +8,35 @@ Replaces
     The operator does not broadcast, and runtimes reject the first two for B > 1. Exporters write
     them where positions are counted, not fed.
 
+Looks for
+    1. a RotaryEmbedding whose tables or positions are of one sequence, for a batch
+    2. a batch whose size can be computed
+
 Declines
     batch-unknown: the size of the batch cannot be computed.
+        Expected: sizes that follow from the inputs'.
+        Change: make only batch and lengths dynamic when exporting.
 
 Numerics
     The same for one sequence; the others are turned as that one is.
 
 Seen in
     torch.onnx.export with dynamo at opset 23, of models without position_ids (ModernBERT), torch 2.13.
+
+Example
+    opset 23
+    (float[b,s,120] h, int64[1,s] position_ids)
+    => (float[b,6,s,20] y)
+    <float[120] weight, float[64,10] c, float[64,10] n>
+    {
+      g = RMSNormalization(h, weight)
+      r4 = Reshape(g, [0, 0, 6, 20])
+      x = Transpose<perm = [0, 2, 1, 3]>(r4)
+      y = RotaryEmbedding(x, c, n, position_ids)
+    }
+    becomes
+        ...
+        y = RotaryEmbedding(x, c, n, expand)
 """
 
 from __future__ import annotations
@@ -44,6 +65,7 @@ class OneRowRotary(Rule):
         sizes = [facts.shapes.of(value) for value in rows]
         if batch == 1 or not any(size and size[0] == 1 for size in sizes):
             return None
+        builder.passed(1)
         expanded: list[ir.Value | None] = []
         for value, size in zip(rows, sizes, strict=True):
             assert value is not None

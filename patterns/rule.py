@@ -2,7 +2,8 @@
 
 A rule looks at one node, its anchor, and does one of three things: returns None (this is no site
 of mine), raises `Declined` (it is one, but I must not touch it, and here is why), or makes nodes
-with the builder and returns what they replace. It never changes the graph itself: the engine
+with the builder and returns what they replace. On the way it tells the builder how many of the
+steps that its page lists hold (`builder.passed`), so that a decline can say how far it got. It never changes the graph itself: the engine
 (`onnxgen.passes.rewriting`) checks the new nodes against the old ones first.
 """
 
@@ -19,6 +20,7 @@ from onnxgen.analysis.facts import Facts
 from onnxgen.analysis.graph import CONTRIB
 from onnxgen.analysis.symbols import Dim
 from onnxgen.patterns.building import Builder
+from onnxgen.patterns.pages import Page, page_of, reason_of
 from onnxgen.report.values import Decline
 
 _DOMAINS = ("", "ai.onnx", CONTRIB, functions.DOMAIN)
@@ -73,8 +75,12 @@ class Declined(Exception):
     """A site was recognised and is kept, for the reason that the decline states."""
 
     def __init__(self, rule: Rule, code: str, reason: str, *nodes: ir.Node | None) -> None:
+        self.stopped = next((node for node in nodes if node is not None), None)
         names = tuple(node.name or "" for node in nodes if node is not None)
-        self.decline = Decline(rule.code, code, reason, names)
+        said = reason_of(type(rule), code)
+        self.decline = Decline(
+            rule.code, code, reason, names, expected=said.expected, change=said.change
+        )
         super().__init__(reason)
 
 
@@ -94,6 +100,11 @@ class Rule(ABC):
     def looks_at(self, node: ir.Node) -> bool:
         """Whether a node is an anchor."""
         return node.op_type in self.anchors and node.domain in _DOMAINS
+
+    @property
+    def page(self) -> Page:
+        """What the rule's file says of it."""
+        return page_of(type(self), self.code)
 
     @abstractmethod
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:

@@ -10,10 +10,22 @@ Replaces
     Transposes that put the sequence in front for ScatterND go with it. Positions modulo the
     cache's length are the operator's circular mode.
 
+Looks for
+    1. a write into a tensor that continues a past
+    2. whole rows that are written
+    3. rows that follow one another
+    4. the number of sequences
+
 Declines
+    rows: something else than whole rows is written.
+        Expected: new keys or values of every head, [B, K, S, D], into [B, K, L, D].
+        Change: write whole rows: past[:, :, start:start + S] = new.
     positions: the rows cannot be shown to be neighbours. Where an input says where each row goes,
         any places are legal for ScatterND, and one new row only is sure to be one write.
-    rows: something else than whole rows is written.
+        Expected: positions start, start + 1, ... that the graph itself counts, or one new row a
+        run.
+        Change: export with a counted position (cache_position made inside the model), or for one
+        token a run.
 
 Numerics
     The same elements. Outside of what fits (start < 0, start + S > L) ONNX Runtime's TensorScatter
@@ -22,6 +34,32 @@ Numerics
 Seen in
     transformers' OnnxExporter 5.23 (StaticCache); index_copy, index_put, scatter and assigned
     slices by TorchScript and dynamo, torch 2.13.
+
+Example
+    opset 20
+    (int64[b,1] ids, int64 at, float[b,3,24,20] past)
+    => (float[b,3,24,20] present)
+    <int64[3,1] heads = {0, 1, 2}, float[37,50] table, float[50,60] wk>
+    {
+      x = Gather(table, ids)
+      kp = MatMul(x, wk)
+      k3 = Reshape(kp, [0, 0, 3, 20])
+      k = Transpose<perm = [0, 2, 1, 3]>(k3)
+      sl = Shape<start = 1, end = 2>(ids)
+      ss = Squeeze(sl, [0])
+      bl = Shape<start = 0, end = 1>(ids)
+      bb = Squeeze(bl, [0])
+      row = Range(0, ss, 1)
+      places = Add(row, at)
+      all = Range(0, 24, 1)
+      here = Equal(all, at)
+      hu = Unsqueeze(here, [0, 1, 3])
+      present = Where(hu, k, past)
+    }
+    becomes
+        ...
+        transpose = Transpose<perm = (0, 2, 1, 3)>(k3)
+        present = TensorScatter<axis = 2>(past, transpose, expand)
 """
 
 from __future__ import annotations
@@ -58,6 +96,7 @@ class StaticCacheWrite(Rule):
     def rewrite(self, facts: Facts, builder: Builder, node: ir.Node) -> Rewrite | None:
         if not any(_is_cache(facts, value) for value in buffers_of(node)):
             return None
+        builder.passed(1)
         write = write_of(facts, node)
         if isinstance(write, str):
             raise Declined(self, "rows", write, node)
@@ -68,7 +107,9 @@ class StaticCacheWrite(Rule):
             if axis != write.axis and not facts.shapes.same(new_shape[own], size):
                 reason = f"{new_shape[own]} of {size} places of axis {axis} are written"
                 raise Declined(self, "rows", reason, node)
+        builder.passed(2)
         place = self._place(facts, builder, write, node)
+        builder.passed(3)
         layout = _layout(write, place.batch)
         start = _start(facts, builder, place, past_shape[layout[0]])
         if start is None and not place.at_zero:

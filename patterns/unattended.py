@@ -7,14 +7,58 @@ Replaces
     Both masks are run on a grid of lengths and paddings (`masks.PROBES`): each element of the old
     one is 0 or the lowest number, and the Where picks just the rows that hold no 0.
 
+Looks for
+    1. a Where that replaces rows of an Attention by zeros
+    2. rows that, run on a grid of lengths and paddings, are just those that the mask hides
+       everywhere
+
 Declines
-    none: what does not fit stays as it is.
+    Nothing: what does not fit stays as it is, and is no site.
 
 Numerics
     The same: a bool mask leaves a row that sees nothing zeros, as ONNX Runtime runs it.
 
 Seen in
     transformers' OnnxExporter 5.23, every attention ("unattended rows").
+
+Example
+    opset 23
+    (int64[b,s] ids, int64[b,t] attention_mask, float[b,3,p,20] past_k, float[b,3,p,20] past_v)
+    => (float[b,6,s,20] y, float[b,3,t,20] present_k, float[b,3,t,20] present_v)
+    <float[37,50] table, float[50,120] wq, float[50,60] wk, float[50,60] wv>
+    {
+      x = Gather(table, ids)
+      qp = MatMul(x, wq)
+      kp = MatMul(x, wk)
+      vp = MatMul(x, wv)
+      q3 = Reshape(qp, [0, 0, 6, 20])
+      k3 = Reshape(kp, [0, 0, 3, 20])
+      v3 = Reshape(vp, [0, 0, 3, 20])
+      q = Transpose<perm = [0, 2, 1, 3]>(q3)
+      k = Transpose<perm = [0, 2, 1, 3]>(k3)
+      v = Transpose<perm = [0, 2, 1, 3]>(v3)
+      tl = Shape<start = 1, end = 2>(attention_mask)
+      tt = Squeeze(tl, [0])
+      sl = Shape<start = 1, end = 2>(ids)
+      ss = Squeeze(sl, [0])
+      pp = Sub(tt, ss)
+      cols = Range(0, tt, 1)
+      rows = Range(pp, tt, 1)
+      ru = Unsqueeze(rows, [1])
+      causal = LessOrEqual(cols, ru)
+      am = Cast<to = 9>(attention_mask)
+      au = Unsqueeze(am, [1, 2])
+      keep = And(causal, au)
+      mask = Identity(keep)
+      kn = Cast<to = 7>(keep)
+      n = ReduceMax(kn, [-1])
+      nothing = Equal(n, 0)
+      a, present_k, present_v = Attention<scale = 0.31>(q, k, v, mask, past_k, past_v)
+      y = Where(nothing, 0.0, a)
+    }
+    becomes
+        ...
+        y, present_k, present_v = Attention<scale = 0.31>(q, k, v, keep, past_k, past_v)
 """
 
 from __future__ import annotations
@@ -50,6 +94,7 @@ class UnattendedRows(Rule):
         shape = facts.shapes.of(node.outputs[0])
         if not facts.shapes.same_shape(shape, facts.shapes.of(y)):
             return None
+        builder.passed(1)
         if not _rows_without_keys(facts, nothing, mask):
             return None
         inputs = list(attention.inputs)

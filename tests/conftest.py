@@ -8,5 +8,7 @@ import pytest
 @pytest.fixture(autouse=True)
 def plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a developer's shell sets must not change what a test sees."""
-    for name in ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS", "ONNXGEN_DEBUG"):
+    shell = ("NO_COLOR", "FORCE_COLOR", "CLICOLOR_FORCE", "COLUMNS", "ONNXGEN_DEBUG")
+    github = ("GITHUB_ACTIONS", "GITHUB_STEP_SUMMARY", "GITHUB_WORKSPACE")
+    for name in (*shell, *github):
         monkeypatch.delenv(name, raising=False)

@@ -67,7 +67,7 @@ LEGEND = """\
 A site reads found/fused; *(n already)*: the exporter itself wrote n of the standard's ops, or of
 ONNX Runtime's that say the same. An `Attention` that the exporter wrote counts as found where its
 cache was outside. *Left* is what
-`tests/leftovers.py` counts in the written model without asking any rule. Nodes are before → after;
+`onnxgen.analysis.resemblance` counts in the written model without asking any rule. Nodes are before → after;
 cases are comparisons of the whole model with the original, without those that the original itself
 cannot run; the difference is in standard deviations of the original's output, of which 1e-4 is
 allowed, 1e-2 in fp16."""

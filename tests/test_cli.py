@@ -29,6 +29,7 @@ from onnxgen.errors import (
     OnnxgenError,
     RefusedError,
 )
+from onnxgen.expectations import NOTHING, Expectations
 from onnxgen.patterns import RULES
 from onnxgen.places import default_output
 from onnxgen.report.values import Case, Proof, Report, Site
@@ -51,6 +52,8 @@ class FuseOptions:
     roles: Mapping[str, str] | None = None
     force: bool = False
     genai_config: bool = False
+    expect: Expectations = NOTHING
+    check: bool = False
     rules: tuple[Path, ...] = ()
 
 

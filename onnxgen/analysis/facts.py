@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from onnxgen.analysis.graph import FLOATS, names
+from onnxgen.analysis.graph import FLOATS, names, uniform
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.analysis.shapes import Shapes
@@ -77,6 +77,34 @@ class Facts:
         """What a graph input is for, "unknown" where nobody said."""
         role = None if self._roles is None else self._roles.inputs.get(value.name or "")
         return "unknown" if role is None else role.role
+
+    def describe(self, node: ir.Node) -> str:
+        """A node with what it reads, for a person: `Mul(float32[B, 6, S, 20], 0.5)`.
+
+        Sizes are called by their letters where the roles say which they are.
+        """
+        read = [self._described(value) for value in node.inputs]
+        domain = f"{node.domain}::" if node.domain not in ("", "ai.onnx") else ""
+        return f"{domain}{node.op_type}({', '.join(read)})"
+
+    def _described(self, value: ir.Value | None) -> str:
+        if value is None:
+            return "-"
+        shape = self.shapes.of(value)
+        if self._is_constant(value) and shape is not None and len(shape) < 2:
+            number = uniform(value)
+            if number is not None:
+                return f"{number:g}"
+        kind = "?" if value.dtype is None else str(value.dtype).lower()
+        sizes = "..." if shape is None else ", ".join(map(self._size, shape))
+        return f"{kind}[{sizes}]"
+
+    def _size(self, size: Dim) -> str:
+        text = str(size)
+        for name, role in self.roles.inputs.items():
+            for axis, letter in enumerate(role.axes):
+                text = text.replace(f"{name}[{axis}]", letter or f"{name}[{axis}]")
+        return text
 
     def _classify(self, node: ir.Node) -> None:
         if node.op_type in ("Shape", "Size"):

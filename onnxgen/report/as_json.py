@@ -4,7 +4,7 @@ Every document holds:
 
 - ``schema``: 1; it grows only when a key changes its meaning or goes.
 - ``onnxgen``: the version that wrote it.
-- ``command``: "fuse", "to-paged" or "verify".
+- ``command``: "fuse", "to-paged", "verify", "explain" or "inspect".
 - ``exit_code``: what the command ended with (see README.md).
 - ``error``: the sentence the command ended with, null where it succeeded.
 
@@ -12,6 +12,15 @@ Every document holds:
 nested, and two that are derived from them: ``summary``, by kind of site how many were found,
 fused, kept and undone, and in the proof ``worst``, the case with the largest difference. It is
 null where the command failed before there was anything to report.
+
+``explain`` adds ``report``, of what `fuse` would do, and ``places``: the sites that were asked for,
+each with its ``decline``, which says how far the nearest rule got (``reached``, ``ahead``), where
+it stopped (``nodes``, ``found``), what it ``expected`` and what would ``change`` it.
+
+``inspect`` adds ``model``: the fields of `onnxgen.report.inspection.Inspection`.
+
+``fuse`` of several models has ``models`` instead: a document like this one for each, in the order
+in which they were given. ``exit_code`` is the gravest of theirs, ``error`` null.
 
 ``verify`` adds ``original``, ``rewritten`` and ``proof``.
 
@@ -23,10 +32,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnxgen import __version__
+from onnxgen.report.inspection import Inspection
 from onnxgen.report.values import SCHEMA_VERSION, Proof, Report, Site
 
 START = '{\n  "schema": '
@@ -46,6 +56,27 @@ def report_document(
             "proof": _proof(report.proof),
         }
     return document
+
+
+def explain_document(
+    report: Report | None, places: Sequence[Site], exit_code: int, error: str | None
+) -> dict[str, Any]:
+    """The outcome of `onnxgen explain`."""
+    document = report_document("explain", report, exit_code, error)
+    return {**document, "places": [dataclasses.asdict(site) for site in places]}
+
+
+def inspect_document(found: Inspection | None, exit_code: int, error: str | None) -> dict[str, Any]:
+    """The outcome of `onnxgen inspect`."""
+    model = None if found is None else dataclasses.asdict(found)
+    return {**_header("inspect", exit_code, error), "model": model}
+
+
+def models_document(
+    command: str, documents: Sequence[Mapping[str, Any]], exit_code: int
+) -> dict[str, Any]:
+    """The outcome of one command for several models."""
+    return {**_header(command, exit_code, None), "models": list(documents)}
 
 
 def verify_document(

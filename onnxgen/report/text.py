@@ -13,11 +13,14 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxgen.bounds import in_words
+from onnxgen.errors import one_line
 from onnxgen.report.as_json import summary
 from onnxgen.report.values import Case, Paging, Proof, Report, Site
+from onnxgen.words import time_in_words
 
 NAMES_SHOWN = 3
 GROUPS_SHOWN = 4
+REASONS_SHOWN = 8
 
 _NAMES = {
     "attention": "attention",
@@ -27,6 +30,7 @@ _NAMES = {
     "projection": "projections of queries, keys and values",
     "norm": "norms with their residual",
     "cache": "cache write",
+    "activation": "activation",
     "unattended": "rows that see nothing",
     "moe": "mixture of experts",
     "grouped_matmul": "products with chosen matrices",
@@ -62,10 +66,14 @@ def render_report(report: Report) -> RenderableType:
         parts.append(_labelled("Contract", report.contract, "bold"))
     if report.proof is not None or report.paging is None:
         parts.append(render_proof(report.proof))
-    parts += [_labelled("Warning", warning, "yellow") for warning in report.warnings]
+    shown = report.warnings[:REASONS_SHOWN]
+    parts += [_labelled("Warning", warning, "yellow") for warning in shown]
+    if len(report.warnings) > len(shown):
+        more = many(len(report.warnings) - len(shown), "other warning")
+        parts.append(Text(f"Warning: and {more} (--json lists all)", "yellow"))
     parts.append(_footer(report))
     if report.beside:
-        parts.append(Text(f"Beside it: {', '.join(report.beside)}"))
+        parts.append(Text(one_line(f"Beside it: {', '.join(report.beside)}")))
     return Group(*parts)
 
 
@@ -78,7 +86,7 @@ def render_proof(proof: Proof | None) -> RenderableType:
     ran = [case for case in proof.cases if case.compared]
     status = proof.status.capitalize()
     # Why it is not proven is the sentence that the command ends with.
-    said = f"{_many(len(ran), 'case')} run, {_largest(proof)}" if ran else "no case was run"
+    said = f"{many(len(ran), 'case')} run, {_largest(proof)}" if ran else "no case was run"
     lines.append(_labelled(status, said, _STYLES[proof.status]))
     if proof.twins:
         why = "ONNX Runtime's CPU cannot run bfloat16"
@@ -88,32 +96,31 @@ def render_proof(proof: Proof | None) -> RenderableType:
     if proof.rewrites:
         lines.append(
             Text(
-                f"  {_many(proof.rewrites, 'rewrite')} checked in place "
-                f"({_many(proof.structures, 'distinct structure')}), "
+                f"  {many(proof.rewrites, 'rewrite')} checked in place "
+                f"({many(proof.structures, 'distinct structure')}), "
                 f"largest difference {proof.rewrite_difference:.1e}"
             )
         )
     lines += _inside(proof)
     skipped: dict[str, list[Case]] = {}
     if proof.note:
-        lines.append(Text(f"  {proof.note}"))
+        lines.append(Text(one_line(f"  {proof.note}")))
     for case in proof.cases:
         if case.skipped:
             skipped.setdefault(case.skipped, []).append(case)
     for reason, cases in skipped.items():
-        names = _some(case.name for case in cases)
-        lines.append(Text(f"  {_many(len(cases), 'case')} skipped ({names}): {reason}", "yellow"))
+        names = some(case.name for case in cases)
+        said = f"  {many(len(cases), 'case')} skipped ({names}): {reason}"
+        lines.append(Text(one_line(said), "yellow"))
     outside = [case for case in proof.cases if case.outside]
     if outside:
-        names = _some(case.name for case in outside)
+        names = some(case.name for case in outside)
         lines.append(
-            Text(
-                f"  {_many(len(outside), 'case')} outside the contract fail as they must ({names})"
-            )
+            Text(f"  {many(len(outside), 'case')} outside the contract fail as they must ({names})")
         )
     if proof.seconds:
         memory = f" in at most {in_words(proof.memory)} of memory" if proof.memory else ""
-        lines.append(Text(f"  ONNX Runtime ran {proof.seconds:.1f} s{memory}"))
+        lines.append(Text(f"  ONNX Runtime ran {time_in_words(proof.seconds)}{memory}"))
     return Group(*lines)
 
 
@@ -127,11 +134,11 @@ def _inside(proof: Proof) -> Iterator[Text]:
             else ""
         )
         yield Text(
-            f"  {proof.layers_run} of {_many(proof.layers, 'part')} run, one of each kind{said}"
+            f"  {proof.layers_run} of {many(proof.layers, 'part')} run, one of each kind{said}"
         )
     if proof.inner:
         yield Text(
-            f"  {_many(proof.inner, 'value')} inside compared, "
+            f"  {many(proof.inner, 'value')} inside compared, "
             f"largest difference {proof.inner_difference:.1e}"
         )
     if proof.faint:
@@ -142,7 +149,7 @@ def _inside(proof: Proof) -> Iterator[Text]:
             f"the values inside were compared too{local}",
             "yellow",
         )
-    yield from (Text(f"  not run: {each}", "yellow") for each in proof.not_run)
+    yield from (Text(one_line(f"  not run: {each}"), "yellow") for each in proof.not_run)
 
 
 def _largest(proof: Proof) -> str:
@@ -161,7 +168,7 @@ def _header(report: Report) -> Text:
         changes.append(f"opset {report.opset_before} → {report.opset_after}")
     if report.nodes_before:
         changes.append(f"nodes {report.nodes_before} → {report.nodes_after}")
-    return Text.assemble((report.input, "bold"), ": ", ", ".join(changes))
+    return Text.assemble((one_line(report.input), "bold"), ": ", ", ".join(changes))
 
 
 def _counts(report: Report) -> Table:
@@ -176,7 +183,7 @@ def _counts(report: Report) -> Table:
     for kind, count in counts.items():
         style = "green" if count["fused"] == count["found"] else "yellow"
         cells = [str(count[column]) for column in columns]
-        table.add_row(_NAMES.get(kind, kind), *cells, style=style)
+        table.add_row(name_of(kind), *cells, style=style)
     return table
 
 
@@ -191,11 +198,11 @@ def _fused(sites: Sequence[Site]) -> Iterator[Text]:
     for (kind, details), group in groups.items():
         by_kind[kind] = by_kind.get(kind, 0) + 1
         if details and by_kind[kind] <= GROUPS_SHOWN:
-            yield Text(f"Fused {_NAMES.get(kind, kind)} ({len(group)}): {details}")
+            yield Text(one_line(f"Fused {name_of(kind)} ({len(group)}): {details}"))
     for kind, count in by_kind.items():
         if count > GROUPS_SHOWN:
-            more = _many(count - GROUPS_SHOWN, "other form")
-            yield Text(f"Fused {_NAMES.get(kind, kind)}: and {more} (--json lists all)")
+            more = many(count - GROUPS_SHOWN, "other form")
+            yield Text(f"Fused {name_of(kind)}: and {more} (--json lists all)")
 
 
 def _found_nothing(report: Report) -> Iterator[Text]:
@@ -210,13 +217,13 @@ def _found_nothing(report: Report) -> Iterator[Text]:
         said = "no node is like the one that its pattern ends in"
         if misses[code]:
             nearest = misses[code][0]
-            matched = _many(int(nearest.details["matched"]), "node")
+            matched = many(int(nearest.details["matched"]), "node")
             reason = nearest.decline.reason if nearest.decline is not None else ""
-            where = _some(dict.fromkeys(site.scope or site.node for site in misses[code]))
+            where = some(dict.fromkeys(site.scope or site.node for site in misses[code]))
             said = f"nearest ({len(misses[code])}): {matched} fit, then: {reason} [{where}]"
         yield _labelled(f"{code} of {report.own_rules[code]} fits nowhere", said, "yellow")
     if len(codes) > GROUPS_SHOWN:
-        more = _many(len(codes) - GROUPS_SHOWN, "other rule")
+        more = many(len(codes) - GROUPS_SHOWN, "other rule")
         yield Text(f"And {more} of yours fit nowhere (--json lists what came near)", "yellow")
 
 
@@ -229,7 +236,8 @@ def _lowered(sites: Sequence[Site]) -> Iterator[Text]:
         done = [site for site in group if site.status == "fused"]
         details = {", ".join(f"{k} {v}" for k, v in site.details.items()) for site in done}
         said = f": {'; '.join(sorted(details))}" if any(details) else ""
-        yield Text(f"Lowered {_NAMES.get(kind, kind)} ({len(done)} of {len(group)}){said}")
+        told = f"Lowered {name_of(kind)} ({len(done)} of {len(group)}){said}"
+        yield Text(one_line(told))
     yield from _not_fused(sites)
 
 
@@ -238,25 +246,26 @@ def _paging(paging: Paging) -> Iterator[Text]:
     groups: dict[tuple[str, str], list[str]] = {}
     for each in paging.obstacles:
         groups.setdefault((each.code, each.reason), []).append(each.node)
-    for (code, reason), places in groups.items():
-        where = _some(filter(None, places))
+    for (code, reason), places in list(groups.items())[:REASONS_SHOWN]:
+        where = some(filter(None, places))
         said = f"{reason} [{where}]" if where else reason
         yield _labelled(f"Cannot be paged ({len(places)}): {code}", said, "red")
+    if len(groups) > REASONS_SHOWN:
+        more = many(len(groups) - REASONS_SHOWN, "other reason")
+        yield Text(f"Cannot be paged: and {more} (--json lists all)", "red")
     if paging.obstacles or not paging.layers:
         return
     families = "; ".join(paging.families)
     yield Text(
-        f"{_many(len(paging.pools), 'pool')} of {paging.kv_dtype} for "
-        f"{_many(paging.layers, 'layer')}: blocks of {paging.block_size} tokens, {paging.token_bytes:,} bytes a token; "
+        f"{many(len(paging.pools), 'pool')} of {paging.kv_dtype} for "
+        f"{many(paging.layers, 'layer')}: blocks of {paging.block_size} tokens, {in_words(paging.token_bytes)} a token; "
         f"masks: {families}; logits: {paging.logits}"
     )
     if paging.kernel:
         run = not paging.kernel.startswith("not run")
         yield _labelled("The operator's kernel", paging.kernel, "green" if run else "yellow")
     if paging.dropped:
-        yield Text(
-            f"Dropped outputs: {_some(paging.dropped)}, which say what a paged model is told"
-        )
+        yield Text(f"Dropped outputs: {some(paging.dropped)}, which say what a paged model is told")
 
 
 def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:
@@ -271,9 +280,9 @@ def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:
         reasons = {site.decline.reason for site in group if site.decline}
         reason = min(reasons, default="no reason was given")
         if len(reasons) > 1:
-            reason += f" (and {_many(len(reasons) - 1, 'like reason')})"
-        where = _some(site.scope or site.node for site in group)
-        label = f"{status} {_NAMES.get(kind, kind)} ({len(group)})"
+            reason += f" (and {many(len(reasons) - 1, 'like reason')})"
+        where = some(site.scope or site.node for site in group)
+        label = f"{status} {name_of(kind)} ({len(group)})"
         yield _labelled(
             label, f"{' '.join(filter(None, [rule, code]))}: {reason} [{where}]", "yellow"
         )
@@ -281,24 +290,32 @@ def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:
 
 def _footer(report: Report) -> Text:
     total = sum(report.seconds.values())
-    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in report.seconds.items())
-    took = f" in {total:.2f} s ({stages})" if stages else ""
+    stages = ", ".join(f"{name} {time_in_words(each)}" for name, each in report.seconds.items())
+    took = f" in {time_in_words(total)} ({stages})" if stages else ""
     if report.output:
-        return Text.assemble("Written to ", (report.output, "bold"), took)
+        after, before = in_words(report.bytes_after), in_words(report.bytes_before)
+        size = f", {after} (before: {before})," if report.bytes_after else ""
+        return Text.assemble("Written to ", (report.output, "bold"), size, took)
     return Text.assemble(("Nothing was written", "bold"), took)
 
 
 def _labelled(label: str, text: str, style: str) -> Text:
     label = label[:1].upper() + label[1:]
-    return Text.assemble((f"{label}: " if text else label, style), text)
+    return Text.assemble((f"{label}: " if text else label, style), one_line(text))
 
 
-def _some(names: Iterable[str]) -> str:
+def some(names: Iterable[str]) -> str:
     """The first few of many names."""
     names = list(names)
-    shown = ", ".join(names[:NAMES_SHOWN])
+    shown = one_line(", ".join(names[:NAMES_SHOWN]))
     return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
 
 
-def _many(count: int, noun: str) -> str:
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+def many(count: int, noun: str, nouns: str = "") -> str:
+    """A number with its noun, in the plural where it is one."""
+    return f"{count} {noun}" if count == 1 else f"{count} {nouns or f'{noun}s'}"
+
+
+def name_of(kind: str) -> str:
+    """What sites of a kind are called."""
+    return _NAMES.get(kind, kind)

@@ -23,12 +23,22 @@ class Decline:
         code: a stable slug, such as "no-value-product".
         reason: one sentence for a person.
         nodes: names of the nodes that stopped the rule, the decisive one first.
+        reached: what the rule looks for and found, in its order.
+        ahead: what it looks for and did not find, the first being where it stopped.
+        expected: what the rule would have taken there; "" where its page does not say.
+        found: the first of `nodes` with the types and shapes of what it reads.
+        change: what a user can do about it.
     """
 
     rule: str
     code: str
     reason: str
     nodes: tuple[str, ...] = ()
+    reached: tuple[str, ...] = ()
+    ahead: tuple[str, ...] = ()
+    expected: str = ""
+    found: str = ""
+    change: str = ""
 
 
 @dataclass
@@ -253,7 +263,11 @@ class Report:
         nodes_before: nodes of the model as read, functions' bodies included once a call.
         nodes_after: nodes of the model as written.
         ops_before, ops_after: how many nodes of each op type.
+        bytes_before, bytes_after: of the model's file and of the data files that it names, as read
+            and as written; 0 where nothing got so far.
         sites: every place a rule looked at, in graph order.
+        already: by kind: places that the exporter itself wrote in the operator that a site of the
+            kind becomes, and that no rule looked at.
         lowered: the same for the target's rules, which start from what raising gave.
         own_rules: where the user's rules come from, by code.
         near_misses: where one of these nearly matched: the pattern fits in part. Of each rule the
@@ -271,7 +285,10 @@ class Report:
     nodes_after: int = 0
     ops_before: dict[str, int] = field(default_factory=dict)
     ops_after: dict[str, int] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
     sites: list[Site] = field(default_factory=list)
+    already: dict[str, int] = field(default_factory=dict)
     lowered: list[Site] = field(default_factory=list)
     contract: str = ""
     paging: Paging | None = None

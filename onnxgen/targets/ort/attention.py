@@ -14,17 +14,57 @@ Replaces
     input, it ignores it on a first prompt (CPU, ONNX Runtime 1.32), and left padding shifts it.
     So for any padding, and for other tables, the rotary embedding stays outside.
 
+Looks for
+    1. an Attention that continues a cache
+    2. heads and head sizes that the kernel takes
+    3. a mask that attributes, the input mask or a bias can say
+    4. queries, keys, values and the output as [B, S, heads * D]
+
 Declines
     no-cache: nothing is continued; the standard operator is as good.
+        Expected: past_key and past_value.
+        Change: none needed; export with past and present for a model that generates.
     layout: queries, keys, values or the output have no [B, S, heads * D].
-    kernel: head sizes that the kernel does not take: K and V differ, or D is no multiple of 8.
+        Expected: four axes [B, H, S, D] of fixed heads and head size.
+        Change: make only batch and lengths dynamic when exporting.
+    kernel: what the kernel does not take: K and V of different sizes, D that is no multiple of 8,
+        or scores as an output.
+        Expected: keys and values of one head size, a multiple of 8.
+        Change: none: --target onnx has no such limit.
     causal: is_causal counts from the first key where there is no mask to tell.
+        Expected: a mask, or is_causal, but not both.
+        Change: export with an attention mask only.
 
 Numerics
     The same sums; probabilities in float.
 
 Seen in
     what raising gives for every decoder with a cache; target of onnxruntime-genai's builder.
+
+Example
+    opset 24
+    (int64[b,s] ids, float[b,3,p,24] past_k, float[b,3,p,24] past_v)
+    => (float[b,6,s,24] y, float[b,3,t,24] present_k, float[b,3,t,24] present_v)
+    <float[37,50] table, float[50,144] wq, float[50,72] wk, float[50,72] wv>
+    {
+      x = Gather(table, ids)
+      qp = MatMul(x, wq)
+      kp = MatMul(x, wk)
+      vp = MatMul(x, wv)
+      q4 = Reshape(qp, [0, 0, 6, 24])
+      k4 = Reshape(kp, [0, 0, 3, 24])
+      v4 = Reshape(vp, [0, 0, 3, 24])
+      q = Transpose<perm = [0, 2, 1, 3]>(q4)
+      k = Transpose<perm = [0, 2, 1, 3]>(k4)
+      v = Transpose<perm = [0, 2, 1, 3]>(v4)
+      y, present_k, present_v = Attention<is_causal = 1>(q, k, v, , past_k, past_v)
+    }
+    becomes
+        ...
+        groupqueryattention, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads = 6,
+            kv_num_heads = 3, scale = 0.204124>(qp, kp, vp, past_k, past_v, seqlens_k, cast)
+        reshape = Reshape(groupqueryattention, [ 0,  0,  6, 24])
+        y = Transpose<perm = (0, 2, 1, 3)>(reshape)
 """
 
 from __future__ import annotations
@@ -97,11 +137,14 @@ class GroupQuery(Rule):
         assert q is not None
         assert k is not None
         assert v is not None
+        builder.passed(1)
         heads, kv_heads = self._check(facts, node, q, k, v)
+        builder.passed(2)
         found = self._rotary(facts, q, k, past_key)
         rotary, said = (None, found) if isinstance(found, str) else (found, "inside")
         positions = rotary[0].positions if rotary is not None else None
         masking = self._masking(facts, node, mask, past_key, positions)
+        builder.passed(3)
         operands = [
             rows_first(facts, builder, value, count, turned=not inside)
             for value, count, inside in (

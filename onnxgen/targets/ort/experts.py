@@ -22,14 +22,38 @@ Replaces
     given ones, and multiplied by zero. Numbers are scattered by addition, as the base operator
     lets an expert be named twice.
 
+Looks for
+    1. onnxgen::MoE with indices
+    2. an activation that the kernel has
+    3. weights that are initializers of a type that the kernel takes
+    4. a number of chosen experts that is fixed
+    5. a router that the kernel has, or weights that are never below zero
+
 Declines
-    activation: the kernel has silu, relu, identity, gelu with tanh, and
-        (max(min(b, L), -L) + beta) * min(a, L) * sigmoid(alpha * min(a, L)).
+    activation: the kernel has silu, relu, identity, gelu with tanh, and (max(min(b, L), -L) + beta)
+        * min(a, L) * sigmoid(alpha * min(a, L)).
+        Expected: one of these.
+        Change: none: --target onnx has any activation.
     form: no indices, or weights of several experts that multiply the input.
+        Expected: indices and weights [T, k].
+        Change: none: --target onnx has these forms.
     weights: they are computed, or of a type that the kernel does not take.
-    router: indices that may be no expert's, weights that may be below zero, or whose number of slots
-        is not fixed. (QMoE too is wrong where its router_weights are below zero.)
-    accuracy, blocks, layout: of quantised weights, see `packed_experts`.
+        Expected: initializers of float32 or float16, as the input is.
+        Change: export without casts of the experts' weights.
+    router: indices that may be no expert's or are not int64, weights that may be below zero, or
+        whose number of slots is not fixed. (QMoE too is wrong where its router_weights are below
+        zero.)
+        Expected: a fixed k, and weights that are probabilities.
+        Change: export with k as a constant.
+    accuracy: 8 bits in blocks: the CPU kernel rounds what it multiplies to 8 bits, told to or not.
+        Expected: 4 bits in blocks, or 8 bits with a scale a row.
+        Change: quantise to 4 bits, or to 8 with a scale a row.
+    blocks: blocks of different sizes in fc1 and fc2, or of a size that the kernel has not.
+        Expected: one size, at least 16, a power of 2.
+        Change: quantise with one block_size of 16, 32, 64, 128 or 256.
+    layout: zero points of 4 bits, one a row: two rows would share a byte.
+        Expected: zero points in blocks, or none.
+        Change: quantise in blocks, or symmetrically.
 
 Numerics
     The same products. Probabilities of logits that differ by less than float32 tells apart count
@@ -37,6 +61,25 @@ Numerics
 
 Seen in
     every mixture of experts, after raising.
+
+Example
+    opset 24
+    <ir_version: 10, opset_import: ["" : 24, "onnxgen" : 1]> g
+    (float[t,8] x)
+    => (float[t,8] y)
+    <float[8,5] R, float[5,6,8] W1, float[5,8,6] W2>
+    {
+      l = MatMul(x, R)
+      p = Softmax(l)
+      w, i = TopK(p, [2])
+      y = onnxgen.MoE:relu(x, w, i, W1, , W2)
+    }
+    becomes
+        ...
+        turned = Slice(l, [-1], [-6], [-1], [-1])
+        logits = Reshape(turned, [-1,  5])
+        y = com.microsoft.MoE<activation_type = relu, k = 2, normalize_routing_weights = 0>(x,
+            logits, experts, , experts_2)
 """
 
 from __future__ import annotations
@@ -93,13 +136,16 @@ class Experts(Rule):
         activation, parts = moe.parts_of(node.overload)
         if "dense" in parts:
             raise Declined(self, "form", "every expert has a weight for every token", node)
+        builder.passed(1)
         gate, kind = self._activation(activation, node)
+        builder.passed(2)
         given = [*node.inputs, *[None] * (moe.ZEROS[moe.FC3] + 1 - len(node.inputs))]
         x, weights, indices = given[: moe.FC1]
         assert x is not None
         assert weights is not None
         assert indices is not None
         rows = {at: self._weight(given[at], x, node) for at in range(moe.FC1, len(given))}
+        builder.passed(3)
         values = {each: value for at, each in rows.items() if each and (value := given[at])}
         arranged, bits = _arranged(rows, parts, gate), moe.bits_of(parts)
         fc1 = arranged[moe.FC1]
@@ -108,6 +154,7 @@ class Experts(Rule):
         slots = (facts.shapes.of(weights) or (None,))[-1]
         if not isinstance(slots, int) or not 0 < slots <= count:
             raise Declined(self, "router", f"{slots} of {count} experts are chosen", node)
+        builder.passed(4)
         kind = {**kind, "k": slots}
         if bits is None:
             kernel = Kernel(builder, x, [arranged[at] for at in ORDER], values, kind)

@@ -7,15 +7,43 @@ Replaces
     Where an exporter split one projection, the split goes. Weights are joined when the model is
     written, one layer at a time.
 
+Looks for
+    1. a GroupQueryAttention with separate queries, keys and values
+    2. three products of one tensor with constants, or three parts of one
+
 Declines
-    none: projections that something stands behind (norms of heads), that are read elsewhere, or
-    whose weights are quantised, stay as they are.
+    Nothing: what does not fit stays as it is, and is no site.
 
 Numerics
     The same products.
 
 Seen in
     every decoder without norms of heads.
+
+Example
+    <ir_version: 10, opset_import: ["" : 24, "com.microsoft" : 1]> g
+    (int64[b,s] ids, float[b,3,p,16] past_k, float[b,3,p,16] past_v, int64[b,t] attention_mask)
+    => (float[b,s,96] y, float[b,3,u,16] present_k, float[b,3,u,16] present_v)
+    <float[37,50] table, float[50,96] wq, float[50,48] wk, float[50,48] wv>
+    {
+      x = Gather(table, ids)
+      q = MatMul(x, wq)
+      k = MatMul(x, wk)
+      v = MatMul(x, wv)
+      n = ReduceSum<keepdims = 0>(attention_mask, [1])
+      n1 = Sub(n, 1)
+      count = Cast<to = 6>(n1)
+      l = Shape(attention_mask)
+      t64 = Gather(l, 1)
+      total = Cast<to = 6>(t64)
+      y, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads = 6,
+          kv_num_heads = 3>(q, k, v, past_k, past_v, count, total)
+    }
+    becomes
+        ...
+        matmul = MatMul(x, packed)
+        y, present_k, present_v = com.microsoft.GroupQueryAttention<num_heads = 6, kv_num_heads =
+            3>(matmul, , , past_k, past_v, count, total)
 """
 
 from __future__ import annotations
@@ -52,6 +80,7 @@ class PackedProjections(Rule):
         parts = list(node.inputs[:3])
         if any(part is None for part in parts):
             return None
+        builder.passed(1)
         values = [given(node, index) for index in range(3)]
         packed = _whole(facts, values)
         if packed is None:
