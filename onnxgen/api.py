@@ -7,8 +7,9 @@
     print(result, result.report.proof.worst)
     onnx.save(result.model, "fused.onnx")
 
-Every keyword is an option of the command and means what it means there. What is for a shell only is
-none: `--report` and `--json`, since `Result.report` holds the values. An option that is repeated
+Every keyword is an option of the command and means what it means there. What is for a shell is none:
+`--report`, `--json`, `--expect` and `--baseline`, since `Result.report` holds the values, `-v` and
+`-q`, and what is for several models, `--out-dir` and `--jobs`. An option that is repeated
 takes several words at once, `disable=["GEL001"]`, and `--role NAME=ROLE` a mapping, `{name: role}`.
 
 A model is a path, an `onnx.ModelProto`, an `onnx_ir.Model` or what `torch.onnx.export` returns. None
@@ -42,6 +43,7 @@ def fuse(
     model: Model,
     *,
     output: str | os.PathLike[str] | None = None,
+    check: bool = False,
     target: Target = "onnx",
     padding: Padding = "any",
     max_length: int | None = None,
@@ -64,6 +66,7 @@ def fuse(
         model: what to fuse; it is not changed.
         output: where to write, the only place where something is left; None keeps the result in
             memory, weights and all.
+        check: write nothing; `Result.report` says what would be fused.
         target: what to write for: the ONNX standard, or ONNX Runtime's own operators.
         padding: for "ort": the padding that the result must take; with any other it fails.
         max_length: for "ort": the most tokens, past and new.
@@ -103,6 +106,7 @@ def fuse(
             rules=_several(rules),
             force=force,
             genai_config=genai_config,
+            check=check,
         )
         with named({path: name, place: output}):
             report = pipeline.fuse(path, options, _quiet)

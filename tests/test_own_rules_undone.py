@@ -175,6 +175,16 @@ def test_a_near_miss_says_what_stopped_it_and_is_no_site(tmp_path: Path) -> None
     assert "fits nowhere: nearest (1): 3 nodes fit, then: Binding failure" in result.stdout
 
 
+def test_explain_tells_of_near_misses(tmp_path: Path) -> None:
+    model = tmp_path / "model.onnx"
+    model.write_bytes(parse(MISH.replace("Tanh(p)", "Sigmoid(p)")).SerializeToString())
+    result = run("explain", model, "--rules", file_of_mish(tmp_path), "--rule", "Mish")
+    assert result.exit_code == 0, result.output
+    assert "no-match: OpType mismatch: expected Tanh, got Sigmoid." in result.stdout
+    assert "Mish: " in result.stdout
+    assert not (tmp_path / "model.fused.onnx").exists()
+
+
 def test_where_it_found_its_sites_roots_alone_are_no_near_misses(tmp_path: Path) -> None:
     text = (
         "(float[b,s,40] x, float[b,s,40] z) => (float[b,s,40] y)"
