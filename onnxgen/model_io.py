@@ -73,6 +73,7 @@ def read_model(path: Path) -> ir.Model:
     except Exception as error:
         detail = " ".join(str(error.__cause__ or error).split())[:300]
         raise FileError(f"{path} is no valid ONNX model: {detail}") from error
+    _believe_weights(model)
     _check_connected(path, model)
     try:
         check_sound(model)
@@ -130,6 +131,15 @@ def _check_model(path: Path, proto: onnx.ModelProto) -> None:
             )
     if proto.graph.sparse_initializer:
         raise RefusedError(f"{path} has sparse initializers, which onnxgen does not handle")
+
+
+def _believe_weights(model: ir.Model) -> None:
+    """A weight is of its tensor's type and shape, whatever the file declares its value to be."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None and not value.is_graph_input():
+                value.dtype = value.const_value.dtype
+                value.shape = ir.Shape(value.const_value.shape)
 
 
 def _check_connected(path: Path, model: ir.Model) -> None:

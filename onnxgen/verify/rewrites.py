@@ -19,7 +19,7 @@ import onnx_ir as ir
 
 from onnxgen.analysis.evaluate import CutError
 from onnxgen.analysis.facts import Facts
-from onnxgen.analysis.feeds import MOST_FED, RunShape, input_sizes, make_feeds, nearest_shape
+from onnxgen.analysis.feeds import MOST_AXES, MOST_FED, RunShape, input_sizes, make_feeds, nearest_shape
 from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.scores import MASKED
 from onnxgen.analysis.symbols import evaluate
@@ -192,7 +192,8 @@ class RewriteChecker:
                     feeds[name] = np.array(numbers, dtype=np.int64).reshape(content.shape)
                     continue
             shaped = [int(size) for size in sizes if size is not None]
-            if min(shaped, default=0) < 0 or math.prod(shaped) > MOST_FED:
+            size = math.prod(shaped)
+            if min(shaped, default=0) < 0 or size > MOST_FED or len(shaped) > MOST_AXES:
                 return f"{name!r} would be of the shape {shaped}"
             if value in rewrite.choices:
                 wide = value.dtype != ir.DataType.INT32
