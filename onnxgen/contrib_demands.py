@@ -1,6 +1,6 @@
 """What ONNX Runtime's operators demand, which onnx has no schemas of (onnxruntime 1.32's schemas).
 
-    TYPES["num_heads"], NEEDS["MultiHeadAttention"]     # INT, ("0", "num_heads")
+TYPES["num_heads"], NEEDS["MultiHeadAttention"]     # INT, ("0", "num_heads")
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Text in a model file: protobuf hands out what is no UTF-8 as bytes, and then nothing is a name.
 
-    undecodable(proto)      # "the name of its Node is b'\\xe0x'", or None where all text is text
+undecodable(proto)      # "the name of its Node is b'\\xe0x'", or None where all text is text
 """
 
 from __future__ import annotations

@@ -19,11 +19,12 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from onnxgen.analysis.roles import InputRole, Roles
 
 Array = npt.NDArray[Any]
-MOST_FED = 1 << 26  # numbers fed to one run: 256 MiB of float32
+MOST_BYTES = 1 << 28  # that are fed to one run
 MOST_AXES = 32  # of what is fed: NumPy's own limit before 2.0
 MOST_TOKENS = 1 << 22  # of one run, past and padding included
 Padding = Literal["none", "left", "right", "holes"]
@@ -185,8 +186,17 @@ def too_much(roles: Roles, shape: RunShape) -> str:
     for each in roles.inputs.values():
         if len(each.shape) > MOST_AXES:
             return f"its input {each.name!r} has {len(each.shape)} axes, more than {MOST_AXES}"
-    fed = sum(math.prod(_dims(each, roles, shape)) for each in roles.inputs.values())
-    return f"its inputs would be {fed} numbers, more than {MOST_FED}" if fed > MOST_FED else ""
+    # Narrow numbers are drawn as wide ones.
+    fed = sum(
+        math.prod(_dims(each, roles, shape)) * max(4, _item_size(each.dtype))
+        for each in roles.inputs.values()
+    )
+    return f"its inputs would be {fed} bytes, more than {MOST_BYTES}" if fed > MOST_BYTES else ""
+
+
+def _item_size(dtype: ir.DataType) -> int:
+    plain = dtype not in (ir.DataType.UNDEFINED, ir.DataType.STRING)
+    return math.ceil(dtype.itemsize) if plain else 8
 
 
 def _grows_by_mask(roles: Roles) -> bool:
@@ -278,8 +288,8 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
             info = ml_dtypes.iinfo(each.dtype.numpy())
             values = rng.integers(info.min, info.max, dims, endpoint=True)
         case _:
-            values = np.ones(dims)
-    return np.ascontiguousarray(values.astype(each.dtype.numpy())).reshape(dims)
+            values = np.ones(dims, np.int8)
+    return np.ascontiguousarray(values.astype(each.dtype.numpy(), copy=False)).reshape(dims)
 
 
 def _mask(each: InputRole, dims: tuple[int, ...], causal: bool, shape: RunShape) -> Array:

@@ -186,7 +186,9 @@ def _read(samples: Iterable[tuple[RunShape, Any]]) -> MaskFamily:
             return MaskFamily("general", reason="its first axis is not the batch")
         if seen.all():
             seen = seen[..., :1, :]
-        probes.append(_Probe(shape, np.broadcast_to(seen, (shape.batch, shape.new, seen.shape[-1]))))
+        probes.append(
+            _Probe(shape, np.broadcast_to(seen, (shape.batch, shape.new, seen.shape[-1])))
+        )
     if not probes:
         return MaskFamily("general", reason="no probe could be run")
     return replace(_fit(probes), slopes=slopes, faint=faint)

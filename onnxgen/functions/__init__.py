@@ -25,7 +25,16 @@ from onnx_ir.passes import common
 from onnxgen.functions import grouped_matmul, moe, paged_attention, paged_plan, sink_attention
 from onnxgen.functions.making import DOMAIN, VERSION
 
-__all__ = ["DEFINITIONS", "DOMAIN", "VERSION", "called", "declare", "definition", "expand", "is_ours"]
+__all__ = [
+    "DEFINITIONS",
+    "DOMAIN",
+    "VERSION",
+    "called",
+    "declare",
+    "definition",
+    "expand",
+    "is_ours",
+]
 
 # Name -> what builds the body of an overload at an opset; raises KeyError for no overload of it.
 DEFINITIONS: dict[str, Callable[[str, int], ir.Function]] = {
