@@ -119,6 +119,10 @@ def _check_model(path: Path, proto: onnx.ModelProto) -> None:
         raise FileError(f"{path} is no ONNX model, or is truncated: it names no opset")
     if not proto.graph.output:
         raise FileError(f"{path} is no ONNX model: its graph has no outputs")
+    names = [each.name for each in proto.graph.input]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise FileError(f"{path} is no valid ONNX model: two of its inputs are called '{twice}'")
     text = undecodable(proto)
     if text is not None:
         raise FileError(f"{path} is damaged: {text}, which is no UTF-8")

@@ -257,6 +257,8 @@ def nearest_shape(roles: Roles, shape: RunShape, spare: int = 0) -> RunShape | N
 def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Generator) -> Array:
     dims = _dims(each, roles, shape)
     values: Array
+    if each.dtype == ir.DataType.STRING:
+        return np.full(dims, "1", object)
     match each.role:
         case "ids" if 0 < math.prod(dims) <= each.bound:  # no token twice: more rows are read
             values = rng.permutation(each.bound)[: math.prod(dims)].reshape(dims)
