@@ -143,7 +143,7 @@ def _believe_weights(model: ir.Model) -> None:
         for value in graph.initializers.values():
             if value.const_value is not None and not value.is_graph_input():
                 value.dtype = value.const_value.dtype
-                value.shape = ir.Shape(value.const_value.shape)
+                value.shape = ir.Shape(value.const_value.shape.numpy())
 
 
 def _check_connected(path: Path, model: ir.Model) -> None:

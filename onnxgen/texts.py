@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 
-from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from google.protobuf.message import Message
+from google.protobuf.descriptor import Descriptor, FieldDescriptor  # type: ignore[import-untyped]
+from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 
 def undecodable(proto: Message) -> str | None:

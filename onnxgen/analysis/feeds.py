@@ -287,7 +287,7 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
         case _ if each.dtype.is_floating_point():
             values = rng.standard_normal(dims, dtype=np.float32)
         case "past" | "static_past" | "cross_past" if each.dtype.is_integer():  # quantized
-            info = ml_dtypes.iinfo(each.dtype.numpy())
+            info = ml_dtypes.iinfo(each.dtype.numpy())  # type: ignore[no-untyped-call]
             values = rng.integers(info.min, info.max, dims, endpoint=True)
         case _:
             values = np.ones(dims, np.int8)
