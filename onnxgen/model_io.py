@@ -28,6 +28,7 @@ from onnxgen.errors import FileError, RefusedError
 from onnxgen.soundness import UnsoundError, check_sound
 from onnxgen.staging import Staged, staged
 from onnxgen.tensor_slots import EmbeddedTensor, tensor_slots
+from onnxgen.texts import undecodable
 
 __all__ = ["Staged", "data_files", "read_model", "staged"]
 
@@ -72,6 +73,7 @@ def read_model(path: Path) -> ir.Model:
     except Exception as error:
         detail = " ".join(str(error.__cause__ or error).split())[:300]
         raise FileError(f"{path} is no valid ONNX model: {detail}") from error
+    _believe_weights(model)
     _check_connected(path, model)
     try:
         check_sound(model)
@@ -117,6 +119,13 @@ def _check_model(path: Path, proto: onnx.ModelProto) -> None:
         raise FileError(f"{path} is no ONNX model, or is truncated: it names no opset")
     if not proto.graph.output:
         raise FileError(f"{path} is no ONNX model: its graph has no outputs")
+    names = [each.name for each in proto.graph.input]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise FileError(f"{path} is no valid ONNX model: two of its inputs are called '{twice}'")
+    text = undecodable(proto)
+    if text is not None:
+        raise FileError(f"{path} is damaged: {text}, which is no UTF-8")
     newest = onnx.defs.onnx_opset_version()
     for opset in [*proto.opset_import, *(o for f in proto.functions for o in f.opset_import)]:
         if opset.domain in ("", "ai.onnx") and not 1 <= opset.version <= newest:
@@ -126,6 +135,15 @@ def _check_model(path: Path, proto: onnx.ModelProto) -> None:
             )
     if proto.graph.sparse_initializer:
         raise RefusedError(f"{path} has sparse initializers, which onnxgen does not handle")
+
+
+def _believe_weights(model: ir.Model) -> None:
+    """A weight is of its tensor's type and shape, whatever the file declares its value to be."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None and not value.is_graph_input():
+                value.dtype = value.const_value.dtype
+                value.shape = ir.Shape(value.const_value.shape.numpy())
 
 
 def _check_connected(path: Path, model: ir.Model) -> None:
@@ -230,8 +248,8 @@ def _check_embedded_data(path: Path, proto: onnx.ModelProto, cut: Collection[str
             dtype = ir.DataType(tensor.data_type)
         except ValueError:
             continue  # refused when it is deserialized
-        if dtype == ir.DataType.UNDEFINED or min(tensor.dims, default=0) < 0:
-            continue
+        if dtype == ir.DataType.UNDEFINED:
+            raise FileError(f"{path} is damaged: tensor '{tensor.name}' has no type")
         count = math.prod(tensor.dims)
         if tensor.HasField("raw_data") and dtype != ir.DataType.STRING:
             what, held, needed = "bytes", len(tensor.raw_data), -(-count * dtype.bitwidth // 8)
@@ -267,7 +285,11 @@ def _data_file(path: Path, folder: Path, location: str) -> tuple[str, int]:
         raise FileError(f"{path}: its data file {location} lies outside the model's folder")
     # Beside the path that was given, or beside the file that it links to.
     candidates = [path.parent / normal, folder / normal]
-    found = next((candidate for candidate in candidates if candidate.exists()), None)
+    try:
+        found = next((candidate for candidate in candidates if candidate.exists()), None)
+    except (OSError, ValueError) as error:  # a name that no file can have
+        cause = error.strerror if isinstance(error, OSError) else str(error)
+        raise FileError(f"{path}: its data file {location} cannot be read: {cause}") from error
     if found is None:
         raise FileError(f"{path}: its data file {location} is missing")
     real = found.resolve()

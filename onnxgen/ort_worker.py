@@ -14,6 +14,8 @@ import threading
 import time
 from typing import Any
 
+import numpy as np
+
 from onnxgen.messages import MessageError, receive, send
 
 
@@ -124,7 +126,11 @@ def _answer(
             arrays.clear()
             sessions[request["id"]] = _load(model, request)
         case "run":
-            return _run(sessions[request["id"]], request, arrays)
+            found = _run(sessions[request["id"]], request, arrays)
+            size = sum(each.nbytes for each in found.values() if isinstance(each, np.ndarray))
+            if size > request["most"]:
+                raise ValueError(f"its outputs are {size} bytes, more than {request['most']}")
+            return found
         case _:
             sessions.pop(request["id"], None)
     return {}

@@ -146,8 +146,13 @@ class Runtime:
         session: int,
         feeds: Mapping[str, np.ndarray[Any, Any]],
         outputs: Sequence[str] | None = None,
+        *,
+        most: int | None = None,
     ) -> dict[str, np.ndarray[Any, Any]]:
         """Run a loaded model; all outputs unless some are named.
+
+        Args:
+            most: bytes that the outputs may take; as much as the process unless given.
 
         Raises:
             RuntimeFailure: the run failed or took too much, or the session died with an earlier
@@ -159,7 +164,11 @@ class Runtime:
             raise RuntimeFailure("the session was lost when ONNX Runtime crashed")
         if self.twins:
             feeds = {name: widened(array, self.twins) for name, array in feeds.items()}
-        request = {"outputs": list(outputs) if outputs else None, "aliases": self.aliases}
+        request = {
+            "outputs": list(outputs) if outputs else None,
+            "aliases": self.aliases,
+            "most": self.bounds.memory if most is None else most,
+        }
         return self._ask("run", session, request, feeds)
 
     def unload(self, session: int) -> None:

@@ -17,7 +17,9 @@ from typing import Any, TypeAlias
 import onnx
 import onnx_ir as ir
 
+from onnxgen import functions
 from onnxgen.analysis.graph import CONTRIB
+from onnxgen.contrib_demands import NEEDS, TYPES
 
 Root: TypeAlias = ir.Graph | ir.Function
 
@@ -28,56 +30,6 @@ DEEPEST = 100  # functions that call functions; more than an inliner's recursion
 
 _TYPES_BY_NAME = ("to", "dtype", "stash_type", "softmax_precision", "output_dtype")
 _UNDEFINED = ir.DataType.UNDEFINED
-
-# ONNX Runtime's operators, which onnx has no schemas of: attributes by type, and by operator which
-# inputs and attributes it needs (onnxruntime 1.32's schemas).
-_CONTRIB_TYPES: Mapping[str, int] = {
-    name: kind
-    for kind, names in (
-        (
-            ir.AttributeType.INT,
-            "K N accuracy_level axis bits block_size causal do_rotary expert_weight_bits "
-            "fc1_expert_weight_bits fc2_expert_weight_bits fc3_expert_weight_bits gather_axis "
-            "interleaved is_causal is_packed_batching k kv_cache_bit_width kv_num_heads "
-            "local_window_size mask_index_type normalize_routing_weights num_heads output_qk "
-            "past_present_share_buffer qk_output quantize_axis rotary_embedding_dim "
-            "rotary_interleaved smooth_softmax swiglu_fusion transA transB transBatchA "
-            "transBatchB unidirectional upper use_sparse_mixer v_head_size",
-        ),
-        (
-            ir.AttributeType.FLOAT,
-            "activation_alpha activation_beta alpha beta epsilon mask_filter_value "
-            "qk_norm_epsilon scale softcap swiglu_limit",
-        ),
-        (ir.AttributeType.STRING, "activation_type quant_type k_quant_type v_quant_type"),
-        (ir.AttributeType.INTS, "qkv_hidden_sizes"),
-    )
-    for name in names.split()
-}
-_CONTRIB_NEEDS: Mapping[str, tuple[str, str]] = {
-    "Attention": ("0 1", "num_heads"),
-    "BiasGelu": ("0 1", ""),
-    "DecoderMaskedMultiHeadAttention": ("0", "num_heads"),
-    "EmbedLayerNormalization": ("0 2 3 5 6", ""),
-    "FastGelu": ("0", ""),
-    "FusedMatMul": ("0 1", ""),
-    "GatherBlockQuantized": ("0 1 2", ""),
-    "Gelu": ("0", ""),
-    "GroupQueryAttention": ("0 5 6", "num_heads kv_num_heads"),
-    "MatMulNBits": ("0 1 2", "K N block_size"),
-    "MoE": ("0 1 2 4", ""),
-    "MultiHeadAttention": ("0", "num_heads"),
-    "PackedAttention": ("0 1 2 3 4", "num_heads"),
-    "PackedMultiHeadAttention": ("0 4 5", "num_heads"),
-    "PagedAttention": ("0 3 5 6 7", "num_heads kv_num_heads"),
-    "QAttention": ("0 1 2 3 4", "num_heads"),
-    "QMoE": ("0 1 2 5", ""),
-    "QuickGelu": ("0", ""),
-    "RotaryEmbedding": ("0 1 2 3", ""),
-    "SkipLayerNormalization": ("0 1 2", ""),
-    "SkipSimplifiedLayerNormalization": ("0 1 2", ""),
-    "TransposeMatMul": ("0 1", ""),
-}
 
 
 class UnsoundError(ValueError):
@@ -105,6 +57,7 @@ def check_sound(model: ir.Model) -> None:
 
 def _check_order(root: Root, known: set[ir.Value]) -> None:
     """Every value is made before it is read or given, in this graph or one around it."""
+    around = known - set(root.inputs)
     if isinstance(root, ir.Graph):
         known = {*known, *root.inputs, *root.initializers.values()}
     for node in root:
@@ -118,6 +71,11 @@ def _check_order(root: Root, known: set[ir.Value]) -> None:
     for value in root.outputs:
         if value not in known:
             raise UnsoundError(f"'{value.name}', an output of {_called(root)}, is not made in it")
+        if value in around:  # ONNX Runtime refuses it as well
+            raise UnsoundError(
+                f"'{value.name}', an output of a graph within {_called(root)}, is a value of the "
+                "graph around it: an Identity must stand between"
+            )
 
 
 def graphs_of(attribute: ir.Attr) -> Sequence[ir.Graph]:
@@ -138,7 +96,11 @@ def _check_attributes(model: ir.Model, root: Root) -> None:
                     f"{_where(node)} takes its {attribute.name} from a parameter "
                     f"'{attribute.ref_attr_name}', and there is none"
                 )
+        if any(not _is_named(each.configuration) for each in node.device_configurations):
+            raise UnsoundError(f"{_where(node)} is for a device configuration without a name")
         function = model.functions.get(node.op_identifier())
+        if node.domain == functions.DOMAIN and node.op_type in functions.DEFINITIONS:
+            _check_ours(node, function)
         if function is not None:
             _check_call(node, function)
         elif node.domain == CONTRIB:
@@ -160,20 +122,69 @@ def _check_call(node: ir.Node, function: ir.Function) -> None:
 
 
 def _check_contrib(node: ir.Node) -> None:
-    needed, attributes = _CONTRIB_NEEDS.get(node.op_type, ("", ""))
+    needed, attributes = NEEDS.get(node.op_type, ("", ""))
     inputs = [int(each) for each in needed.split()]
-    _check_demands(node, max(inputs, default=-1) + 1, attributes.split(), _CONTRIB_TYPES)
+    _check_demands(node, max(inputs, default=-1) + 1, attributes.split(), TYPES)
     for index in inputs:
         if node.inputs[index] is None:
             raise UnsoundError(f"{_where(node)} is not given its input {index}")
+    for name in attributes.split():
+        count = node.attributes[name]
+        if not count.is_ref() and count.as_int() < 1:
+            raise UnsoundError(f"{_where(node)} has {count.as_int()} as its {name}")
     if not node.outputs:
         raise UnsoundError(f"{_where(node)} has no outputs")
 
 
+def _check_ours(node: ir.Node, function: ir.Function | None) -> None:
+    """It is given what our body reads; without a body of the model's own we declare ours."""
+    try:
+        own = functions.definition(node)
+    except KeyError:
+        if function is None:
+            raise UnsoundError(
+                f"{_where(node)} calls the function '{node.op_type}:{node.overload}' of the "
+                f"domain '{node.domain}', and there is none"
+            ) from None
+        return
+    read = {name for inner in own.node for name in inner.input}
+    for index, name in enumerate(own.input):
+        if name in read and (index >= len(node.inputs) or node.inputs[index] is None):
+            raise UnsoundError(f"{_where(node)} is not given its input '{name}'")
+    if len(node.inputs) > len(own.input) or len(node.outputs) > len(own.output):
+        raise UnsoundError(f"{_where(node)} has more inputs or outputs than '{node.op_type}' has")
+
+
+def _check_bodies(node: ir.Node, version: int) -> None:
+    """The graphs of an If, Loop or Scan take and give as many values as the node does."""
+    inputs, outputs = len(node.inputs), len(node.outputs)
+    if node.op_type == "If":
+        wanted = (0, outputs)
+    elif node.op_type == "Loop":
+        wanted = (max(inputs, 2), outputs + 1)
+    elif node.op_type == "Scan" and version >= 9:
+        wanted = (inputs, outputs)
+        scanned = node.attributes["num_scan_inputs"]
+        if not scanned.is_ref() and not 1 <= scanned.as_int() <= inputs:
+            raise UnsoundError(f"{_where(node)} scans {scanned.as_int()} of {inputs} inputs")
+    else:
+        return
+    for attribute in node.attributes.values():
+        for graph in graphs_of(attribute):
+            found = (len(graph.inputs), len(graph.outputs))
+            if found != wanted:
+                raise UnsoundError(
+                    f"{_where(node)} has a graph of {found[0]} inputs and {found[1]} outputs, "
+                    f"not {wanted[0]} and {wanted[1]}"
+                )
+
+
 def _check_node(node: ir.Node, version: int) -> None:
     schema = _schema(node.op_type, "" if node.domain == "ai.onnx" else node.domain, version)
-    if schema is None:  # nobody knows what it demands
-        return
+    if schema is None:
+        if node.domain in ("", "ai.onnx") and node.op_type in NEEDS:  # it has some there as well
+            _check_contrib(node)
+        return  # nobody knows what it demands
     needed, types = _attributes(schema)
     _check_demands(node, schema.min_input, needed, types)
     unknown = next((name for name in node.attributes if name not in types), None)
@@ -191,6 +202,7 @@ def _check_node(node: ir.Node, version: int) -> None:
     ):
         if not least <= count <= most:
             raise UnsoundError(f"{_where(node)} has {count} {what}, not {least} to {most}")
+    _check_bodies(node, version)
 
 
 def _check_demands(
@@ -289,6 +301,10 @@ def _check_opsets(model: ir.Model, function: ir.Function) -> None:
                 f"its function '{function.name}' needs version {version} of the domain "
                 f"'{domain or 'ai.onnx'}', and the model version {own}; they cannot be joined"
             )
+
+
+def _is_named(configuration: ir.ModelConfiguration | None) -> bool:
+    return configuration is not None and bool(configuration.name)
 
 
 def _where(node: ir.Node) -> str:

@@ -228,7 +228,8 @@ class SizesOfInputs:
             return vector
         if shape == ():
             return op("Squeeze", [vector], name="size")
-        return op("Reshape", [vector, ints(*shape)], name="sizes")
+        empty = {"allowzero": 1} if 0 in shape else {}
+        return op("Reshape", [vector, ints(*shape)], empty, name="sizes")
 
     def _vector(self, dim: Dim) -> ir.Value:
         """A size as an int64 vector of one element."""

@@ -152,7 +152,7 @@ def test_a_mask_for_all_sequences_shows_what_one_of_them_needs() -> None:
 def test_inputs_beyond_memory_are_not_made() -> None:
     text = '<ir_version: 10, opset_import: ["" : 20]> g (float[b, 4611686018427387904] x) => (float y) { y = Relu (x) }'
     roles = find_roles(ir.from_onnx_text(text))
-    assert "numbers, more than" in misfit(roles, RunShape())
+    assert "bytes, more than" in misfit(roles, RunShape())
     with pytest.raises(ValueError, match="more than"):
         make_feeds(roles, RunShape(), random())
 

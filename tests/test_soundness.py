@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import onnx
@@ -80,6 +80,67 @@ def test_nodes_that_no_runtime_runs(tmp_path: Path, body: str, reason: str) -> N
     for node in model.graph.node:
         node.name = ""
     assert refused(tmp_path, model).startswith(reason)
+
+
+def test_bodies_that_do_not_fit_their_node(tmp_path: Path) -> None:
+    model = graph("y = If (c) <then_branch = t () => (float[b, 4] q) { q = Abs (x) }, else_branch = e () => (float[b, 4] z) { z = Relu (x) }>", "float[b, 4] x, bool c")  # fmt: skip
+    del model.graph.node[0].attribute[0].g.output[:]
+    reason = refused(tmp_path, model)
+    assert "has a graph of 0 inputs and 0 outputs, not 0 and 1" in reason
+    given = "y = If (c) <then_branch = t () => (float[b, 4] x) {}, else_branch = e () => (float[b, 4] z) { z = Relu (x) }>"
+    assert "'x', an output of" in refused(tmp_path, graph(given, "float[b, 4] x, bool c"))
+
+
+def test_operators_of_ours_that_are_none(tmp_path: Path) -> None:
+    model = graph("y = onnxgen.MoE (x)")
+    model.opset_import.add(domain="onnxgen", version=1)
+    assert "calls the function 'MoE:' of the domain 'onnxgen', and there is none" in refused(
+        tmp_path, model
+    )
+
+
+def test_counts_of_nothing(tmp_path: Path) -> None:
+    model = graph("y = com.microsoft.MultiHeadAttention <num_heads = 0> (x)")
+    assert "has 0 as its num_heads" in refused(tmp_path, model)
+    short = graph("y = SimplifiedLayerNormalization (x)")
+    assert "has 1 inputs and needs 2" in refused(tmp_path, short)
+
+
+def test_a_device_without_a_name(tmp_path: Path) -> None:
+    model = graph("y = Relu (x)")
+    model.ir_version = 11
+    model.graph.node[0].device_configurations.add(pipeline_stage=1)
+    assert "is for a device configuration without a name" in refused(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (
+            lambda m: m.graph.node[0].attribute.add(name="t", type=4).t.ClearField("dims"),
+            "has no type",
+        ),
+        (lambda m: m.graph.input.add().CopyFrom(m.graph.input[0]), "two of its inputs are called"),
+    ],
+)
+def test_damaged_files(
+    tmp_path: Path, damage: Callable[[onnx.ModelProto], None], reason: str
+) -> None:
+    model = graph("y = Relu (x)")
+    damage(model)
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model.SerializeToString())
+    with pytest.raises(FileError, match=reason):
+        read_model(path)
+
+
+def test_text_that_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    model = graph("y = Relu (x)")
+    model.graph.node[0].name = "qqqq"
+    path.write_bytes(model.SerializeToString().replace(b"qqqq", b"q\xe0qq"))
+    with pytest.raises(FileError, match=r"the name of its Node is .* which is no UTF-8"):
+        read_model(path)
 
 
 def test_a_parameter_outside_of_a_function(tmp_path: Path) -> None:

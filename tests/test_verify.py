@@ -545,6 +545,6 @@ def test_runs_that_are_too_large_are_said_to_be(tmp_path: Path) -> None:
     sizes = Sizes(layers=32, hidden=4096, inner=8192, heads=32, kv_heads=32, vocabulary=32000)
     runs = plan(find_roles(read_model(write_decoder(tmp_path, sizes, "sparse"))))
     (far,) = [run for run in runs if run.shape.total == 778]
-    assert re.fullmatch(r"not run: its inputs would be \d+ numbers, more than \d+", far.skipped)
+    assert re.fullmatch(r"not run: its inputs would be \d+ bytes, more than \d+", far.skipped)
     assert not any(run.skipped for run in runs if run.shape.total < 80)
     assert any(run.shape.total == 91 and not run.skipped for run in runs), "in its place"

@@ -16,13 +16,17 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx_ir as ir
 
 from onnxgen.analysis.roles import InputRole, Roles
 
 Array = npt.NDArray[Any]
-MOST_FED = 1 << 26  # numbers fed to one run: 256 MiB of float32
+MOST_BYTES = 1 << 28  # that are fed to one run
+MOST_AXES = 32  # of what is fed: NumPy's own limit before 2.0
+MOST_TOKENS = 1 << 22  # of one run, past and padding included
 Padding = Literal["none", "left", "right", "holes"]
 
 
@@ -179,8 +183,20 @@ def misfit(roles: Roles, shape: RunShape) -> str:
 
 def too_much(roles: Roles, shape: RunShape) -> str:
     """Why no inputs of this shape are made, though a graph may take them; "" where they are."""
-    fed = sum(math.prod(_dims(each, roles, shape)) for each in roles.inputs.values())
-    return f"its inputs would be {fed} numbers, more than {MOST_FED}" if fed > MOST_FED else ""
+    for each in roles.inputs.values():
+        if len(each.shape) > MOST_AXES:
+            return f"its input {each.name!r} has {len(each.shape)} axes, more than {MOST_AXES}"
+    # Narrow numbers are drawn as wide ones.
+    fed = sum(
+        math.prod(_dims(each, roles, shape)) * max(4, _item_size(each.dtype))
+        for each in roles.inputs.values()
+    )
+    return f"its inputs would be {fed} bytes, more than {MOST_BYTES}" if fed > MOST_BYTES else ""
+
+
+def _item_size(dtype: ir.DataType) -> int:
+    plain = dtype not in (ir.DataType.UNDEFINED, ir.DataType.STRING)
+    return math.ceil(dtype.itemsize) if plain else 8
 
 
 def _grows_by_mask(roles: Roles) -> bool:
@@ -201,7 +217,7 @@ def forced_shape(roles: Roles, shape: RunShape) -> RunShape | None:
         new = new if roles.pairs else fixed["T"]
     if not roles.pairs and past and not fixed.get("P"):
         return None
-    if past < 0:
+    if past < 0 or batch * (past + new) > MOST_TOKENS:  # sizes that a file fixes can be any
         return None
     pads = shape.pads[:batch] if (new, past) == (shape.new, shape.past) else ()
     if len(pads) != batch or not any(pads):
@@ -241,6 +257,8 @@ def nearest_shape(roles: Roles, shape: RunShape, spare: int = 0) -> RunShape | N
 def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Generator) -> Array:
     dims = _dims(each, roles, shape)
     values: Array
+    if each.dtype == ir.DataType.STRING:
+        return np.full(dims, "1", object)
     match each.role:
         case "ids" if 0 < math.prod(dims) <= each.bound:  # no token twice: more rows are read
             values = rng.permutation(each.bound)[: math.prod(dims)].reshape(dims)
@@ -256,9 +274,9 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
             # Sequences of one batch may have come less far.
             late = np.arange(shape.batch) % 3 if "B" in each.axes and dims != (1,) else 0
             values = np.broadcast_to(np.maximum(shape.past - late, 0), dims)
-        case "mask":
+        case "mask" if dims:
             values = _mask(each, dims, bool(roles.pairs), shape)
-        case "encoder_mask":
+        case "encoder_mask" if dims:
             values = np.ones(dims)
             if shape.batch > 1 or shape.padding != "none":
                 values[0, -max(1, dims[-1] // 3) :] = 0
@@ -268,12 +286,12 @@ def _values(each: InputRole, roles: Roles, shape: RunShape, rng: np.random.Gener
             values = np.full(dims, shape.past > 0)
         case _ if each.dtype.is_floating_point():
             values = rng.standard_normal(dims, dtype=np.float32)
-        case "past" | "static_past" | "cross_past":  # quantized
-            info = np.iinfo(each.dtype.numpy())
+        case "past" | "static_past" | "cross_past" if each.dtype.is_integer():  # quantized
+            info = ml_dtypes.iinfo(each.dtype.numpy())  # type: ignore[no-untyped-call]
             values = rng.integers(info.min, info.max, dims, endpoint=True)
         case _:
-            values = np.ones(dims)
-    return np.ascontiguousarray(values.astype(each.dtype.numpy())).reshape(dims)
+            values = np.ones(dims, np.int8)
+    return np.ascontiguousarray(values.astype(each.dtype.numpy(), copy=False)).reshape(dims)
 
 
 def _mask(each: InputRole, dims: tuple[int, ...], causal: bool, shape: RunShape) -> Array:

@@ -60,6 +60,8 @@ def constant(value: ir.Value | None, limit: int = 65536) -> np.ndarray[Any, Any]
     if value is None or value.const_value is None or value.is_graph_input():
         return None
     tensor = value.const_value
+    if tensor.dtype == ir.DataType.STRING:  # no number, whatever is asked of it
+        return None
     return tensor.numpy() if tensor.size <= limit else None
 
 

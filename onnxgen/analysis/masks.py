@@ -184,7 +184,11 @@ def _read(samples: Iterable[tuple[RunShape, Any]]) -> MaskFamily:
             return MaskFamily("general", reason="its rows are not the new tokens")
         if seen.ndim == 3 and seen.shape[0] not in (1, shape.batch):
             return MaskFamily("general", reason="its first axis is not the batch")
-        probes.append(_Probe(shape, np.broadcast_to(seen, (shape.batch, *seen.shape[-2:]))))
+        if seen.all():
+            seen = seen[..., :1, :]
+        probes.append(
+            _Probe(shape, np.broadcast_to(seen, (shape.batch, shape.new, seen.shape[-1])))
+        )
     if not probes:
         return MaskFamily("general", reason="no probe could be run")
     return replace(_fit(probes), slopes=slopes, faint=faint)
@@ -275,7 +279,7 @@ def _agrees(family: MaskFamily, probe: _Probe) -> bool:
     queries, keys = _positions(probe)
     wanted = np.broadcast_to(family.sees(queries, keys), probe.seen.shape)
     if family.padding:
-        real = np.zeros((probe.shape.batch, int(keys[-1]) + 1), bool)
+        real = np.zeros((probe.shape.batch, int(keys.max(initial=-1)) + 1), bool)
         width = min(real.shape[1], probe.shape.total)
         real[:, :width] = probe.shape.real[:, :width]
         wanted = wanted & real[:, None, keys]

@@ -131,7 +131,7 @@ def declared_shape(value: ir.Value) -> tuple[Dim, ...] | None:
     dims: list[Dim] = []
     for dim in value.shape:
         if isinstance(dim, int):
-            dims.append(dim)
+            dims.append(dim if dim >= 0 else None)  # -1 says that any size may come
         elif dim.value is None:
             dims.append(None)
         else:

@@ -80,7 +80,8 @@ def find_roles(model: ir.Model, overrides: Mapping[str, str] | None = None) -> R
     _ask_names(roles, found)
     roles.update(overrides)
 
-    grown = {j.past: j for j in joins if roles.get(j.past) in ("past", "static_past")}
+    fitting = [join for join in joins if join.axis < ranks.get(join.past, 0)]
+    grown = {j.past: j for j in fitting if roles.get(j.past) in ("past", "static_past")}
     named: dict[str, InputRole] = {}
     fixed_sizes = sizes_of_caches(graph, grown)
     for value in inputs:
@@ -115,7 +116,7 @@ def _written(model: ir.Model) -> dict[str, str]:
         found = json.loads(model.metadata_props[KEY])
         names = {str(value.name) for value in model.graph.inputs}
         return {n: r for n, r in found.items() if n in names and r in ROLES and r != "unknown"}
-    except (KeyError, TypeError, ValueError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError):
         return {}
 
 

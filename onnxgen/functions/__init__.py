@@ -25,7 +25,16 @@ from onnx_ir.passes import common
 from onnxgen.functions import grouped_matmul, moe, paged_attention, paged_plan, sink_attention
 from onnxgen.functions.making import DOMAIN, VERSION
 
-__all__ = ["DEFINITIONS", "DOMAIN", "VERSION", "called", "declare", "expand", "is_ours"]
+__all__ = [
+    "DEFINITIONS",
+    "DOMAIN",
+    "VERSION",
+    "called",
+    "declare",
+    "definition",
+    "expand",
+    "is_ours",
+]
 
 # Name -> what builds the body of an overload at an opset; raises KeyError for no overload of it.
 DEFINITIONS: dict[str, Callable[[str, int], ir.Function]] = {
@@ -72,6 +81,15 @@ def is_ours(function: ir.Function) -> bool:
     except KeyError:
         return False
     return _outline(own) == _outline(serde.serialize_function(function))
+
+
+def definition(node: ir.Node, opset: int = 24) -> onnx.FunctionProto:
+    """The body that a node of ours calls.
+
+    Raises:
+        KeyError: there is no such operator, or overload of it.
+    """
+    return _proto(node.op_type, node.overload, opset)
 
 
 def expand(model: ir.Model) -> None:

@@ -79,5 +79,5 @@ def read_contract(model: ir.Model) -> Contract:
     try:
         found = json.loads(model.metadata_props[KEY])
         return Contract(**found)
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         return Contract()

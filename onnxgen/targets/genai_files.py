@@ -83,7 +83,7 @@ def _object(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path} is no JSON: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict):
         raise FileError(f"{path} holds no JSON object")

@@ -5,6 +5,8 @@ Shapes: B batch, S new tokens, T past and new, L length of a static cache, N pla
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from onnxgen.analysis.feeds import RunShape
 from onnxgen.analysis.roles import OutputRole, Roles
 
 Array = npt.NDArray[Any]
+_BLOCK = 1 << 20  # numbers that are compared at once
 
 
 class NotANumberError(Exception):
@@ -29,7 +32,7 @@ def is_close_call(difference: float, tolerance: float) -> bool:
 
 
 def output_difference(
-    roles: Roles, output: OutputRole, shape: RunShape, original: Array, rewritten: Array
+    roles: Roles, output: OutputRole, shape: RunShape, original: Any, rewritten: Any
 ) -> float:
     """The largest |original - rewritten| over the original's standard deviation; 0 where equal.
 
@@ -38,7 +41,8 @@ def output_difference(
     output are measured apart from the copied ones, whose scale may be another.
 
     Args:
-        original, rewritten: the output's values; any shape and dtype.
+        original, rewritten: the output's values; any shape and dtype. Sequences and mappings of
+            tensors, and what may be absent, are lists, dicts and None.
 
     Returns:
         inf where shapes or dtypes differ, where integers differ, and where one is finite (or
@@ -47,10 +51,30 @@ def output_difference(
     Raises:
         NotANumberError: a compared place of the original is NaN.
     """
+    if not (isinstance(original, np.ndarray) and isinstance(rewritten, np.ndarray)):
+        return _nested_difference(original, rewritten)
     if original.shape != rewritten.shape or original.dtype != rewritten.dtype:
         return float("inf")
     pairs = _compared(roles, output, shape, original, rewritten)
     return max((scaled_difference(a, b) for a, b in pairs), default=0.0)
+
+
+def _nested_difference(original: Any, rewritten: Any) -> float:
+    """The worst of the tensors in it; inf where it is made otherwise."""
+    if isinstance(original, np.ndarray) and isinstance(rewritten, np.ndarray):
+        alike = original.shape == rewritten.shape and original.dtype == rewritten.dtype
+        return scaled_difference(original, rewritten) if alike else math.inf
+    if type(original) is not type(rewritten):
+        return math.inf
+    if original is None:
+        return 0.0
+    if isinstance(original, dict):
+        if list(original) != list(rewritten):
+            return math.inf
+        original, rewritten = list(original.values()), list(rewritten.values())
+    if len(original) != len(rewritten):
+        return math.inf
+    return max(map(_nested_difference, original, rewritten), default=0.0)
 
 
 def _compared(
@@ -105,19 +129,41 @@ def scaled_difference(original: Array, rewritten: Array) -> float:
         return 0.0
     if not np.issubdtype(original.dtype, np.floating):
         return 0.0 if np.array_equal(original, rewritten) else float("inf")
-    a, b = original.astype(np.float64, copy=False), rewritten.astype(np.float64, copy=False)
-    if np.isnan(a).any():
+    if np.isnan(original).any():
         raise NotANumberError
-    finite = np.isfinite(a)
-    if not np.array_equal(finite, np.isfinite(b)) or not np.array_equal(a[~finite], b[~finite]):
+    finite = np.isfinite(original)
+    if not np.array_equal(finite, np.isfinite(rewritten)):
         return float("inf")
-    a, b = a[finite], b[finite]
-    if a.size == 0:
-        return 0.0
-    gap = float(np.abs(a - b).max())
-    if gap == 0:
-        return 0.0
+    if not np.array_equal(original[~finite], rewritten[~finite]):
+        return float("inf")
+    gap, size, spread = gap_of(original, rewritten, finite)
     # Of an output that hardly varies, its size is the measure; of one that is zero, 1.
-    size = float(np.abs(a).max())
-    scale = max(float(a.std()), 1e-3 * size) or 1.0
-    return gap / scale
+    return gap / (max(spread, 1e-3 * size) or 1.0)
+
+
+def gap_of(original: Array, rewritten: Array, where: Array) -> tuple[float, float, float]:
+    """The largest difference, the largest size of the original, and its standard deviation.
+
+    In float64, as many numbers at a time as take no memory that counts; 0 of none.
+
+    Args:
+        where: bool, of the same shape: the places that count; finite ones.
+    """
+    count, total, gap, size, squares = 0, 0.0, 0.0, 0.0, 0.0
+    for a, b in _blocks(original, rewritten, where):
+        count, total = count + a.size, total + float(a.sum())
+        gap = max(gap, float(np.abs(a - b).max(initial=0)))
+        size = max(size, float(np.abs(a).max(initial=0)))
+    if not count:
+        return 0.0, 0.0, 0.0
+    for a, _ in _blocks(original, rewritten, where):
+        squares += float(np.square(a - total / count).sum())
+    return gap, size, math.sqrt(squares / count)
+
+
+def _blocks(a: Array, b: Array, where: Array) -> Iterator[tuple[Array, Array]]:
+    a, b, where = a.reshape(-1), b.reshape(-1), where.reshape(-1)
+    for start in range(0, a.size, _BLOCK):
+        part = slice(start, start + _BLOCK)
+        chosen = where[part]
+        yield a[part][chosen].astype(np.float64), b[part][chosen].astype(np.float64)

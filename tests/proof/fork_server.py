@@ -90,6 +90,8 @@ def _confine(folder: Path, scratch: Path) -> None:
     ):
         resource.setrlimit(limit, (value, value))
     os.chdir(folder)
+    # What a model computes may take what its user allows: here, less than what is judged.
+    os.environ |= {"ONNXGEN_MEMORY": "400MB", "ONNXGEN_TIMEOUT": "3"}
     os.environ["TMPDIR"] = tempfile.tempdir = str(scratch / "tmp")
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

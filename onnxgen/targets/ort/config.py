@@ -14,6 +14,6 @@ def context_length(config: Path) -> int:
         found = json.loads(config.read_text(encoding="utf-8"))
         text = found.get("text_config") or found
         length = text.get("max_position_embeddings") or found.get("max_position_embeddings")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return 0
     return length if isinstance(length, int) and length > 0 else 0
