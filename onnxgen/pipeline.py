@@ -17,6 +17,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxgen import __version__, functions
+from onnxgen.analysis.layer_pictures import snapshot
 from onnxgen.analysis.masks import MaskFamily
 from onnxgen.analysis.roles import find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
@@ -35,6 +36,7 @@ from onnxgen.stages import (
     Progress,
     Work,
     add_checks,
+    add_picture,
     count_ops,
     describe,
     files_beside,
@@ -130,6 +132,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
         parts = split_branches(model)
         for part in parts:
             own = find_roles(part.model, options.roles) if part.branch else roles
+            before, known = snapshot(part.model.graph), len(report.sites)
             clock.start("normalize", "normalizing")
             report.warnings += normalize(part.model, opset, runtime, own)
 
@@ -143,6 +146,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
                 clock.start("lower", "lowering")
                 settings = _settings(path, options)
                 contract = contract.both(_lower(report, work, settings, families))
+            add_picture(report, before, part.model, [*report.sites[known:], *report.lowered])
         model = join_branches(parts)
         if options.inline:
             functions.expand(model)

@@ -15,6 +15,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from onnxgen import __version__, functions
+from onnxgen.analysis.layer_pictures import snapshot
 from onnxgen.analysis.masks import MaskFamily
 from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.roles import Roles
@@ -32,6 +33,7 @@ from onnxgen.stages import (
     Progress,
     Work,
     add_checks,
+    add_picture,
     continuing,
     count_ops,
     describe,
@@ -117,6 +119,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
 
     with Runtime(twins=unrunnable_types(model)) as runtime:
         part, roles = continuing(model, options.roles)
+        before = snapshot(part.model.graph)
         clock.start("normalize", "normalizing")
         report.warnings += normalize(part.model, opset, runtime, roles)
 
@@ -131,6 +134,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
             clock.stop()
             return report
         result = results[0]
+        add_picture(report, before, result.model, [*report.sites, *report.lowered])
         beside: dict[str, bytes] = {}
         if options.genai_config:  # read from our functions: before they are expanded
             make = partial(engine_config, result, roles, filename=output.name)

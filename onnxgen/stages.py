@@ -13,16 +13,19 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxgen import functions
+from onnxgen.analysis.layer_pictures import Snapshot, layer_picture, snapshot
+from onnxgen.analysis.mask_pictures import mask_pictures
 from onnxgen.analysis.masks import MaskFamily, mask_families
 from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ModelDiffersError, RefusedError
 from onnxgen.passes.merged import Part, split_branches
 from onnxgen.passes.raise_ import raise_model
+from onnxgen.passes.rewriting import REPLACED
 from onnxgen.passes.tidy import tidy
 from onnxgen.patterns import RULES
 from onnxgen.patterns.rule import Rule
-from onnxgen.report.values import Proof, Report
+from onnxgen.report.values import Proof, Report, Site
 from onnxgen.runtime import Runtime
 from onnxgen.targets.genai import Said
 from onnxgen.targets.genai_files import CONFIG, READ, genai_files
@@ -73,8 +76,15 @@ def raise_part(report: Report, work: Work) -> dict[str, MaskFamily]:
             taken = work.part.branch.removesuffix("_branch")
             site.details["branch"] = f"{work.part.switch}, {taken}"
     report.sites += sites
+    report.masks += mask_pictures(model.graph, families, work.sampler)
     tidy(model)
     return families
+
+
+def add_picture(report: Report, before: Snapshot, model: ir.Model, sites: Sequence[Site]) -> None:
+    """Draw one layer of a model, or of the first branch in which something was fused."""
+    if report.picture is None:
+        report.picture = layer_picture(before, snapshot(model.graph, REPLACED), sites)
 
 
 def add_checks(proof: Proof, checkers: Sequence[RewriteChecker], runtime: Runtime) -> None:

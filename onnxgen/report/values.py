@@ -1,13 +1,15 @@
 """What a command did, as plain values: the one source of the text, the JSON and every other view.
 
-Every class here is data only: passes and the verifier fill them, `report.text` and
-`report.as_json` read them.
+Every class here is data only: passes and the verifier fill them, the other modules of
+`onnxgen.report` read them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from onnxgen.report.pictures import MaskPicture, Picture
 
 SCHEMA_VERSION = 1
 Budget = Literal["quick", "full", "layers"]
@@ -263,9 +265,13 @@ class Report:
         nodes_before: nodes of the model as read, functions' bodies included once a call.
         nodes_after: nodes of the model as written.
         ops_before, ops_after: how many nodes of each op type.
+        bytes_before, bytes_after: of the model's file and of the data files that it names, as read
+            and as written; 0 where nothing got so far.
         sites: every place a rule looked at, in graph order.
         lowered: the same for the target's rules, which start from what raising gave.
         warnings: one sentence each.
+        picture: one layer before and after; None where nothing was fused, or nothing written.
+        masks: what the attentions' masks show, each distinct one once.
         seconds: wall time by stage ("read", "normalize", "raise", "verify", "write").
     """
 
@@ -278,6 +284,8 @@ class Report:
     nodes_after: int = 0
     ops_before: dict[str, int] = field(default_factory=dict)
     ops_after: dict[str, int] = field(default_factory=dict)
+    bytes_before: int = 0
+    bytes_after: int = 0
     sites: list[Site] = field(default_factory=list)
     lowered: list[Site] = field(default_factory=list)
     contract: str = ""
@@ -285,4 +293,38 @@ class Report:
     beside: list[str] = field(default_factory=list)
     proof: Proof | None = None
     warnings: list[str] = field(default_factory=list)
+    picture: Picture | None = None
+    masks: list[MaskPicture] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """How a command ended: what a report file holds, whatever its kind.
+
+    Attributes:
+        command: "fuse", "to-paged" or "verify".
+        exit_code: what the command ends with (see README.md).
+        error: the sentence that it ends with; None where it succeeded.
+        report: of fuse and to-paged; None where the command failed before there was one.
+        original, rewritten: of verify: the two models, as given.
+        compared: of verify: what was run; None where the command failed before.
+    """
+
+    command: str
+    exit_code: int = 0
+    error: str | None = None
+    report: Report | None = None
+    original: str = ""
+    rewritten: str = ""
+    compared: Proof | None = None
+
+    @property
+    def proof(self) -> Proof | None:
+        """What was run, of any command."""
+        return self.report.proof if self.report is not None else self.compared
+
+    @property
+    def model(self) -> str:
+        """The model that the command was about, "" where it did not get so far."""
+        return self.report.input if self.report is not None else self.original
