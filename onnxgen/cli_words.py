@@ -17,8 +17,9 @@ import click
 
 from onnxgen.errors import OnnxgenError, RefusedError, UsageError, one_line
 from onnxgen.places import same_place
-from onnxgen.report import as_json, files
-from onnxgen.report.values import Proof, Report
+from onnxgen.report import files
+from onnxgen.report.render import check_ending
+from onnxgen.report.values import Outcome, Proof, Report
 
 Progress = Callable[[str], None]
 
@@ -102,8 +103,9 @@ report_option = click.option(
     "--report",
     "report_file",
     type=PathType(),
-    metavar="FILE.json",
-    help="Write the report as JSON, whatever the outcome; only a report is replaced.",
+    metavar="FILE",
+    help="Write a report, whatever the outcome: .json, .html (a page), .xml (JUnit) or .md. "
+    "Only a report is replaced.",
 )
 json_option = click.option(
     "--json", "json_output", is_flag=True, help="Print the report as JSON and nothing else."
@@ -189,22 +191,24 @@ def report_of(
     """Run a command whose work ends with a report; show that, and exit with the proof's code."""
 
     def show(report: Report | None, code: int, error: str | None) -> None:
-        document = as_json.dumps(as_json.report_document(command, report, code, error))
-        show_outcome(document, report, report_file, json_output)
+        show_outcome(Outcome(command, code, error, report), report_file, json_output)
 
     with outcome_of(show) as outcome, show_progress() as progress:
         outcome.value = report = work(progress)
         outcome.exit_code = proof_exit_code(report.proof, unproven=0)
 
 
-def show_outcome(
-    document: str, value: Report | Proof | None, report_file: Path | None, json_output: bool
-) -> None:
-    if report_file is not None:
-        files.write_text(report_file, document)
-    if json_output:
-        click.echo(document, nl=False)
-    elif value is not None:
+def show_outcome(outcome: Outcome, report_file: Path | None, json_output: bool) -> None:
+    value = outcome.report or outcome.compared
+    if report_file is not None or json_output:
+        from onnxgen.report import as_json, render
+
+        if report_file is not None:
+            files.write_text(report_file, render.render(outcome, report_file))
+        if json_output:
+            click.echo(as_json.render(outcome), nl=False)
+            return
+    if value is not None:
         from onnxgen.report import text
 
         text.console().print(text.render(value))
@@ -216,4 +220,5 @@ def check_report_file(report_file: Path | None, *others: Path) -> None:
     for other in others:
         if same_place(report_file, other):
             raise UsageError(f"--report {report_file} is another file of this command")
+    check_ending(report_file)
     files.check_writable(report_file)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
+from itertools import pairwise
 
 import onnx_ir as ir
 
@@ -146,7 +147,7 @@ def _without_paths(
     """What one attention follows from and the one before it does not; else what sites replaced."""
     attentions = {site.node for site in fused if site.kind == "attention"}
     ends = [node.makes[0] for node in after.nodes if node.name in attentions and node.makes]
-    for first, second in zip(ends, ends[1:], strict=False):
+    for first, second in pairwise(ends):
         sides = [_above(side, second) - _above(side, first) for side in (before, after)]
         if all(len(side) > 1 for side in sides):
             at = ends.index(second) + 1

@@ -68,7 +68,9 @@ def lay_out(widths: Sequence[float], reads: Sequence[Sequence[int]]) -> Layout:
     x = _placed(rows, places, upper, lower)
     left = min(centre - width / 2 for centre, width in zip(x, places, strict=True))
     right = max(centre + width / 2 for centre, width in zip(x, places, strict=True))
-    centres = [(centre - left, rank * PITCH + PITCH / 2) for centre, rank in zip(x, at, strict=True)]
+    centres = [
+        (centre - left, rank * PITCH + PITCH / 2) for centre, rank in zip(x, at, strict=True)
+    ]
     edges = [(a, b, [centres[lane] for lane in chain]) for a, b, chain in chains]
     return Layout(right - left, len(rows) * PITCH, centres[: len(widths)], edges)
 
@@ -120,7 +122,9 @@ def _ordered(
     return best
 
 
-def _crossings(row: Sequence[int], lower: Sequence[Sequence[int]], position: dict[int, float]) -> int:
+def _crossings(
+    row: Sequence[int], lower: Sequence[Sequence[int]], position: dict[int, float]
+) -> int:
     ends = [end for node in row for end in sorted(position[n] for n in lower[node])]
     return sum(a > b for i, a in enumerate(ends) for b in ends[i + 1 :])
 

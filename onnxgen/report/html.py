@@ -107,9 +107,7 @@ def _ops(report: Report) -> Html:
     if not report.ops_after:
         return Html("")
     before, after = report.ops_before, report.ops_after
-    ops = sorted(
-        {*before, *after}, key=lambda op: (-max(before.get(op, 0), after.get(op, 0)), op)
-    )
+    ops = sorted({*before, *after}, key=lambda op: (-max(before.get(op, 0), after.get(op, 0)), op))
     most = max(max(before.values(), default=0), max(after.values(), default=0)) or 1
     key = [tag("span", tag("i", class_=c), w) for c, w in (("before", "before"), ("", "after"))]
     shown, rest = ops[:OPS_SHOWN], ops[OPS_SHOWN:]
@@ -164,7 +162,10 @@ def _paging(paging: Paging | None) -> Html:
     rows: list[tuple[str, object]] = [("Blocks", f"{paging.block_size} tokens each")]
     if paging.layers:
         rows += [
-            ("Pools", f"{len(paging.pools)} of {paging.kv_dtype} for {many(paging.layers, 'layer')}"),
+            (
+                "Pools",
+                f"{len(paging.pools)} of {paging.kv_dtype} for {many(paging.layers, 'layer')}",
+            ),
             ("A token takes", f"{in_words(paging.token_bytes)} in all pools"),
             ("Masks", "; ".join(paging.families)),
             ("Logits", paging.logits),
@@ -213,7 +214,10 @@ def _times(report: Report) -> Html:
         swatch = tag("i", class_=f"swatch c{at % 10}")
         words.append(tag("li", swatch, stage, tag("small", duration(seconds))))
     return section(
-        "Time", tag("div", *pieces, class_="times"), tag("ul", *words, class_="legend"), note=duration(total)
+        "Time",
+        tag("div", *pieces, class_="times"),
+        tag("ul", *words, class_="legend"),
+        note=duration(total),
     )
 
 

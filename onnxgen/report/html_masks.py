@@ -45,7 +45,10 @@ def draw(mask: MaskPicture) -> Html:
                 path.append(f"M{start} {y}h{x - start}v1h-{x - start}z")
                 start = None
     net = [f"M{x} 0v{high}" for x in range(1, wide)] + [f"M0 {y}h{wide}" for y in range(1, high)]
-    drawn = [tag("title", f"{mask.family}: {mask.run}"), tag("path", d=Html("".join(path)), class_="seen")]
+    drawn = [
+        tag("title", f"{mask.family}: {mask.run}"),
+        tag("path", d=Html("".join(path)), class_="seen"),
+    ]
     if wide <= 16:
         drawn.append(tag("path", d=Html("".join(net)), class_="net"))
     return tag("svg", join(drawn), role="img", viewBox=f"0 0 {wide} {high}")

@@ -44,7 +44,9 @@ def _row(case: Case, proof: Proof, high: float) -> tuple[object, ...]:
         return (case.name, *lengths, pill("outside the contract", "odd"), "", capital(case.outside))
     good = case.difference <= proof.tolerance
     drawn = bar(
-        _place(case.difference, high), tone="good" if good else "bad", mark=_place(proof.tolerance, high)
+        _place(case.difference, high),
+        tone="good" if good else "bad",
+        mark=_place(proof.tolerance, high),
     )
     figure = number(case.difference) if good else pill(number(case.difference), "bad")
     return (case.name, *lengths, drawn, figure, code(case.output))

@@ -8,7 +8,7 @@ from onnxgen.report.as_json import summary
 from onnxgen.report.layers import layers_of
 from onnxgen.report.page import Html, bar, code, details, join, pill, section, table, tag
 from onnxgen.report.values import Report, Site
-from onnxgen.report.words import capital, kind_name, many
+from onnxgen.report.words import TIMES, capital, kind_name, many
 
 NAMES_SHOWN = 200
 TONES = {"fused": "good", "kept": "odd", "undone": "bad"}
@@ -44,10 +44,12 @@ def _forms(sites: Iterable[Site]) -> Html:
     counts: dict[str, int] = {}
     for site in sites:
         if site.status == "fused" and site.details:
-            said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in site.details.items())
+            said = ", ".join(
+                f"{key.replace('_', ' ')} {value}" for key, value in site.details.items()
+            )
             counts[said] = counts.get(said, 0) + 1
     shown = [
-        tag("div", f"{count} × " if len(counts) > 1 else "", said)
+        tag("div", f"{count} {TIMES} " if len(counts) > 1 else "", said)
         for said, count in sorted(counts.items(), key=lambda each: -each[1])[:3]
     ]
     more = [tag("div", f"and {many(len(counts) - 3, 'other form')}")] if len(counts) > 3 else []
@@ -124,7 +126,7 @@ def _reason(key: tuple[str, str, str, str], group: Sequence[Site]) -> Sequence[o
     if len(group) > NAMES_SHOWN:
         places.append(tag("li", f"and {len(group) - NAMES_SHOWN:,} more"))
     where = details(many(len(group), "place"), tag("ul", *places, class_="plain"))
-    name = join([capital(kind_name(kind)), tag("div", tag("small", f"× {len(group)}"))])
+    name = join([capital(kind_name(kind)), tag("div", tag("small", f"{TIMES} {len(group)}"))])
     rule_ = join([code(rule), tag("div", tag("small", slug))])
     return pill(status, TONES[status]), name, rule_, join([*reasons, where])
 

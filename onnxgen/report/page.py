@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 from importlib.resources import files
 
 from onnxgen.errors import one_line
+from onnxgen.report.render import STARTS
 
-START = "<!doctype html>\n<!-- report of onnxgen -->\n"
+START = STARTS[".html"]
 
 
 class Html(str):
@@ -74,7 +75,9 @@ def tile(label: str, value: object, more: object = "", *, tone: str = "") -> Htm
     """A figure with its name."""
     said = tag("div", more, class_="more") if more else ""
     figure = tag("div", value, class_="value")
-    return tag("div", tag("div", label, class_="label"), figure, said, class_=f"tile {tone}".strip())
+    return tag(
+        "div", tag("div", label, class_="label"), figure, said, class_=f"tile {tone}".strip()
+    )
 
 
 def bar(share: float, *, tone: str = "", mark: float | None = None) -> Html:

@@ -6,6 +6,8 @@ import math
 
 from onnxgen.report.values import Outcome
 
+TIMES = "\N{MULTIPLICATION SIGN}"
+
 NAMES = {
     "attention": "attention",
     "rms_norm": "RMS norm",
@@ -46,11 +48,11 @@ def duration(seconds: float) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """ "−84 %", "+2 %", "±0 %"; "" where nothing was before."""
+    """ "+2 %", "±0 %", with a true minus where it is less; "" where nothing was before."""
     if not before:
         return ""
     percent = round(100 * (after - before) / before)
-    sign = "−" if percent < 0 else "+" if percent > 0 else "±"
+    sign = "\N{MINUS SIGN}" if percent < 0 else "+" if percent > 0 else "±"
     return f"{sign}{abs(percent):,} %"
 
 
