@@ -19,7 +19,7 @@ from onnxgen.report.values import SCHEMA_VERSION, Case, Proof, Report
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # What JSON has no number for is a text.
 _NUMBER = {"anyOf": [{"type": "number"}, {"enum": ["Infinity", "-Infinity", "NaN"]}]}
-_COUNTS = {"found": "int", "fused": "int", "kept": "int", "undone": "int"}
+_COUNTS = ("found", "fused", "kept", "undone")
 
 
 def build(*, strict: bool = False) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def build(*, strict: bool = False) -> dict[str, Any]:
     schema.definitions["Report"]["properties"]["summary"] = {
         "description": "By kind of site: how many were found, fused, kept and undone.",
         "type": "object",
-        "additionalProperties": schema.object(dict.fromkeys(_COUNTS, {"type": "integer"})),
+        "additionalProperties": schema.object({key: {"type": "integer"} for key in _COUNTS}),
     }
     schema.definitions["Proof"]["properties"]["worst"] = {
         "description": "The case with the largest difference.",
