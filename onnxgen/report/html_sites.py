@@ -45,7 +45,7 @@ def _forms(sites: Iterable[Site]) -> Html:
     for site in sites:
         if site.status == "fused" and site.details:
             said = ", ".join(
-                f"{key.replace('_', ' ')} {value}" for key, value in site.details.items()
+                f"{key.replace('_', ' ')} {_plain(value)}" for key, value in site.details.items()
             )
             counts[said] = counts.get(said, 0) + 1
     shown = [
@@ -54,6 +54,10 @@ def _forms(sites: Iterable[Site]) -> Html:
     ]
     more = [tag("div", f"and {many(len(counts) - 3, 'other form')}")] if len(counts) > 3 else []
     return tag("small", *shown, *more)
+
+
+def _plain(value: object) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 def _by_layer(sites: Sequence[Site], layers: Sequence[str]) -> Html:
