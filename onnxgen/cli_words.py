@@ -220,5 +220,5 @@ def check_report_file(report_file: Path | None, *others: Path) -> None:
     for other in others:
         if same_place(report_file, other):
             raise UsageError(f"--report {report_file} is another file of this command")
-    check_ending(report_file)
     files.check_writable(report_file)
+    check_ending(report_file)
