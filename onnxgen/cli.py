@@ -40,8 +40,8 @@ from onnxgen.cli_words import (
 from onnxgen.errors import OnnxgenError, RefusedError, UsageError
 from onnxgen.mapped import cut_off_in_words
 from onnxgen.places import default_output
-from onnxgen.report import as_json, files
-from onnxgen.report.values import Proof, Report
+from onnxgen.report import files
+from onnxgen.report.values import Outcome, Proof, Report
 
 INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 
@@ -119,8 +119,8 @@ def verify(
     parsed = parse_roles(roles)
 
     def show(proof: Proof | None, code: int, error: str | None) -> None:
-        document = as_json.verify_document(str(original), str(rewritten), proof, code, error)
-        show_outcome(as_json.dumps(document), proof, report_file, json_output)
+        outcome = Outcome("verify", code, error, None, str(original), str(rewritten), proof)
+        show_outcome(outcome, report_file, json_output)
 
     with (
         outcome_of(show) as outcome,
@@ -153,7 +153,7 @@ def demo(keep: Path | None) -> None:
     from onnxgen import pipeline, testing
 
     def show(report: Report | None, code: int, error: str | None) -> None:
-        show_outcome("", report, None, False)
+        show_outcome(Outcome("demo", code, error, report), None, False)
         if keep is None:
             click.echo(
                 "Both models are in a temporary folder and removed now: --keep DIR keeps them"

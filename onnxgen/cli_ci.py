@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from onnxgen.errors import one_line
 from onnxgen.report import github
-from onnxgen.report.values import Proof, Report
+from onnxgen.report.values import Outcome
 
 if TYPE_CHECKING:
     from onnxgen.expectations import Expectations
@@ -56,23 +56,26 @@ def annotate_error(message: str) -> None:
         click.echo(github.command("error", one_line(message), title="onnxgen"), err=True)
 
 
-def announce(value: Report | Proof | Any, code: int, error: str | None) -> None:
+def announce(outcome: Outcome) -> None:
     """Tell GitHub what happened: annotations on stderr, and the run's summary page.
 
     The failure's own annotation is `annotate_error`'s.
     """
     if not on_github():
         return
+    from onnxgen.report import markdown
+
     workspace = os.environ.get("GITHUB_WORKSPACE", "")
-    if isinstance(value, Report | Proof):
+    value = outcome.report or outcome.compared
+    if value is not None:
         for line in github.annotated(value, workspace):
             click.echo(line, err=True)
     summary = os.environ.get("GITHUB_STEP_SUMMARY")
     if summary:
-        text = github.summary_markdown(value if isinstance(value, Report | Proof) else None, error)
+        text = markdown.render(outcome)
         try:
             with open(summary, "a", encoding="utf-8") as file:
-                file.write(text)
+                file.write(f"{text}\n")
         except OSError as failure:  # the command's own end counts
             said = f"{summary} cannot be written: {failure.strerror}"
             click.echo(github.command("warning", one_line(said), title="onnxgen"), err=True)

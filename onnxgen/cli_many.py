@@ -20,7 +20,6 @@ from pathlib import Path
 
 import click
 
-from onnxgen.cli_ci import announce
 from onnxgen.cli_tasks import Task
 from onnxgen.cli_words import (
     Progress,
@@ -34,7 +33,7 @@ from onnxgen.cli_words import (
 )
 from onnxgen.errors import FileError, OnnxgenError, RefusedError
 from onnxgen.report import as_json
-from onnxgen.report.values import Report
+from onnxgen.report.values import Outcome, Report
 
 Work = Callable[[Task, Progress], Report]
 Show = Callable[[int, str], None]  # a task's number, and what is being done
@@ -71,12 +70,12 @@ def run_all(command: str, tasks: Sequence[Task], work: Work, jobs: int, json_out
         report, error = end.report, end.error or None
         documents[number] = as_json.report_document(command, report, end.code, error)
         try:
-            shown = report if is_verbose() and not json_output else None
-            show_outcome(as_json.dumps(documents[number]), shown, end.task.report_file, False)
+            outcome = Outcome(command, end.code, error, report)
+            loud = is_verbose() and not json_output
+            show_outcome(outcome, end.task.report_file, json_output=False, printed=loud)
         except OnnxgenError as failure:  # the report cannot be written
             end = End(end.task, report, end.code or failure.exit_code, end.error or str(failure))
             ends[number] = end
-        announce(report, end.code, error)
 
     ends: list[End | None] = [None] * len(tasks)
     with _bars(tasks) as show:

@@ -18,8 +18,9 @@ import click
 from onnxgen.cli_ci import annotate_error, announce
 from onnxgen.errors import OnnxgenError, RefusedError, UsageError, one_line
 from onnxgen.places import same_place
-from onnxgen.report import as_json, files
-from onnxgen.report.values import Proof, Report
+from onnxgen.report import files
+from onnxgen.report.render import check_ending
+from onnxgen.report.values import Outcome, Proof, Report
 
 Progress = Callable[[str], None]
 
@@ -112,8 +113,9 @@ report_option = click.option(
     "--report",
     "report_file",
     type=PathType(),
-    metavar="FILE.json",
-    help="Write the report as JSON, whatever the outcome; only a report is replaced.",
+    metavar="FILE",
+    help="Write a report, whatever the outcome: .json, .html (a page), .xml (JUnit) or .md. "
+    "Only a report is replaced.",
 )
 json_option = click.option(
     "--json", "json_output", is_flag=True, help="Print the report as JSON and nothing else."
@@ -222,13 +224,11 @@ def outcome_of(show: Callable[[Any, int, str | None], None]) -> Iterator[_Outcom
     if failure is not None:
         try:
             show(failure.report, failure.exit_code, str(failure))
-            announce(failure.report, failure.exit_code, str(failure))
         except OnnxgenError as error:  # the report cannot be written: the first failure counts
             say_error(error)
         raise failure
     sentence = outcome.failure if outcome.exit_code else ""
     show(outcome.value, outcome.exit_code, sentence or None)
-    announce(outcome.value, outcome.exit_code, sentence or None)
     if outcome.exit_code:
         if sentence:
             say_error(sentence)
@@ -244,8 +244,7 @@ def report_of(
     """Run a command whose work ends with a report; show that, and exit with the proof's code."""
 
     def show(report: Report | None, code: int, error: str | None) -> None:
-        document = as_json.dumps(as_json.report_document(command, report, code, error))
-        show_outcome(document, report, report_file, json_output)
+        show_outcome(Outcome(command, code, error, report), report_file, json_output)
 
     with outcome_of(show) as outcome, show_progress() as progress:
         outcome.value = report = work(progress)
@@ -253,13 +252,22 @@ def report_of(
 
 
 def show_outcome(
-    document: str, value: Report | Proof | None, report_file: Path | None, json_output: bool
+    outcome: Outcome, report_file: Path | None, json_output: bool, *, printed: bool = True
 ) -> None:
-    if report_file is not None:
-        files.write_text(report_file, document)
-    if json_output:
-        click.echo(document, nl=False)
-    elif value is not None and not is_quiet():
+    """Write the report that was asked for, and print the outcome: as JSON, or as text unless told
+    to be quiet, or not to. GitHub is told where it runs this.
+    """
+    announce(outcome)
+    value = outcome.report or outcome.compared
+    if report_file is not None or json_output:
+        from onnxgen.report import as_json, render
+
+        if report_file is not None:
+            files.write_text(report_file, render.render(outcome, report_file))
+        if json_output:
+            click.echo(as_json.render(outcome), nl=False)
+            return
+    if value is not None and printed and not is_quiet():
         from onnxgen.report import details, text
 
         console = text.console(stderr=STDOUT_TAKEN in _meta())
@@ -275,3 +283,4 @@ def check_report_file(report_file: Path | None, *others: Path) -> None:
         if same_place(report_file, other):
             raise UsageError(f"--report {report_file} is another file of this command")
     files.check_writable(report_file)
+    check_ending(report_file)

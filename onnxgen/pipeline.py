@@ -19,6 +19,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxgen import __version__, functions
+from onnxgen.analysis.layer_pictures import snapshot
 from onnxgen.analysis.masks import MaskFamily
 from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
@@ -39,6 +40,7 @@ from onnxgen.stages import (
     Progress,
     Work,
     add_checks,
+    add_picture,
     check_baseline,
     count_ops,
     describe,
@@ -216,6 +218,7 @@ def _rewrite(
     parts = split_branches(model)
     for part in parts:
         own = find_roles(part.model, options.roles) if part.branch else roles
+        before, known = snapshot(part.model.graph), len(report.sites)
         clock.start("normalize", "normalizing")
         report.warnings += normalize(part.model, opset, runtime, own)
 
@@ -229,6 +232,7 @@ def _rewrite(
             clock.start("lower", "lowering")
             settings = _settings(path, options)
             contract = contract.both(_lower(report, work, settings, families))
+        add_picture(report, before, part.model, [*report.sites[known:], *report.lowered])
     return join_branches(parts), contract, checkers
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxgen import __version__, functions
+from onnxgen.analysis.layer_pictures import snapshot
 from onnxgen.analysis.masks import MaskFamily
 from onnxgen.analysis.paging import UnpageableError
 from onnxgen.analysis.roles import Roles
@@ -35,6 +36,7 @@ from onnxgen.stages import (
     Progress,
     Work,
     add_checks,
+    add_picture,
     check_baseline,
     continuing,
     count_ops,
@@ -132,6 +134,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
 
     with Runtime(twins=unrunnable_types(model)) as runtime:
         part, roles = continuing(model, options.roles)
+        before = snapshot(part.model.graph)
         clock.start("normalize", "normalizing")
         report.warnings += normalize(part.model, opset, runtime, roles)
 
@@ -148,6 +151,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
             raise_unless_expected(report, options.expect, path)
             return report
         result = results[0]
+        add_picture(report, before, result.model, [*report.sites, *report.lowered])
         beside: dict[str, bytes] = {}
         if options.genai_config:  # read from our functions: before they are expanded
             make = partial(engine_config, result, roles, filename=output.name)

@@ -13,6 +13,8 @@ from typing import Any
 import onnx_ir as ir
 
 from onnxgen import functions
+from onnxgen.analysis.layer_pictures import Snapshot, layer_picture, snapshot
+from onnxgen.analysis.mask_pictures import mask_pictures
 from onnxgen.analysis.masks import MaskFamily, mask_families
 from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.analysis.sampling import Sampler
@@ -23,7 +25,7 @@ from onnxgen.passes.merged import Part, split_branches
 from onnxgen.passes.missed import missed
 from onnxgen.passes.normalize import settle
 from onnxgen.passes.raise_ import raise_model
-from onnxgen.passes.rewriting import NearMiss
+from onnxgen.passes.rewriting import REPLACED, NearMiss
 from onnxgen.passes.tidy import tidy
 from onnxgen.patterns import RULES
 from onnxgen.patterns.foreign import OwnRule
@@ -81,6 +83,7 @@ def raise_part(report: Report, work: Work, runtime: Runtime) -> dict[str, MaskFa
         if family is not None:
             site.details["mask"] = str(family)
     _count_already(report, model, sites)
+    report.masks += mask_pictures(model.graph, families, work.sampler)
     tidy(model)
     after = work.own.at("after")
     if after:
@@ -108,6 +111,12 @@ def _raise(report: Report, work: Work, near: list[NearMiss] | None = None) -> li
         if isinstance(rule, OwnRule) and rule.code not in work.disabled:
             report.near_misses += rule.misses
     return sites
+
+
+def add_picture(report: Report, before: Snapshot, model: ir.Model, sites: Sequence[Site]) -> None:
+    """Draw one layer of a model, or of the first branch in which something was fused."""
+    if report.picture is None:
+        report.picture = layer_picture(before, snapshot(model.graph, REPLACED), sites)
 
 
 def find_own(

@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 
 from onnxgen import testing
 from onnxgen.cli import main
-from onnxgen.report import github
-from onnxgen.report.values import Case, Decline, Proof, Report, Site
+from onnxgen.report import github, markdown
+from onnxgen.report.values import Case, Decline, Outcome, Proof, Report, Site
 
 
 def run(*words: object) -> Result:
@@ -64,17 +64,6 @@ def test_what_was_kept_is_said_once_a_reason_and_not_without_end(tmp_path: Path)
     assert "[layers.0 and 9 more]" in lines[0]
     assert "and 4 more; the report has all" in lines[5]
     assert all("file=" not in line for line in github.annotated(report, str(tmp_path / "other")))
-
-
-def test_the_summary_shows_names_as_they_are() -> None:
-    report = Report("m`.onnx", "", "onnx", sites=[kept("attention", "c", "a|b\n# title")])
-    text = github.summary_markdown(report, "it <script> failed")
-    assert "### onnxgen: `m'.onnx`\n" in text
-    assert "| attention | 1 | 0 | 1 | 0 |" in text
-    assert "a\\|b\\\\n\\# title" in text
-    assert "&lt;b>" in text
-    assert "**it &lt;script> failed**" in text
-    assert "Nothing was written." in text
 
 
 def test_a_run_is_annotated_and_summed_up(tmp_path: Path, summary: Path) -> None:
@@ -171,7 +160,8 @@ def test_names_begin_no_line_of_what_is_printed() -> None:
     printed = captured.get()
     assert "gotcha" in printed
     assert not any(line.lstrip().startswith("::") for line in printed.splitlines())
-    assert "\n::error" not in github.summary_markdown(report, hostile)
+    shown = markdown.render(Outcome("fuse", 1, hostile, report))
+    assert "\n::error" not in shown
     assert all(line.count("\n") == 0 for line in github.annotated(report))
 
 

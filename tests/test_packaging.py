@@ -18,7 +18,12 @@ import onnxgen
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = tomllib.loads((ROOT / "pyproject.toml").read_text())
 OUTSIDE = {"passes", "patterns"}  # installed into onnxgen, and linked from there
-DATA = {"onnxgen/py.typed", "onnxgen/demo/decoder.onnx.xz"}
+DATA = {
+    "onnxgen/py.typed",
+    "onnxgen/demo/decoder.onnx.xz",
+    "onnxgen/report/page.css",
+    "onnxgen/report/report.schema.json",
+}
 
 
 def modules() -> set[str]:

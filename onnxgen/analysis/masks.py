@@ -93,7 +93,7 @@ class MaskFamily:
 
 
 # Operators whose fourth input is a mask on the scores.
-_ATTENTIONS = {("", "Attention"), ("ai.onnx", "Attention"), ("onnxgen", "SinkAttention")}
+ATTENTIONS = {("", "Attention"), ("ai.onnx", "Attention"), ("onnxgen", "SinkAttention")}
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def mask_families(graph: ir.Graph, sampler: Sampler) -> dict[str, MaskFamily]:
     families: dict[ir.Value, MaskFamily] = {}
     result: dict[str, MaskFamily] = {}
     for node in graph:
-        if (node.domain, node.op_type) not in _ATTENTIONS:
+        if (node.domain, node.op_type) not in ATTENTIONS:
             continue
         mask = node.inputs[3] if len(node.inputs) > 3 else None
         if mask is None:

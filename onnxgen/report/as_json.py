@@ -24,7 +24,8 @@ in which they were given. ``exit_code`` is the gravest of theirs, ``error`` null
 
 ``verify`` adds ``original``, ``rewritten`` and ``proof``.
 
-Numbers that JSON cannot say are the strings "Infinity", "-Infinity" and "NaN".
+``report.schema.json``, beside this file, says the same for programs; it is written from the
+classes, see `onnxgen.report.schema`. Numbers that JSON cannot say are the strings "Infinity", "-Infinity" and "NaN".
 """
 
 from __future__ import annotations
@@ -37,10 +38,25 @@ from typing import Any
 
 from onnxgen import __version__
 from onnxgen.report.inspection import Inspection
-from onnxgen.report.values import SCHEMA_VERSION, Proof, Report, Site
+from onnxgen.report.render import STARTS
+from onnxgen.report.values import SCHEMA_VERSION, Outcome, Proof, Report, Site
 
-START = '{\n  "schema": '
+START = STARTS[".json"]
 """What every document of ours begins with, as `dumps` writes it."""
+
+
+def render(outcome: Outcome) -> str:
+    """The outcome of any command as text."""
+    return dumps(document_of(outcome))
+
+
+def document_of(outcome: Outcome) -> dict[str, Any]:
+    """The outcome of any command, see above."""
+    code, error = outcome.exit_code, outcome.error
+    if outcome.command == "verify":
+        models = outcome.original, outcome.rewritten
+        return verify_document(*models, outcome.compared, code, error)
+    return report_document(outcome.command, outcome.report, code, error)
 
 
 def report_document(

@@ -7,14 +7,15 @@ from pathlib import Path
 
 from onnxgen.errors import FileError, UsageError
 from onnxgen.places import check_place
-from onnxgen.report import as_json
+from onnxgen.report.render import STARTS
 from onnxgen.scratch import create, scratch_path, sweep
 
 
 def check_writable(path: Path) -> None:
     """Notice before the work, not after it, that a report cannot be written.
 
-    A report replaces only a report: whatever else is there, such as a model's weights, is kept.
+    A report replaces only a report, of any kind: whatever else is there, such as a model's
+    weights, is kept.
 
     Raises:
         FileError: nothing can be written there, or what is there cannot be read.
@@ -23,13 +24,13 @@ def check_writable(path: Path) -> None:
     check_place(path)
     if not path.exists():
         return
-    start = as_json.START.encode()
+    starts = tuple(start.encode() for start in STARTS.values())
     try:
         with path.open("rb") as file:
-            there = file.read(len(start))
+            there = file.read(max(map(len, starts)))
     except OSError as error:
         raise FileError(f"{path} cannot be replaced: {error.strerror}") from error
-    if there not in (b"", start):
+    if there and not there.startswith(starts):
         raise UsageError(
             f"{path} is there already and is no report of onnxgen: choose another file"
         )

@@ -53,29 +53,6 @@ def annotated(value: Report | Proof, workspace: str = "") -> Iterator[str]:
         yield command("notice", one_line(said), **properties)
 
 
-def summary_markdown(value: Report | Proof | None, error: str | None) -> str:
-    """A section of the run's summary: a table of sites, what was kept, the proof, the failure."""
-    report = value if isinstance(value, Report) else None
-    proof = report.proof if report is not None else value
-    title = f"onnxgen: {_code(report.input)}" if report is not None else "onnxgen"
-    lines = [f"### {title}", ""]
-    if report is not None and report.sites:
-        lines += ["| site | found | fused | kept | undone |", "|---|---|---|---|---|"]
-        for kind, count in summary(report.sites).items():
-            lines.append(f"| {_text(kind)} | {' | '.join(map(str, count.values()))} |")
-        lines.append("")
-    if report is not None:
-        lines += [f"- {_text(each)}" for each in (*_not_fused(report), *report.warnings)]
-    if isinstance(proof, Proof):
-        lines += ["", _text(_proof(proof))]
-    if report is not None:
-        written = f"Written to {_code(report.output)}." if report.output else "Nothing was written."
-        lines += ["", written]
-    if error:
-        lines += ["", f"**{_text(error)}**"]
-    return "\n".join(lines) + "\n\n"
-
-
 def _not_fused(report: Report) -> list[str]:
     """One line for each kind and reason."""
     groups: dict[tuple[str, str, str, str], list[Site]] = {}
@@ -122,14 +99,3 @@ def _data(text: str) -> str:
 
 def _property(text: str) -> str:
     return _data(text).replace(":", "%3A").replace(",", "%2C")
-
-
-def _text(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    text = one_line(text).replace("&", "&amp;").replace("<", "&lt;")
-    return "".join(f"\\{each}" if each in "\\`*_[]|#!~$@" else each for each in text)
-
-
-def _code(text: str) -> str:
-    """A name in code's letters; backticks of its own cannot end it."""
-    return "`" + one_line(text).replace("`", "'") + "`"

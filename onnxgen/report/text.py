@@ -16,26 +16,13 @@ from onnxgen.bounds import in_words
 from onnxgen.errors import one_line
 from onnxgen.report.as_json import summary
 from onnxgen.report.values import Case, Paging, Proof, Report, Site
+from onnxgen.report.words import NAMES as _NAMES
 from onnxgen.words import time_in_words
 
 NAMES_SHOWN = 3
 GROUPS_SHOWN = 4
 REASONS_SHOWN = 8
 
-_NAMES = {
-    "attention": "attention",
-    "rms_norm": "RMS norm",
-    "layer_norm": "layer norm",
-    "rotary": "rotary embedding",
-    "projection": "projections of queries, keys and values",
-    "norm": "norms with their residual",
-    "cache": "cache write",
-    "activation": "activation",
-    "unattended": "rows that see nothing",
-    "moe": "mixture of experts",
-    "grouped_matmul": "products with chosen matrices",
-    "experts": "experts in the runtime's kernel",
-}
 _STYLES = {"proven": "green", "differs": "red", "unproven": "yellow", "unverifiable": "red"}
 
 

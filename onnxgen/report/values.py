@@ -1,13 +1,15 @@
 """What a command did, as plain values: the one source of the text, the JSON and every other view.
 
-Every class here is data only: passes and the verifier fill them, `report.text` and
-`report.as_json` read them.
+Every class here is data only: passes and the verifier fill them, the other modules of
+`onnxgen.report` read them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
+
+from onnxgen.report.pictures import MaskPicture, Picture
 
 SCHEMA_VERSION = 1
 Budget = Literal["quick", "full", "layers"]
@@ -273,6 +275,8 @@ class Report:
         near_misses: where one of these nearly matched: the pattern fits in part. Of each rule the
             nearest; `details` says how many nodes "matched".
         warnings: one sentence each.
+        picture: one layer before and after; None where nothing was fused, or nothing written.
+        masks: what the attentions' masks show, each distinct one once.
         seconds: wall time by stage ("read", "normalize", "raise", "verify", "write").
     """
 
@@ -297,4 +301,38 @@ class Report:
     own_rules: dict[str, str] = field(default_factory=dict)
     near_misses: list[Site] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    picture: Picture | None = None
+    masks: list[MaskPicture] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Outcome:
+    """How a command ended: what a report file holds, whatever its kind.
+
+    Attributes:
+        command: "fuse", "to-paged" or "verify".
+        exit_code: what the command ends with (see README.md).
+        error: the sentence that it ends with; None where it succeeded.
+        report: of fuse and to-paged; None where the command failed before there was one.
+        original, rewritten: of verify: the two models, as given.
+        compared: of verify: what was run; None where the command failed before.
+    """
+
+    command: str
+    exit_code: int = 0
+    error: str | None = None
+    report: Report | None = None
+    original: str = ""
+    rewritten: str = ""
+    compared: Proof | None = None
+
+    @property
+    def proof(self) -> Proof | None:
+        """What was run, of any command."""
+        return self.report.proof if self.report is not None else self.compared
+
+    @property
+    def model(self) -> str:
+        """The model that the command was about, "" where it did not get so far."""
+        return self.report.input if self.report is not None else self.original
