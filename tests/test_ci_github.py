@@ -75,9 +75,8 @@ def test_a_run_is_annotated_and_summed_up(tmp_path: Path, summary: Path) -> None
     assert result.stderr.startswith("::notice title=onnxgen,file=demo.onnx::")
     assert "fused. Proven by" in result.stderr
     text = summary.read_text()
-    assert text.startswith("before\n### onnxgen: `")
-    assert "| attention | " in text
-    assert "Written to `" in text
+    assert text.startswith("before\n<!-- report of onnxgen -->\n### ✅ onnxgen fuse: demo.onnx")
+    assert "| Attention |" in text
 
 
 def test_failures_are_errors(tmp_path: Path, summary: Path) -> None:
@@ -104,7 +103,7 @@ def test_each_of_several_is_told(tmp_path: Path, summary: Path) -> None:
     assert result.exit_code == 4
     assert "::notice title=onnxgen,file=demo.onnx::" in result.stderr
     assert result.stderr.count("::error title=onnxgen::") == 1
-    assert summary.read_text().count("### onnxgen") == 2
+    assert summary.read_text().count(" onnxgen fuse: ") == 2
 
 
 def test_a_comparison_is_told_too(tmp_path: Path, summary: Path) -> None:
@@ -112,7 +111,7 @@ def test_a_comparison_is_told_too(tmp_path: Path, summary: Path) -> None:
     result = run("verify", model, model, "--verify", "quick")
     assert result.exit_code == 0
     assert result.stderr.startswith("::notice title=onnxgen verify::Proven by")
-    assert "Proven by" in summary.read_text()
+    assert " onnxgen verify: demo.onnx — proven" in summary.read_text()
 
 
 def test_a_summary_that_cannot_be_written_is_a_warning(

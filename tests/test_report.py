@@ -158,6 +158,11 @@ def test_json_holds_every_field() -> None:
         "code": "odd",
         "reason": "it is odd",
         "nodes": ["node_1"],
+        "reached": [],
+        "ahead": [],
+        "expected": "",
+        "found": "",
+        "change": "",
     }
     assert body["sites"][0]["details"] == {"heads": 6}
     assert body["proof"]["worst"]["output"] == "present.0.key"
