@@ -157,7 +157,12 @@ class Builder:
         return SizesOfInputs(self).tensor(dims, None)
 
     def target(self, value: ir.Value, dims: Sequence[Dim]) -> ir.Value | None:
-        """What a Reshape of `value` to these sizes takes; None where a size is unknown."""
+        """What a Reshape of `value` to these sizes takes; None where a size is unknown.
+
+        Or where one is nothing, in a model of batches of 0: Reshape reads a 0 as "as it was".
+        """
+        if 0 in dims:
+            return None
         source = self.shapes.of(value)
         literal = None if source is None else literal_target(self.shapes, source, dims)
         return self.sizes(dims) if literal is None else self.ints(*literal)
