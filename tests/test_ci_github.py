@@ -76,7 +76,7 @@ def test_a_run_is_annotated_and_summed_up(tmp_path: Path, summary: Path) -> None
     assert "fused. Proven by" in result.stderr
     text = summary.read_text()
     assert text.startswith("before\n<!-- report of onnxgen -->\n### ✅ onnxgen fuse: demo.onnx")
-    assert "| Attention |" in text
+    assert "| ✅ Attention |" in text
 
 
 def test_failures_are_errors(tmp_path: Path, summary: Path) -> None:
