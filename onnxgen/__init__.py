@@ -3,6 +3,8 @@
 onnxgen.fuse(model) -> Result       model: a path, a proto, an onnx_ir.Model, an ONNXProgram
 onnxgen.to_paged(model) -> Result
 onnxgen.verify(original, rewritten) -> Proof
+onnxgen.explain(model) -> list[Site]
+onnxgen.inspect(model) -> Inspection
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from onnxgen.api import Result, fuse, to_paged, verify
+    from onnxgen.api import Result, explain, fuse, inspect, to_paged, verify
     from onnxgen.errors import (
         ExpectationError,
         FileError,
@@ -36,13 +38,15 @@ __all__ = [
     "Result",
     "UsageError",
     "__version__",
+    "explain",
     "fuse",
+    "inspect",
     "to_paged",
     "verify",
 ]
 
 _HOMES = {
-    "onnxgen.api": ("Result", "fuse", "to_paged"),
+    "onnxgen.api": ("Result", "explain", "fuse", "inspect", "to_paged"),
     "onnxgen.errors": (
         "ExpectationError",
         "FileError",

@@ -25,15 +25,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from onnxgen import pipeline, pipeline_paged
+from onnxgen import inspection, pipeline, pipeline_paged
 from onnxgen.errors import UsageError
+from onnxgen.explaining import chosen
 from onnxgen.model_forms import Model, Program, Result, as_file, into_memory, named, place_for
 from onnxgen.model_io import read_model
-from onnxgen.report.values import Budget, Proof, Report
+from onnxgen.report.inspection import Inspection
+from onnxgen.report.values import Budget, Proof, Report, Site
 from onnxgen.targets.contract import Padding
 from onnxgen.targets.paged import KV_DTYPES, Flavor, Logits, PagedOptions
 
-__all__ = ["Model", "Program", "Result", "fuse", "to_paged", "verify"]
+__all__ = ["Model", "Program", "Result", "explain", "fuse", "inspect", "to_paged", "verify"]
 
 Target = Literal["onnx", "ort"]
 KvDtype = Literal["fp16", "fp32"]
@@ -202,6 +204,49 @@ def verify(
         named({one: its_name, other: others_name}),
     ):
         return pipeline.verify(one, other, roles=role or {}, budget=verify, progress=_quiet)
+
+
+def explain(
+    model: Model,
+    *,
+    site: str | None = None,
+    rule: str | None = None,
+    target: Target = "onnx",
+    no_verify: bool = False,
+    role: Mapping[str, str] | None = None,
+    rules: Sequence[Any] = (),
+) -> list[Site]:
+    """Why places that look like attention, norms, ... are not fused; nothing is written.
+
+    Args:
+        model: what would be fused; it is not changed.
+        site: tell of this place alone, fused or not: a node's name, or a module path or its
+            beginning.
+        rule: tell of places that the rule with this code was nearest to alone.
+        target, no_verify, role, rules: as of `fuse`.
+
+    Returns:
+        The places; each one's `decline` says how far the nearest rule got, what stopped it, what it
+        expected, and what would change it. Empty where nothing is left.
+
+    Raises:
+        UsageError: no place has that name, or an argument does not fit.
+        FileError, RefusedError: as of `fuse`.
+    """
+    result = fuse(model, check=True, target=target, no_verify=no_verify, role=role, rules=rules)
+    return chosen(result.report, site, rule)
+
+
+def inspect(model: Model, *, role: Mapping[str, str] | None = None) -> Inspection:
+    """What a model is: its attentions, caches, bytes a token, weights, and what it could become.
+
+    Raises:
+        FileError, UsageError, RefusedError: as of `fuse`.
+    """
+    with as_file(model) as (path, name), named({path: name}):
+        found = inspection.inspect(path, role or {}, _quiet)
+    found.input = name
+    return found
 
 
 def _quiet(message: str) -> None:

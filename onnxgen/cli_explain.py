@@ -20,7 +20,7 @@ from onnxgen.cli_words import (
 from onnxgen.errors import UsageError
 from onnxgen.report import as_json
 from onnxgen.report.inspection import Inspection
-from onnxgen.report.values import Report, Site
+from onnxgen.report.values import Report
 from onnxgen.words import near
 
 
@@ -62,6 +62,7 @@ def explain(
       onnxgen explain model.onnx --site model.layers.0
     """
     from onnxgen import pipeline
+    from onnxgen.explaining import chosen
     from onnxgen.rules import all_pages
 
     titles = {page.code: page.title for page in all_pages()}
@@ -148,26 +149,3 @@ def rules(code: str | None, json_output: bool) -> None:
         from onnxgen.report.explained import render_page
 
         text.console().print(render_page(pages[0], code.upper()))
-
-
-def chosen(report: Report, name: str | None, rule: str | None) -> list[Site]:
-    """The sites that are told of: all that are not fused, or those of a name, fused ones too.
-
-    Raises:
-        UsageError: no site has that name.
-    """
-    sites = [*report.sites, *report.lowered, *report.near_misses]
-    if name is None:
-        found = [site for site in sites if site.status != "fused"]
-    else:
-        found = [site for site in sites if _called(site, name)]
-        if not found:
-            names = [called for site in sites for called in (site.node, site.scope) if called]
-            some = f"; there are {', '.join(dict.fromkeys(names[:8]))}" if names else ""
-            raise UsageError(f"--site {name}: no such place{near(name, names) or some}")
-    return [site for site in found if rule is None or site.rule == rule]
-
-
-def _called(site: Site, name: str) -> bool:
-    nodes = (site.node, *(site.decline.nodes if site.decline is not None else ()))
-    return name in nodes or site.scope == name or site.scope.startswith(f"{name}.")

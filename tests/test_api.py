@@ -281,10 +281,24 @@ def test_a_comparison_says_what_differs(path: Path) -> None:
     assert onnxgen.verify(path, path, verify="quick").status == "proven"
 
 
+def test_what_is_not_fused_is_explained(path: Path) -> None:
+    model = onnx.load(path)
+    places = onnxgen.explain(model)
+    assert all(place.decline is not None and place.decline.change for place in places)
+    with pytest.raises(onnxgen.UsageError, match="no such place"):
+        onnxgen.explain(model, site="nowhere")
+
+
+def test_a_model_in_memory_is_inspected(path: Path) -> None:
+    found = onnxgen.inspect(onnx.load(path))
+    assert found.parameters == onnxgen.inspect(path).parameters > 0
+    assert [port.name for port in found.inputs] == [i.name for i in onnx.load(path).graph.input]
+
+
 # --- the same words -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["fuse", "to-paged", "verify"])
+@pytest.mark.parametrize("name", ["fuse", "to-paged", "verify", "explain", "inspect"])
 def test_every_option_of_a_command_is_a_keyword(name: str) -> None:
     """Of the same name, with the same default and the same choices."""
     command = main.commands[name]

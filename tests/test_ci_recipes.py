@@ -135,7 +135,9 @@ def test_the_action_fuses_and_says_so(checkout: Path, bin_folder: Path) -> None:
     assert written == {"demo.fused.onnx", "a b.fused.onnx"}
     assert len(list(checkout.glob(outputs["reports"]))) == 2
     assert "::notice title=onnxgen,file=models/demo.onnx::" in result.stderr
-    assert (checkout.parent / "runner" / "summary.md").read_text().count("### ✅ onnxgen fuse: ") == 2
+    assert (checkout.parent / "runner" / "summary.md").read_text().count(
+        "### ✅ onnxgen fuse: "
+    ) == 2
     assert (checkout.parent / "pip.txt").read_text().splitlines()[-1] == str(ROOT)
 
 

@@ -187,7 +187,9 @@ def test_what_is_not_met_is_not_written_but_reported(demo: Path, tmp_path: Path)
     )
     assert result.exit_code == 5
     assert result.stderr.count("\n") == 1
-    assert f"Error: {demo}: attention=99 was expected, and 0 are fused (2 attention" in result.stderr
+    assert (
+        f"Error: {demo}: attention=99 was expected, and 0 are fused (2 attention" in result.stderr
+    )
     assert "attention are fused, and" in result.stderr  # the baseline's, in the same sentence
     assert result.stderr.endswith("nothing was written\n")
     assert [path.name for path in tmp_path.iterdir()] == ["r.json"]
