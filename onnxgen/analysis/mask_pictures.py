@@ -135,10 +135,12 @@ def _seen(
         return []
     result = []
     for shape, found in samples:
+        if not found.size:
+            continue  # of a batch of nothing there is nothing to show
         seen = found if found.dtype == bool else found > MASKED
         while seen.ndim > 3:
             seen = seen[:, 0]
-        if seen.ndim >= 2 and seen.size:
+        if seen.ndim >= 2:
             result.append((shape, seen if seen.ndim == 3 else seen[None]))
     return result
 
