@@ -180,6 +180,8 @@ def _read(samples: Iterable[tuple[RunShape, Any]]) -> MaskFamily:
                 return MaskFamily("general", reason="it differs from head to head")
             seen = seen[:, 0]
         rows = (1, shape.new)
+        if not seen.size:
+            return MaskFamily("general", reason="it holds nothing in a run")
         if seen.ndim < 2 or (not seen.all() and seen.shape[-2] not in rows):
             return MaskFamily("general", reason="its rows are not the new tokens")
         if seen.ndim == 3 and seen.shape[0] not in (1, shape.batch):
