@@ -28,7 +28,7 @@ MENDED = """
     domains 114, names 181, containers 193, metadata 194, skeletons 198, skeletons 238, external 233,
     zeros 246, flipped 268, metadata 296, surroundings 320, fields 317, types 352, subgraphs 352,
     types 410, subgraphs 446, ends 457, narrow 470, axes 494, nested 538, types 559, types 569,
-    types 592, narrow 678, axes 687, narrow 700
+    types 592, narrow 678, axes 687, narrow 700, zeros 186, zeros 260
 """
 
 
