@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxgen.patterns.pages import Page, Reason
-from onnxgen.report.text import many, name_of, some
+from onnxgen.report.text import some
 from onnxgen.report.values import Decline, Report, Site
+from onnxgen.report.words import kind_name, many
 
 _MARKS = {True: ("✓", "green"), False: ("✗", "red"), None: ("·", "dim")}
 
@@ -94,7 +95,7 @@ def _place(group: Sequence[Site], titles: Mapping[str, str]) -> Iterator[Rendera
     count = f" ({len(group)})" if len(group) > 1 else ""
     style = "bold green" if site.status == "fused" else "bold yellow"
     yield Text.assemble(
-        (f"{site.status.capitalize()} {name_of(site.kind)}{count}", style), f": {where}"
+        (f"{site.status.capitalize()} {kind_name(site.kind)}{count}", style), f": {where}"
     )
     rows = Table.grid(padding=(0, 2))
     rows.add_column(style="dim")

@@ -13,7 +13,8 @@ from onnxgen.report.html_proof import proof_section
 from onnxgen.report.html_sites import kept_section, lowered_section, sites_section
 from onnxgen.report.page import Html, bar, code, details, join, page, pill, section, tag, tile
 from onnxgen.report.values import Outcome, Paging, Proof, Report
-from onnxgen.report.words import EXITS, change, duration, many, number, verdict
+from onnxgen.report.words import EXITS, change, many, number, verdict
+from onnxgen.words import time_in_words
 
 OPS_SHOWN = 14
 
@@ -94,9 +95,9 @@ def _tiles(outcome: Outcome) -> Iterator[Html]:
         ran = sum(case.compared for case in proof.cases)
         yield tile("Cases run", f"{ran} of {len(proof.cases)}", f"budget {proof.budget}")
     if report is not None and report.seconds:
-        yield tile("Time", duration(sum(report.seconds.values())), _memory(proof))
+        yield tile("Time", time_in_words(sum(report.seconds.values())), _memory(proof))
     elif proof is not None and proof.seconds:
-        yield tile("Time in ONNX Runtime", duration(proof.seconds), _memory(proof))
+        yield tile("Time in ONNX Runtime", time_in_words(proof.seconds), _memory(proof))
 
 
 def _memory(proof: Proof | None) -> str:
@@ -212,12 +213,12 @@ def _times(report: Report) -> Html:
         width = f"width:{100 * seconds / total:.2f}%"
         pieces.append(tag("i", class_=f"c{at % 10}", style=width))
         swatch = tag("i", class_=f"swatch c{at % 10}")
-        words.append(tag("li", swatch, stage, tag("small", duration(seconds))))
+        words.append(tag("li", swatch, stage, tag("small", time_in_words(seconds))))
     return section(
         "Time",
         tag("div", *pieces, class_="times"),
         tag("ul", *words, class_="legend"),
-        note=duration(total),
+        note=time_in_words(total),
     )
 
 

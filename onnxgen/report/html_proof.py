@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from onnxgen.bounds import in_words
 from onnxgen.report.page import Html, bar, code, details, pill, section, table, tag
 from onnxgen.report.values import Case, Proof
-from onnxgen.report.words import capital, duration, many, number
+from onnxgen.report.words import capital, many, number
+from onnxgen.words import time_in_words
 
 LOWEST = 1e-9
 """Left end of the scale, in standard deviations."""
@@ -94,4 +95,4 @@ def _facts(proof: Proof) -> Iterator[str]:
         yield f"Not run: {missing}."
     if proof.seconds:
         memory = f" in at most {in_words(proof.memory)} of memory" if proof.memory else ""
-        yield f"ONNX Runtime ran {duration(proof.seconds)}{memory}."
+        yield f"ONNX Runtime ran {time_in_words(proof.seconds)}{memory}."

@@ -10,7 +10,7 @@ from rich.text import Text
 
 from onnxgen.bounds import in_words
 from onnxgen.report.inspection import Attending, Inspection, Port
-from onnxgen.report.text import name_of
+from onnxgen.report.words import kind_name
 
 _PORTS = 8  # lines of inputs and of outputs; caches of one kind are one
 
@@ -56,7 +56,7 @@ def _lines(found: Inspection) -> Iterator[tuple[str, str | Text]]:
         mark = (f"{'✓' if target.possible else '✗'} {target.target}", style)
         yield "" if index else "targets", Text.assemble(mark, f": {target.said}")
     if found.kept:
-        kept = ", ".join(f"{count} {name_of(kind)}" for kind, count in found.kept.items())
+        kept = ", ".join(f"{count} {kind_name(kind)}" for kind, count in found.kept.items())
         yield "not fused", f"{kept} (onnxgen explain says why)"
 
 

@@ -17,12 +17,12 @@ from onnxgen.report.words import (
     TIMES,
     capital,
     change,
-    duration,
     kind_name,
     many,
     number,
     verdict,
 )
+from onnxgen.words import time_in_words
 
 START = STARTS[".md"]
 MARKS = {"good": "✅", "odd": "⚠️", "bad": "❌"}
@@ -114,7 +114,7 @@ def _figures(report: Report) -> list[str]:
     if report.bytes_before and report.bytes_after:
         facts.append(f"{in_words(report.bytes_before)} → {in_words(report.bytes_after)}")
     if report.seconds:
-        facts.append(duration(sum(report.seconds.values())))
+        facts.append(time_in_words(sum(report.seconds.values())))
     where = f"written to {code(report.output)}" if report.output else "nothing was written"
     return [f"{', '.join(facts)}; {where}.", ""]
 

@@ -16,7 +16,7 @@ from onnxgen.bounds import in_words
 from onnxgen.errors import one_line
 from onnxgen.report.as_json import summary
 from onnxgen.report.values import Case, Paging, Proof, Report, Site
-from onnxgen.report.words import NAMES as _NAMES
+from onnxgen.report.words import kind_name, many
 from onnxgen.words import time_in_words
 
 NAMES_SHOWN = 3
@@ -170,7 +170,7 @@ def _counts(report: Report) -> Table:
     for kind, count in counts.items():
         style = "green" if count["fused"] == count["found"] else "yellow"
         cells = [str(count[column]) for column in columns]
-        table.add_row(name_of(kind), *cells, style=style)
+        table.add_row(kind_name(kind), *cells, style=style)
     return table
 
 
@@ -185,11 +185,11 @@ def _fused(sites: Sequence[Site]) -> Iterator[Text]:
     for (kind, details), group in groups.items():
         by_kind[kind] = by_kind.get(kind, 0) + 1
         if details and by_kind[kind] <= GROUPS_SHOWN:
-            yield Text(one_line(f"Fused {name_of(kind)} ({len(group)}): {details}"))
+            yield Text(one_line(f"Fused {kind_name(kind)} ({len(group)}): {details}"))
     for kind, count in by_kind.items():
         if count > GROUPS_SHOWN:
             more = many(count - GROUPS_SHOWN, "other form")
-            yield Text(f"Fused {name_of(kind)}: and {more} (--json lists all)")
+            yield Text(f"Fused {kind_name(kind)}: and {more} (--json lists all)")
 
 
 def _found_nothing(report: Report) -> Iterator[Text]:
@@ -223,7 +223,7 @@ def _lowered(sites: Sequence[Site]) -> Iterator[Text]:
         done = [site for site in group if site.status == "fused"]
         details = {", ".join(f"{k} {v}" for k, v in site.details.items()) for site in done}
         said = f": {'; '.join(sorted(details))}" if any(details) else ""
-        told = f"Lowered {name_of(kind)} ({len(done)} of {len(group)}){said}"
+        told = f"Lowered {kind_name(kind)} ({len(done)} of {len(group)}){said}"
         yield Text(one_line(told))
     yield from _not_fused(sites)
 
@@ -269,7 +269,7 @@ def _not_fused(sites: Sequence[Site]) -> Iterator[Text]:
         if len(reasons) > 1:
             reason += f" (and {many(len(reasons) - 1, 'like reason')})"
         where = some(site.scope or site.node for site in group)
-        label = f"{status} {name_of(kind)} ({len(group)})"
+        label = f"{status} {kind_name(kind)} ({len(group)})"
         yield _labelled(
             label, f"{' '.join(filter(None, [rule, code]))}: {reason} [{where}]", "yellow"
         )
@@ -296,13 +296,3 @@ def some(names: Iterable[str]) -> str:
     names = list(names)
     shown = one_line(", ".join(names[:NAMES_SHOWN]))
     return shown if len(names) <= NAMES_SHOWN else f"{shown} and {len(names) - NAMES_SHOWN} more"
-
-
-def many(count: int, noun: str, nouns: str = "") -> str:
-    """A number with its noun, in the plural where it is one."""
-    return f"{count} {noun}" if count == 1 else f"{count} {nouns or f'{noun}s'}"
-
-
-def name_of(kind: str) -> str:
-    """What sites of a kind are called."""
-    return _NAMES.get(kind, kind)

@@ -29,23 +29,13 @@ def kind_name(kind: str) -> str:
     return NAMES.get(kind, kind.replace("_", " "))
 
 
-def many(count: int, noun: str) -> str:
-    """ "1 case", "2 cases", "1,204 cases"."""
-    return f"{count} {noun}" if count == 1 else f"{count:,} {noun}s"
+def many(count: int, noun: str, nouns: str = "") -> str:
+    """ "1 case", "2 cases", "1,204 cases"; "2 places are", where nouns are "places are"."""
+    return f"{count} {noun}" if count == 1 else f"{count:,} {nouns or f'{noun}s'}"
 
 
 def capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-
-def duration(seconds: float) -> str:
-    """ "340 ms", "12.3 s", "2 min 5 s"."""
-    if seconds < 1:
-        return f"{seconds * 1000:.0f} ms"
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def change(before: float, after: float) -> str:
