@@ -27,7 +27,7 @@ from typing import Any, Literal, get_args
 
 from onnxgen import inspection, pipeline, pipeline_paged
 from onnxgen.errors import UsageError
-from onnxgen.explaining import chosen
+from onnxgen.explaining import checked_rule, chosen
 from onnxgen.model_forms import Model, Program, Result, as_file, into_memory, named, place_for
 from onnxgen.model_io import read_model
 from onnxgen.report.inspection import Inspection
@@ -233,6 +233,7 @@ def explain(
         UsageError: no place has that name, or an argument does not fit.
         FileError, RefusedError: as of `fuse`.
     """
+    rule = checked_rule(rule, own=bool(rules))
     result = fuse(model, check=True, target=target, no_verify=no_verify, role=role, rules=rules)
     return chosen(result.report, site, rule)
 

@@ -62,12 +62,11 @@ def explain(
       onnxgen explain model.onnx --site model.layers.0
     """
     from onnxgen import pipeline
-    from onnxgen.explaining import chosen
+    from onnxgen.explaining import checked_rule, chosen
     from onnxgen.rules import all_pages
 
     titles = {page.code: page.title for page in all_pages()}
-    if rule is not None and rule not in titles and not rules:
-        raise UsageError(f"--rule {rule}: no such rule{near(rule, titles)}")
+    rule = checked_rule(rule, own=bool(rules))
     options = pipeline.FuseOptions(
         target=target,
         verify=not no_verify,

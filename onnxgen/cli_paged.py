@@ -24,6 +24,7 @@ from onnxgen.cli_words import (
     rules_option,
     verify_option,
 )
+from onnxgen.errors import UsageError
 from onnxgen.places import default_folder
 from onnxgen.report.values import Report
 
@@ -137,6 +138,8 @@ def to_paged(
     from onnxgen.targets.paged import KV_DTYPES, PagedOptions
 
     check_streams(model, None)
+    if output == STREAM:
+        raise UsageError("-o -: a paged model is a folder, and cannot go to stdout")
     output = output or default_folder(Path("stdin") if model == STREAM else model)
     written = [output / name for name in ("model.onnx", CONFIG, *READ)]
     before = [baseline] if baseline is not None else []

@@ -4,7 +4,27 @@ from __future__ import annotations
 
 from onnxgen.errors import UsageError
 from onnxgen.report.values import Report, Site
+from onnxgen.rules import all_pages
 from onnxgen.words import near
+
+
+def checked_rule(rule: str | None, own: bool) -> str | None:
+    """The code of a rule as it is spelled.
+
+    Args:
+        own: whether there are rules of the user's, whose codes are not known yet.
+
+    Raises:
+        UsageError: there is no such rule.
+    """
+    codes = [page.code for page in all_pages()]
+    if rule is None or rule in codes:
+        return rule
+    if rule.upper() in codes:
+        return rule.upper()
+    if not own:
+        raise UsageError(f"--rule {rule}: no such rule{near(rule.upper(), codes)}")
+    return rule
 
 
 def chosen(report: Report, name: str | None, rule: str | None) -> list[Site]:

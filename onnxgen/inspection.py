@@ -67,18 +67,24 @@ def inspect(path: Path, roles: Mapping[str, str], progress: Progress) -> Inspect
     contract = read_contract(model)
     found.contract = str(contract) if contract != Contract() else ""
     _weights(found, model)
+    paged = PAGED in model.metadata_props  # whose inputs are no decoder's
     with Runtime(twins=unrunnable_types(model)) as runtime:
         part, known = continuing(model, roles)
         found.inputs = [
-            Port(each.name, str(each.dtype).lower(), _dims(each.shape), each.role)
+            Port(each.name, str(each.dtype).lower(), _dims(each.shape), "" if paged else each.role)
             for each in known.inputs.values()
         ]
         found.outputs = [
-            Port(each.name, str(each.dtype).lower(), _dims(each.shape or ()), each.role)
+            Port(
+                each.name,
+                str(each.dtype).lower(),
+                _dims(each.shape or ()),
+                "" if paged else each.role,
+            )
             for each in known.outputs.values()
         ]
         _caches(found, known)
-        if PAGED in model.metadata_props:
+        if paged:
             _paged(found, model)
             return found
         progress("raising")
@@ -178,7 +184,7 @@ def _paged(found: Inspection, model: ir.Model) -> None:
             kv_heads = int(attribute(node, "kv_num_heads", heads))
             size = next((p.shape[3] for p in pools if p in node.inputs and p.shape is not None), 0)
             width = size if isinstance(size, int) else 0
-            layers[Attending(0, heads, kv_heads, width, "as the contract says", "see nodes")] += 1
+            layers[Attending(0, heads, kv_heads, width, "", "")] += 1
     found.attentions = [_counted(each, count) for each, count in layers.items()]
     found.targets = [Takes("paged", False, "it is paged already")]
 

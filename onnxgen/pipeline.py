@@ -23,7 +23,7 @@ from onnxgen.analysis.layer_pictures import snapshot
 from onnxgen.analysis.masks import MaskFamily
 from onnxgen.analysis.roles import Roles, find_roles, write_roles
 from onnxgen.analysis.sampling import Sampler
-from onnxgen.errors import UsageError
+from onnxgen.errors import RefusedError, UsageError
 from onnxgen.expectations import NOTHING, Expectations
 from onnxgen.model_io import data_files, read_model, staged
 from onnxgen.own_rules import OwnRules
@@ -58,6 +58,7 @@ from onnxgen.targets.contract import Contract, Padding, read_contract, write_con
 from onnxgen.targets.genai import genai_config
 from onnxgen.targets.genai_files import READ
 from onnxgen.targets.ort.config import context_length
+from onnxgen.targets.paged import KEY as PAGED
 from onnxgen.twin import unrunnable_types
 from onnxgen.verify.compare import verify_models
 from onnxgen.verify.rewrites import RewriteChecker
@@ -136,6 +137,8 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
 
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
+    if PAGED in model.metadata_props:
+        raise RefusedError(f"{path} is a paged model, of which nothing is left to fuse")
     reads = [*data_files(model), *map(path.with_name, READ)]
     if not options.check:
         check_output(output, path, reads, force=options.force)

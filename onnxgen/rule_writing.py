@@ -20,6 +20,7 @@ import onnx_ir as ir
 from onnxgen.analysis.graph import constant
 from onnxgen.analysis.roles import find_roles
 from onnxgen.api import fuse
+from onnxgen.errors import OnnxgenError, UsageError
 from onnxgen.graph_text import assert_same_graph, parse
 from onnxgen.model_forms import Model, Result, as_file
 from onnxgen.model_io import read_model
@@ -142,5 +143,17 @@ def _near(result: Result) -> list[str]:
     return [_reason(site) for site in result.report.near_misses]
 
 
+def main(words: list[str]) -> None:
+    """`python -m onnxgen.rule_writing MODEL [before|after]`; ends with a sentence and its code."""
+    if len(words) not in (1, 2) or words[1:] not in ([], ["before"], ["after"]):
+        print("Usage: python -m onnxgen.rule_writing MODEL [before|after]", file=sys.stderr)
+        sys.exit(UsageError.exit_code)
+    try:
+        print(seen(words[0], "after" if words[1:] == ["after"] else "before"))
+    except OnnxgenError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
 if __name__ == "__main__":
-    print(seen(sys.argv[1], "after" if "after" in sys.argv[2:] else "before"))
+    main(sys.argv[1:])

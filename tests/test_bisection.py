@@ -24,6 +24,7 @@ from onnxgen.pipeline_paged import PageOptions
 from onnxgen.report.text import console, render
 from onnxgen.report.values import Proof
 from onnxgen.runtime import Runtime
+from onnxgen.targets.paged import PagedOptions
 from onnxgen.testing import corpus
 from onnxgen.verify.compare import verify_models
 from onnxgen.verify.landmarks import find_landmarks
@@ -322,3 +323,24 @@ def test_sequences_of_tensors_are_passed_by(runtime: Runtime) -> None:
     proof = verify_models(model, model, runtime=runtime)
     assert (proof.status, proof.not_run) == ("proven", [])
     assert proof.inner >= 3
+
+
+def test_outputs_without_a_name_are_no_landmarks(tmp_path: Path) -> None:
+    """The genai builder leaves out what nobody reads; ONNX Runtime loads no such output."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(next(iter(corpus("llama/builder"))).load().SerializeToString())
+    report = pipeline.fuse(path, FuseOptions(target="ort"), lambda message: None)
+    assert report.proof is not None
+    assert report.proof.inner > 20
+    assert not report.proof.not_run
+
+
+def test_of_answers_for_last_tokens_only_whole_rows_are_compared_inside(tmp_path: Path) -> None:
+    """Gemma caps its scores: what lies between the projection and the cap has fewer rows, too."""
+    path = tmp_path / "model.onnx"
+    path.write_bytes(next(iter(corpus("gemma2/dynamo20*"))).load().SerializeToString())
+    options = PageOptions(tmp_path / "paged", PagedOptions(logits="last"), budget="quick")
+    report = pipeline_paged.to_paged(path, options, lambda message: None)
+    assert report.proof is not None
+    assert report.proof.status == "proven"
+    assert report.proof.inner > 10

@@ -100,6 +100,7 @@ def test_names_that_are_not_there(words: list[str], sentence: str, tmp_path: Pat
 
 
 def test_a_rule_alone(tmp_path: Path) -> None:
+    assert len(places(STOPPED, tmp_path, "--rule", "att001")) == 1
     assert places(STOPPED, tmp_path, "--rule", "RMS001") == []
     assert len(places(STOPPED, tmp_path, "--rule", "ATT001")) == 1
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from onnxgen.patterns.pages import Page, Reason
-from onnxgen.report.text import some
+from onnxgen.report.text import found_nothing, some
 from onnxgen.report.values import Decline, Report, Site
 from onnxgen.report.words import kind_name, many
 
@@ -42,6 +42,7 @@ def render_explanation(
     ]
     for group in _alike(places):
         parts += [Text(""), *_place(group, titles)]
+    parts += found_nothing(report)
     if not places:
         parts.append(Text("Nothing that looks like a site is left.", "green"))
     parts += [Text(f"Warning: {warning}", "yellow") for warning in report.warnings]
@@ -56,8 +57,12 @@ def render_page(page: Page, code: str) -> RenderableType:
     for heading, text in page.sections.items():
         parts += [Text(""), Text(heading, "bold")]
         if heading == "Looks for":
-            steps = (Text(f"{number}. {step}") for number, step in enumerate(page.steps, 1))
-            parts += [Padding(step, (0, 0, 0, 4), expand=False) for step in steps]
+            rows = Table.grid(padding=(0, 1))
+            rows.add_column()
+            rows.add_column(overflow="fold")
+            for number, step in enumerate(page.steps, 1):
+                rows.add_row(f"    {number}.", step)
+            parts.append(rows)
         elif heading == "Declines" and page.reasons:
             parts += [_reason(reason) for reason in page.reasons.values()]
         else:

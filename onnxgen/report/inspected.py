@@ -67,8 +67,9 @@ def _attention(each: Attending) -> str:
     extra = f", softcap {each.softcap:g}" if each.softcap else ""
     extra += ", sinks" if each.sinks else ""
     return (
-        f"{each.layers} of {heads}, size {each.head_size or '?'}; mask: {each.mask}; "
-        f"rotary: {each.rotary}{extra}"
+        f"{each.layers} of {heads}, size {each.head_size or '?'}"
+        f"{f'; mask: {each.mask}' if each.mask else ''}"
+        f"{f'; rotary: {each.rotary}' if each.rotary else ''}{extra}"
     )
 
 
@@ -83,6 +84,6 @@ def _ports(ports: list[Port]) -> Iterator[str]:
         first = group[0]
         shape = ", ".join(map(str, first.shape))
         more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-        yield f"{first.name}{more}: {first.dtype}[{shape}] ({first.role})"
+        yield f"{first.name}{more}: {first.dtype}[{shape}]{f' ({first.role})' if first.role else ''}"
     if len(shown) > _PORTS:
         yield f"and {sum(map(len, shown[_PORTS:]))} more"

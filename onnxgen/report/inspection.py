@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Port:
-    """An input or an output: its name, type, shape and role (see `onnxgen.analysis.roles`)."""
+    """An input or an output: name, type, shape, and role (`analysis.roles`; "" of a paged model)."""
 
     name: str
     dtype: str
@@ -22,8 +22,10 @@ class Attending:
     Attributes:
         layers: how many there are.
         heads, kv_heads, head_size: H, K and D; 0 where a size is not fixed.
-        mask: the mask's family, such as "causal, key padding"; "none"; "general: " and why.
-        rotary: how queries and keys are rotated, such as "20 of 40, halves"; "none".
+        mask: the mask's family, such as "causal, key padding"; "none"; "general: " and why; "" of
+            a paged model.
+        rotary: how queries and keys are rotated, such as "20 of 40, halves"; "none"; "" of a
+            paged model.
         softcap: what bounds the scores; 0.0 for nothing.
         sinks: whether a number a head joins the scores.
     """

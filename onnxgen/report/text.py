@@ -45,7 +45,7 @@ def render_report(report: Report) -> RenderableType:
         parts.append(Text("Nothing was found to fuse.", "yellow"))
     parts += _fused(report.sites)
     parts += _not_fused(report.sites)
-    parts += _found_nothing(report)
+    parts += found_nothing(report)
     parts += _lowered(report.lowered)
     if report.paging is not None:
         parts += _paging(report.paging)
@@ -192,7 +192,7 @@ def _fused(sites: Sequence[Site]) -> Iterator[Text]:
             yield Text(f"Fused {kind_name(kind)}: and {more} (--json lists all)")
 
 
-def _found_nothing(report: Report) -> Iterator[Text]:
+def found_nothing(report: Report) -> Iterator[Text]:
     """The user's rules that fit nowhere, those first that came nearest to it."""
     misses: dict[str, list[Site]] = {code: [] for code in report.own_rules}
     for site in report.near_misses:

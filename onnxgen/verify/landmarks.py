@@ -80,7 +80,7 @@ def find_landmarks(original: ir.Model, rewritten: ir.Model, roles: Roles) -> lis
     others = {value.name: value for node in rewritten.graph for value in node.outputs}
     found = []
     for value in carrying(original.graph, facts):
-        other = others.get(value.name)
+        other = others.get(value.name) if value.name else None  # what nobody reads has no name
         if other is None or not {value.dtype, other.dtype} <= {None, *FLOATS}:
             continue  # one that has no type is looked at when it is there
         rows = _rows(facts, value) or _rows(other_facts, other)

@@ -125,8 +125,10 @@ def _look_inside(sides: PagedPairs, runtime: Runtime, plan: _Plan, proof: Proof)
     shape = nearest_shape(roles, RunShape(1, 5, 3))
     if shape is None:
         return
-    landmarks = find_landmarks(read(original), read(path), roles)
-    names = [each.name for each in landmarks if each.name not in roles.outputs]
+    written = read(path)
+    landmarks = find_landmarks(read(original), written, roles)
+    cut = set() if result.options.logits == "all" else _behind_the_cut(written, result)
+    names = [each.name for each in landmarks if each.name not in {*roles.outputs, *cut}]
     make = partial(Side, runtime, full=plan.full, packed=packed)
     first = make(original, as_written=True, inner=names)
     try:
@@ -151,6 +153,28 @@ def _look_inside(sides: PagedPairs, runtime: Runtime, plan: _Plan, proof: Proof)
     if own.status == "differs":
         proof.status = "unverifiable"
         proof.reason = f"the outputs agree and hardly depend on what differs inside: {own.reason}"
+
+
+def _behind_the_cut(written: ir.Model, result: PagedModel) -> set[str]:
+    """Values that have no row for each token, since only some rows of logits are answered: those
+    from the projection that makes them to the output.
+    """
+    outputs = {value.name: value for value in written.graph.outputs}
+    names: set[str] = set()
+    for _, name in result.rows:
+        pending = [outputs[name]] if name in outputs else []
+        while pending:
+            value = pending.pop()
+            node = value.producer()
+            if node is None or value.name in names:
+                continue
+            names.add(value.name or "")
+            if node.op_type not in _PROJECTIONS:
+                pending += [each for each in node.inputs if each is not None]
+    return names
+
+
+_PROJECTIONS = frozenset({"MatMul", "Gemm", "MatMulNBits", "Conv", "Gather", "GatherND"})
 
 
 @dataclass(frozen=True)
