@@ -338,8 +338,8 @@ def test_outputs_without_a_name_are_no_landmarks(tmp_path: Path) -> None:
 def test_of_answers_for_last_tokens_only_whole_rows_are_compared_inside(tmp_path: Path) -> None:
     """Gemma caps its scores: what lies between the projection and the cap has fewer rows, too."""
     path = tmp_path / "model.onnx"
-    path.write_bytes(next(iter(corpus("gemma2/dynamo20*"))).load().SerializeToString())
-    options = PageOptions(tmp_path / "paged", PagedOptions(logits="last"), budget="quick")
+    path.write_bytes(next(iter(corpus("gemma2/transformers-sliding"))).load().SerializeToString())
+    options = PageOptions(tmp_path / "paged", PagedOptions(logits="last"))
     report = pipeline_paged.to_paged(path, options, lambda message: None)
     assert report.proof is not None
     assert report.proof.status == "proven"
