@@ -84,7 +84,7 @@ def explain(
             from onnxgen.report import text
             from onnxgen.report.explained import render_explanation
 
-            text.console().print(render_explanation(report, places, titles | report.own_rules))
+            text.say(render_explanation(report, places, titles | report.own_rules))
 
     with outcome_of(show) as outcome, show_progress() as progress:
         outcome.value = pipeline.fuse(model, options, progress)
@@ -111,7 +111,7 @@ def inspect(model: Path, roles: tuple[str, ...], json_output: bool) -> None:
             from onnxgen.report import text
             from onnxgen.report.inspected import render_inspection
 
-            text.console().print(render_inspection(found))
+            text.say(render_inspection(found))
 
     with outcome_of(show) as outcome, show_progress() as progress:
         outcome.value = inspection.inspect(model, parse_roles(roles), progress)
@@ -147,4 +147,4 @@ def rules(code: str | None, json_output: bool) -> None:
         from onnxgen.report import text
         from onnxgen.report.explained import render_page
 
-        text.console().print(render_page(pages[0], code.upper()))
+        text.say(render_page(pages[0], code.upper()))

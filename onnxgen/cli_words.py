@@ -270,10 +270,8 @@ def show_outcome(
     if value is not None and printed and not is_quiet():
         from onnxgen.report import details, text
 
-        console = text.console(stderr=STDOUT_TAKEN in _meta())
-        console.print(text.render(value))
-        if is_verbose():
-            console.print(details.render_details(value))
+        more = [details.render_details(value)] if is_verbose() else []
+        text.say(text.render(value), *more, stderr=STDOUT_TAKEN in _meta())
 
 
 def check_report_file(report_file: Path | None, *others: Path) -> None:

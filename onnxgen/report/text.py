@@ -5,6 +5,7 @@ A model of a hundred layers gives as many lines as one of two: equal things are 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 
 from rich import box
@@ -20,6 +21,8 @@ from onnxgen.report.words import kind_name, many
 from onnxgen.words import time_in_words
 
 NAMES_SHOWN = 3
+WIDE = 100
+"""Columns in a pipe, where nothing says how wide a line may be."""
 GROUPS_SHOWN = 4
 REASONS_SHOWN = 8
 
@@ -29,6 +32,20 @@ _STYLES = {"proven": "green", "differs": "red", "unproven": "yellow", "unverifia
 def console(*, stderr: bool = False) -> Console:
     """A console that prints text as it is; NO_COLOR and pipes get no colours."""
     return Console(stderr=stderr, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
+def say(*parts: RenderableType, stderr: bool = False) -> None:
+    """Print parts of a report: in a pipe without blanks at the ends of lines, a little wider."""
+    shown = console(stderr=stderr)
+    if shown.is_terminal:
+        shown.print(*parts, sep="\n")
+        return
+    if "COLUMNS" not in os.environ:
+        shown.width = WIDE
+    with shown.capture() as captured:
+        shown.print(*parts, sep="\n")
+    for line in captured.get().splitlines():
+        print(line.rstrip(), file=shown.file)
 
 
 def render(value: Report | Proof) -> RenderableType:
