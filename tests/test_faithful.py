@@ -154,7 +154,9 @@ HIDDEN = PADDED.replace("Cast<to = 9>(mask)", "Equal(mask, 0)") + LOWEST
 def test_what_only_the_whole_model_showed_is_undone(masked: str, keys: str, tmp_path: Path) -> None:
     """A past that is empty where an operator takes none; rows of real tokens that see nothing."""
     old, new, report = both(tmp_path, decoder(masked, keys=keys), feeds(1, 3, 4, mask=ONES))
-    assert [site.status for site in report.sites] == ["undone"]
+    assert [site.status for site in report.sites if site.kind == "attention"] == ["undone"]
+    caches = [site for site in report.sites if site.kind == "cache"]
+    assert {site.decline.code for site in caches if site.decline} == {"cache-outside"}
     assert_faithful(old, new)
 
 
@@ -173,6 +175,7 @@ def test_a_cache_that_nobody_reads_joined_stays_outside(tmp_path: Path) -> None:
         joined = onnx.helper.make_node("Concat", [f"p{name}", f"{name}d"], [name], axis=2)
         model.graph.node.extend([double, joined])
     old, new, report = both(tmp_path, model, feeds(1, 3, 4, mask=ONES))
-    (site,) = report.sites
+    (site,) = (site for site in report.sites if site.kind == "attention")
     assert (site.status, site.details["cache"]) == ("fused", "outside")
+    assert [site.kind for site in report.sites if site.status == "kept"] == ["cache"] * 2
     assert_faithful(old, new)

@@ -26,7 +26,8 @@ NAMES = {
 
 
 def kind_name(kind: str) -> str:
-    return NAMES.get(kind, kind.replace("_", " "))
+    """What sites of a kind are called; those of users' rules as these say."""
+    return NAMES.get(kind, kind)
 
 
 def many(count: int, noun: str, nouns: str = "") -> str:
