@@ -6,7 +6,7 @@ python examples/after_torch_export.py            # needs torch
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import onnxgen
@@ -21,7 +21,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
 
-    def forward(self, x, past_key, past_value, mask):  # type: ignore[no-untyped-def]
+    def forward(
+        self, x: Tensor, past_key: Tensor, past_value: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         b, s, _ = x.shape
         q, k, v = self.qkv(x).view(b, s, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         k, v = torch.cat([past_key, k], 2), torch.cat([past_value, v], 2)

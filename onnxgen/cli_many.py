@@ -126,8 +126,8 @@ def in_processes(
                     child = _Child(number, task, work, min(jobs, len(tasks)))
                     running[child.channel] = child
                     show(number, "starting")
-                for channel in wait(list(running)):
-                    child = running[channel]  # type: ignore[index]
+                ready = wait(list(running))
+                for child in [each for channel, each in running.items() if channel in ready]:
                     said = child.receive()
                     if isinstance(said, str):
                         show(child.number, said)

@@ -123,8 +123,7 @@ def _sections(body: str) -> Iterator[tuple[str, str]]:
 
 
 def _steps(text: str) -> Iterator[str]:
-    for entry in _blocks(text, _STEP):
-        yield _STEP.match(" ".join(entry)).group(1)  # type: ignore[union-attr]
+    yield from (_STEP.sub(r"\1", " ".join(entry)) for entry in _blocks(text, _STEP))
 
 
 def _reasons(text: str) -> Iterator[Reason]:

@@ -220,9 +220,9 @@ def test_files_that_are_missing_or_none_are_said(tmp_path: Path) -> None:
         onnxgen.fuse(tmp_path / "none.onnx")
     with pytest.raises(onnxgen.FileError, match=r"the model is no ONNX model: it holds no graph"):
         onnxgen.fuse(onnx.ModelProto(ir_version=10))
-    for nothing in (3, None, b"bytes", Program(3)):  # type: ignore[arg-type]
+    for nothing in (3, None, b"bytes", Program(3)):
         with pytest.raises(onnxgen.UsageError, match="a model is a path"):
-            onnxgen.fuse(nothing)  # type: ignore[arg-type]
+            onnxgen.fuse(nothing)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +344,7 @@ def test_the_package_starts_without_heavy_imports() -> None:
     )
     subprocess.run([sys.executable, "-c", script], check=True)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
-        _ = onnxgen.nothing  # type: ignore[attr-defined]
+        _ = onnxgen.nothing
 
 
 def test_types_are_seen_by_a_checker(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import onnx_ir as ir
 import pytest
 from onnx import helper, numpy_helper
 
+from onnxgen.analysis.edges import find_edges
 from onnxgen.analysis.feeds import RunShape
 from onnxgen.analysis.roles import OutputRole, Roles, find_roles
 from onnxgen.errors import FileError, UsageError
@@ -22,7 +23,7 @@ from onnxgen.model_io import read_model
 from onnxgen.report.values import Case, Proof
 from onnxgen.runtime import Runtime
 from onnxgen.testing import corpus
-from onnxgen.verify.cases import again, find_edges, plan
+from onnxgen.verify.cases import again, plan
 from onnxgen.verify.compare import verify_models
 from onnxgen.verify.difference import NotANumberError, is_close_call, output_difference
 from tests.large_decoder import Sizes, write_decoder

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnx_ir as ir
 
-from onnxgen.analysis.edges import COMPARISONS, FARTHEST, LIMITS, OFFSETS, integer
+from onnxgen.analysis.edges import LONGEST
 from onnxgen.analysis.feeds import (
     RunShape,
     forced_shape,
@@ -26,27 +25,13 @@ from onnxgen.analysis.feeds import (
     nearest_shape,
     too_much,
 )
-from onnxgen.analysis.graph import names
 from onnxgen.analysis.roles import Roles
 
 Array = npt.NDArray[Any]
-LONGEST = 8192
-"""No run is longer than this: an edge beyond it is noted, not run."""
-
 MOST_BYTES = 1 << 29
 """No run is fed caches larger than this."""
 
 _LONGEST_PREFILL = 1024
-_MOST_FOUND = 6
-
-# Through these a length or a position is followed back to the constants that it meets.
-_PASSED = names(
-    """
-    Abs Cast Concat Expand Floor Identity Mul Neg Range ReduceMax ReduceMin Reshape Squeeze
-    Transpose Unsqueeze Where
-    """
-)
-_WINDOWS = ("local_window_size", "left_window_size")
 
 
 @dataclass(frozen=True)
@@ -313,40 +298,3 @@ def _name(roles: Roles, run: Run) -> str:
     if shape.spare:
         name += f", {shape.spare} places to spare"
     return name
-
-
-def find_edges(model: ir.Model, roles: Roles) -> tuple[list[int], list[int]]:
-    """Total lengths at which the graph's own arithmetic may switch: to run, and to note only.
-
-    They are the constants that lengths and positions are compared with, limited to or shifted
-    by before a comparison, window attributes of fused attentions, and the lengths of cropped
-    caches. At most the six smallest are to be run.
-    """
-    found = {pair.cap + 1 for pair in roles.pairs if pair.cap is not None}
-    seen: set[ir.Value] = set()
-    stack: list[ir.Value] = []
-    graphs = [model.graph, *(function.graph for function in model.functions.values())]
-    for node in (node for graph in graphs for node in graph.all_nodes()):
-        for name in _WINDOWS:
-            attribute = node.attributes.get(name)
-            if attribute is not None and attribute.type == ir.AttributeType.INT:
-                found.add(attribute.as_int())
-        if node.op_type in COMPARISONS | LIMITS:
-            floats = node.op_type in COMPARISONS
-            found.update(number for v in node.inputs if (number := integer(v, floats)) is not None)
-        if node.op_type in COMPARISONS:
-            stack.extend(value for value in node.inputs if value is not None)
-    while stack:
-        value = stack.pop()
-        source = value.producer()
-        if value in seen or source is None or len(seen) > 10_000:
-            continue
-        seen.add(value)
-        if source.op_type in OFFSETS:
-            found.update(n for v in source.inputs if (n := integer(v, False)) is not None)
-        if source.op_type in OFFSETS | _PASSED | LIMITS:
-            stack.extend(each for each in source.inputs if each is not None)
-    lengths = sorted(abs(number) for number in found if abs(number) >= 2)
-    near = [length for length in dict.fromkeys(lengths) if length <= LONGEST]
-    far = [length for length in dict.fromkeys(lengths) if LONGEST < length <= FARTHEST]
-    return near[:_MOST_FOUND], near[_MOST_FOUND:] + far

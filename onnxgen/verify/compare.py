@@ -22,6 +22,7 @@ from functools import partial
 import numpy as np
 import onnx_ir as ir
 
+from onnxgen.analysis.edges import find_edges
 from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
 from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.report.values import Budget, Case, Proof
@@ -29,7 +30,7 @@ from onnxgen.runtime import Runtime, RuntimeFailure, SpentError
 from onnxgen.targets.contract import read_contract
 from onnxgen.twin import twin_types, unrunnable_types
 from onnxgen.verify.bisection import find_origin
-from onnxgen.verify.cases import Run, again, find_edges, plan
+from onnxgen.verify.cases import Run, again, plan
 from onnxgen.verify.comparison import Comparison
 from onnxgen.verify.difference import is_close_call
 from onnxgen.verify.interface import mismatch

@@ -25,14 +25,14 @@ import numpy as np
 import numpy.typing as npt
 import onnx_ir as ir
 
-from onnxgen.analysis.edges import integer
+from onnxgen.analysis.edges import find_edges, integer
 from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
 from onnxgen.analysis.roles import Roles
 from onnxgen.report.values import Budget, Proof
 from onnxgen.runtime import Runtime, RuntimeFailure, SpentError
 from onnxgen.targets.paged import PagedModel
 from onnxgen.twin import FLOAT16, Types, has_choices, holds, twin_types
-from onnxgen.verify.cases import find_edges, too_large
+from onnxgen.verify.cases import too_large
 from onnxgen.verify.difference import is_close_call
 from onnxgen.verify.landmarks import find_landmarks
 from onnxgen.verify.opened import Source, read
