@@ -1,0 +1,1 @@
+"""Backends: what compiles parts of a model and runs them again, behind one interface."""
