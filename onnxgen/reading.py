@@ -146,7 +146,7 @@ def check_external_data(path: Path, folder: Path, tensors: Iterable[onnx.TensorP
             length = int(entries["length"].value) if "length" in entries else None
         except ValueError as error:
             raise FileError(f"{where} has an offset or a length that is no number") from error
-        expected = _bytes_needed(where, tensor)
+        expected = bytes_needed(where, tensor)
         if offset < 0 or (length is not None and length != expected):
             raise FileError(
                 f"{where} has {length} bytes at {offset} of {location}, "
@@ -189,7 +189,8 @@ def _check_embedded_data(path: Path, proto: onnx.ModelProto, cut: Collection[str
             )
 
 
-def _bytes_needed(where: str, tensor: onnx.TensorProto) -> int:
+def bytes_needed(where: str, tensor: onnx.TensorProto) -> int:
+    """Bytes that the type and shape of an external tensor say; raises FileError, about `where`."""
     bits = bits_of(tensor.data_type)
     if bits is None and tensor.data_type != T.UNDEFINED:
         raise FileError(f"{where} has the unknown type {tensor.data_type}")
