@@ -74,6 +74,22 @@ def open_model(path: Path) -> Opened:
     return Opened(path, real.parent, proto, data, tuple(weights))
 
 
+def refer_to_file(opened: Opened, initializers: Iterable[onnx.TensorProto]) -> None:
+    """Let initializers that were cut out say that their data is in the model file, as external data.
+
+    ONNX Runtime takes it from there, given `opened.folder`.
+    """
+    cut = {weight.name: weight for weight in opened.weights}
+    name = opened.path.resolve().name
+    for tensor in initializers:
+        weight = cut.get(tensor.name)
+        if weight is not None:
+            tensor.data_location = T.EXTERNAL
+            place = (("location", name), ("offset", weight.offset), ("length", weight.length))
+            for key, value in place:
+                tensor.external_data.add(key=key, value=str(value))
+
+
 BLOB = "onnxgen.blob."  # what the names of tensors begin with that hold a backend's blob
 
 

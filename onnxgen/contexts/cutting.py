@@ -50,11 +50,11 @@ def cut_out(proto: onnx.ModelProto, region: Region) -> onnx.ModelProto:
     for name, kind in zip(region.outputs, region.output_types, strict=True):
         model.graph.output.append(as_proto(names[name], kind))
     model.graph.name = "region"
-    called = _called(proto, nodes)
-    model.functions.extend(_canonical_function(each) for each in called)
+    functions = called(proto, nodes)
+    model.functions.extend(_canonical_function(each) for each in functions)
     used = {node.domain for node in every_node(nodes)}
-    used |= {opset.domain for each in called for opset in each.opset_import}
-    used |= {each.domain for each in called}
+    used |= {opset.domain for each in functions for opset in each.opset_import}
+    used |= {each.domain for each in functions}
     known = [each for each in proto.opset_import if each.domain in used]
     model.opset_import.extend(sorted(known, key=lambda each: each.domain))
     return model
@@ -91,7 +91,7 @@ def reads_of(node: onnx.NodeProto) -> list[str]:
     return list(found)
 
 
-def _called(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> list[onnx.FunctionProto]:
+def called(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> list[onnx.FunctionProto]:
     """The model's functions that nodes call, and those that these call, sorted."""
     functions = {key_of(each): each for each in proto.functions}
     found: dict[Key, onnx.FunctionProto] = {}

@@ -22,7 +22,14 @@ import onnx
 
 from onnxgen.contexts.inlining import Taken, inlined
 from onnxgen.contexts.order import collapsed
-from onnxgen.contexts.records import FormatError, dumped, parsed, read_region, write_region
+from onnxgen.contexts.records import (
+    FormatError,
+    dumped,
+    parsed,
+    read_region,
+    read_types,
+    write_region,
+)
 from onnxgen.contexts.spans import as_spans, from_spans
 from onnxgen.contexts.values import DOMAIN, VERSION, Region, Table
 from onnxgen.reading import BLOB
@@ -98,7 +105,7 @@ def decode(proto: onnx.ModelProto) -> Held:
         raise FormatError(f"its table is of the unknown form {encoding!r}")
     _check(proto, regions)
     regions.sort(key=lambda region: region.nodes)
-    return Held(proto, Table(regions, dict(top.get("types", {}))), blobs, encoding)
+    return Held(proto, Table(regions, read_types(top.get("types", {}))), blobs, encoding)
 
 
 def strip(proto: onnx.ModelProto) -> list[str]:

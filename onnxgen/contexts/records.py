@@ -149,14 +149,23 @@ def _strings(record: object, name: str) -> list[str]:
     return list(found)
 
 
+def read_types(record: object) -> dict[str, str]:
+    """Types of values by their names; raises FormatError where one is none."""
+    if not isinstance(record, dict):
+        raise FormatError("its table has types that are no JSON object")
+    return {str(name): _type(each) for name, each in record.items()}
+
+
 def _types(record: object, name: str) -> tuple[str, ...]:
-    found = _strings(record, name)
-    for each in found:
-        try:
-            parsed_type(each)
-        except ValueError as error:
-            raise FormatError(str(error)) from error
-    return tuple(found)
+    return tuple(map(_type, _strings(record, name)))
+
+
+def _type(text: object) -> str:
+    try:
+        parsed_type(str(text))
+    except ValueError as error:
+        raise FormatError(str(error)) from error
+    return str(text)
 
 
 def _sha256(record: object, name: str) -> str:

@@ -80,11 +80,12 @@ class Table:
 
     Attributes:
         regions: in the order of their first nodes.
-        types: ONNX type numbers of values between nodes that the graph itself does not declare.
+        types: of values that nodes and regions share, where the graph does not declare them; in the
+            words of `contexts.types`.
     """
 
     regions: list[Region] = field(default_factory=list)
-    types: dict[str, int] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
 
     @property
     def backends(self) -> list[str]:
