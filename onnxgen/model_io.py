@@ -21,6 +21,7 @@ import numpy as np
 import onnx_ir as ir
 
 from onnxgen import wire
+from onnxgen.contexts.forms import strip
 from onnxgen.errors import FileError
 from onnxgen.reading import Opened, open_model
 from onnxgen.soundness import UnsoundError, check_sound
@@ -28,6 +29,8 @@ from onnxgen.staging import Staged, staged
 from onnxgen.tensor_slots import EmbeddedTensor, tensor_slots
 
 __all__ = ["Staged", "data_files", "read_model", "staged"]
+
+DROPPED = "onnxgen.dropped_backends"
 
 
 def read_model(path: Path) -> ir.Model:
@@ -42,9 +45,16 @@ def read_model(path: Path) -> ir.Model:
         FileError: the file or its external data is missing, broken, truncated, unsafe, or of
             an opset that the installed onnx does not know.
         RefusedError: the model holds what onnxgen would lose (sparse initializers).
+
+    What it holds for backends is left out, and named in the model's `meta` under `DROPPED`: it was
+    compiled for the graph as it is.
     """
     opened = open_model(path)
-    return as_model(opened)
+    dropped = strip(opened.proto)
+    model = as_model(opened)
+    if dropped:
+        model.meta[DROPPED] = dropped
+    return model
 
 
 def as_model(opened: Opened) -> ir.Model:

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import onnx
 from onnx import TensorProto as T
 
-_WORDS: dict[int, str] = {T.FLOAT: "float", T.DOUBLE: "double", T.FLOAT16: "float16", T.BFLOAT16: "bfloat16"}
+_WORDS: dict[int, str] = {
+    T.FLOAT: "float",
+    T.DOUBLE: "double",
+    T.FLOAT16: "float16",
+    T.BFLOAT16: "bfloat16",
+}
 
 
 @dataclass(frozen=True)
