@@ -53,6 +53,7 @@ _PASSED = VIEWS | names("DequantizeLinear Div Mul QuantizeLinear Slice Where")
 _SCALING = names("Cast DequantizeLinear Mul")
 _INTEGERS = names("MatMulInteger MatMulInteger16 QLinearMatMul QOrderedMatMul QGemm QLinearConv")
 _SIZES = names("Shape Size")
+_ANSWERED = VIEWS | {"Slice"}
 
 
 def attention_layers(graph: ir.Graph, wires: Wires, fixed: Collection[int]) -> list[list[int]]:
@@ -84,16 +85,16 @@ class _Layers:
         self.place = {index: place for place, index in enumerate(wires.order)}
         self.label = [NONE] * len(self.nodes)
         self.edge: set[int] = set()  # nodes that projections read: no layer goes there
-        self.weights: set[ir.Value | None] = {
-            value for value in graph.initializers.values() if not value.is_graph_input()
-        } | {value for index in self.fixed for value in self.nodes[index].outputs}
+        known = (value for value in graph.initializers.values() if not value.is_graph_input())
+        self.weights: set[ir.Value | None] = set(known)
+        self.weights.update(value for index in fixed for value in self.nodes[index].outputs)
 
     def result(self) -> list[list[int]]:
         held: dict[int, list[int]] = {}
-        for index in self.wires.order:
-            if self.label[index] != NONE:
-                held.setdefault(self.label[index], []).append(index)
-        return list(held.values())
+        for index, label in enumerate(self.label):
+            if label != NONE:
+                held.setdefault(label, []).append(index)
+        return [held[label] for label in sorted(held)]
 
     # --- the heart ------------------------------------------------------------------------------
 
@@ -132,7 +133,8 @@ class _Layers:
 
     def add(self, heart: list[int], ends: Iterable[ir.Value]) -> None:
         """A layer, and what comes behind it; hearts that share nodes are of one layer."""
-        label = next((self.label[each] for each in heart if self.label[each] != NONE), min(heart))
+        first = min(self.place[each] for each in heart)
+        label = next((self.label[each] for each in heart if self.label[each] != NONE), first)
         for index in heart:
             self.label[index] = label
         for end in ends:
@@ -182,10 +184,13 @@ class _Layers:
 
         A node comes behind all that it reads, so one pass from the end sees its readers settled.
         """
+        answers: set[int] = set()  # views that only the graph's caller reads, such as a cache's
         for index in reversed(self.wires.order):
-            node = self.nodes[index]
+            node, readers = self.nodes[index], self.wires.readers[index]
+            if node.op_type in _ANSWERED and answers.issuperset(readers):
+                answers.add(index)
             if self.label[index] == NONE and index not in self.fixed:
-                readers = self.wires.readers[index]
+                readers = [each for each in readers if each not in answers]
                 labels = {self.label[each] for each in readers}
                 sized = all(self.nodes[each].op_type in _SIZES for each in readers)
                 if len(labels) != 1 or NONE in labels or sized or index in self.edge:
@@ -193,6 +198,13 @@ class _Layers:
                 self.label[index] = labels.pop()
             if self.label[index] != NONE:
                 self.edge.update(self._makers(self._projected(node)))
+        for index in self.wires.order:
+            if index in answers and self.label[index] == NONE:
+                sources = {
+                    self.label[each] for each in self.wires.sources[index] if each not in self.fixed
+                }
+                if len(sources) == 1:
+                    self.label[index] = sources.pop()
 
     def _projected(self, node: ir.Node) -> list[ir.Value]:
         """What a node multiplies by a weight; [] where it does no such thing."""
