@@ -42,9 +42,9 @@ ATTENDING: Mapping[str, frozenset[str]] = {
 # Products with a weight, in whatever numbers.
 _WEIGHING = PRODUCTS | names(
     """
-    Conv DynamicQuantizeMatMul FusedGemm Gemm GemmFloat8 MatMulBnb4 MatMulBlockQuantizedFp4Weight
-    MatMulBlockQuantizedFp8Weight MatMulFpQ4 MatMulInteger MatMulInteger16 MatMulIntegerToFloat
-    MatMulNBits MatMulNBitsQkv QGemm QLinearConv QLinearMatMul QOrderedMatMul
+    Conv DynamicQuantizeMatMul FusedGemm Gemm GemmFloat8 GroupedMatMul MatMulBlockQuantizedFp4Weight
+    MatMulBlockQuantizedFp8Weight MatMulBnb4 MatMulFpQ4 MatMulInteger MatMulInteger16
+    MatMulIntegerToFloat MatMulNBits MatMulNBitsQkv QGemm QLinearConv QLinearMatMul QOrderedMatMul
     """
 )
 # What may stand between attention and its output projection: views, gates, rows made zeros.

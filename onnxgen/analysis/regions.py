@@ -27,11 +27,16 @@ from onnxgen.analysis.graph import NONDETERMINISTIC, names, read_by
 from onnxgen.analysis.scopes import path_of
 from onnxgen.errors import UsageError
 
-_NO_ARRAYS = names(
+_GIVE_NO_ARRAYS = names(
     """
-    ConcatFromSequence Optional OptionalGetElement OptionalHasElement SequenceAt SequenceConstruct
-    SequenceEmpty SequenceErase SequenceInsert SequenceLength SequenceMap SplitToSequence
-    RegexFullMatch StringConcat StringNormalizer StringSplit TfIdfVectorizer Tokenizer
+    Optional OptionalGetElement SequenceConstruct SequenceEmpty SequenceErase SequenceInsert
+    SequenceMap SplitToSequence StringConcat StringNormalizer StringSplit
+    """
+)
+_TAKE_NO_ARRAYS = names(
+    """
+    ConcatFromSequence OptionalHasElement RegexFullMatch SequenceAt SequenceLength TfIdfVectorizer
+    Tokenizer
     """
 )
 _SHOWN = 5  # paths that an error names
@@ -120,7 +125,7 @@ def _usable(model: ir.Model, nodes: Sequence[ir.Node]) -> set[int]:
             each.op_type in NONDETERMINISTIC or each.op_identifier() in random
             for each in (node, *_inside(node))
         )
-        and node.op_type not in _NO_ARRAYS
+        and node.op_type not in _GIVE_NO_ARRAYS | _TAKE_NO_ARRAYS
         and all(map(_is_array, (*read_by(node), *node.outputs)))
     }
 
@@ -135,11 +140,11 @@ def _inside(node: ir.Node) -> Iterator[ir.Node]:
 
 
 def _is_array(value: ir.Value) -> bool:
-    """Whether a value is a tensor of numbers, as far as it is declared, and its maker tells."""
-    maker = value.producer()
-    declared = value.type is None or isinstance(value.type, ir.TensorType)
-    made = maker is None or maker.op_type not in _NO_ARRAYS
-    return declared and made and value.dtype != ir.DataType.STRING
+    """Whether a value is a tensor of numbers, as far as it is declared or its maker tells."""
+    if value.type is None:
+        maker = value.producer()
+        return maker is None or maker.op_type not in _GIVE_NO_ARRAYS
+    return isinstance(value.type, ir.TensorType) and value.dtype != ir.DataType.STRING
 
 
 def _fixed(graph: ir.Graph, nodes: Sequence[ir.Node], wires: Wires) -> set[int]:
