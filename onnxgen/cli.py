@@ -15,6 +15,7 @@ import click
 
 from onnxgen import __version__
 from onnxgen.cli_ci import annotate_error
+from onnxgen.cli_context import context
 from onnxgen.cli_explain import explain, inspect, rules
 from onnxgen.cli_fuse import fuse
 from onnxgen.cli_new_pattern import new_pattern
@@ -177,5 +178,6 @@ main.add_command(fuse)
 main.add_command(to_paged)
 main.add_command(explain)
 main.add_command(inspect)
+main.add_command(context)
 main.add_command(rules)
 main.add_command(new_pattern)

@@ -258,12 +258,12 @@ class Clock:
 
     def __init__(self, seconds: dict[str, float], progress: Progress) -> None:
         self._seconds = seconds
-        self._progress = progress
+        self.progress = progress
         self._current: tuple[str, float] | None = None
 
     def start(self, stage: str, message: str) -> None:
         self.stop()
-        self._progress(message)
+        self.progress(message)
         self._current = (stage, time.perf_counter())
 
     def stop(self) -> None:

@@ -68,9 +68,9 @@ class Region:
     weights_sha256: str
     contexts: tuple[Context, ...] = ()
 
-    def without(self, backend: str | None) -> Region:
-        """Without what one backend compiled; None: every backend."""
-        kept = () if backend is None else tuple(c for c in self.contexts if c.backend != backend)
+    def without(self, *backends: str) -> Region:
+        """Without what these backends compiled."""
+        kept = tuple(each for each in self.contexts if each.backend not in backends)
         return replace(self, contexts=kept)
 
 

@@ -19,6 +19,9 @@ it stopped (``nodes``, ``found``), what it ``expected`` and what would ``change`
 
 ``inspect`` adds ``model``: the fields of `onnxgen.report.inspection.Inspection`.
 
+``context add``, ``list``, ``check``, ``strip`` and ``convert`` add ``contexts``: the fields of
+`onnxgen.report.contexts.Contexts`.
+
 ``fuse`` of several models has ``models`` instead: a document like this one for each, in the order
 in which they were given. ``exit_code`` is the gravest of theirs, ``error`` null.
 
@@ -37,6 +40,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from onnxgen import __version__
+from onnxgen.report.contexts import Contexts
 from onnxgen.report.inspection import Inspection
 from onnxgen.report.render import STARTS
 from onnxgen.report.values import SCHEMA_VERSION, Outcome, Proof, Report, Site
@@ -86,6 +90,17 @@ def inspect_document(found: Inspection | None, exit_code: int, error: str | None
     """The outcome of `onnxgen inspect`."""
     model = None if found is None else dataclasses.asdict(found)
     return {**_header("inspect", exit_code, error), "model": model}
+
+
+def context_document(
+    command: str, said: Contexts | None, exit_code: int, error: str | None
+) -> dict[str, Any]:
+    """The outcome of `onnxgen context …`."""
+    contexts = None
+    if said is not None:
+        proofs = {backend: _proof(proof) for backend, proof in said.proofs.items()}
+        contexts = {**dataclasses.asdict(said), "proofs": proofs}
+    return {**_header(command, exit_code, error), "contexts": contexts}
 
 
 def models_document(

@@ -1,0 +1,354 @@
+"""What `onnxgen context` runs, in order.
+
+add:      read -> the regions -> each compiled by each backend -> written into the model, beside the
+          output -> run by each backend and compared with the original -> moved into place, trusted
+list:     read -> the table
+check:    read -> the table -> what would run each region here, and why not another
+strip:    read -> without the objects of one backend, or of all -> moved into place
+convert:  read -> the other form of the same table -> moved into place
+export:   in `onnxgen.pipeline_export`
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+
+from onnxgen.analysis.regions import find_regions
+from onnxgen.analysis.roles import find_roles
+from onnxgen.compiling import CompiledBy
+from onnxgen.context_files import BlobPlace, describe, written
+from onnxgen.context_types import types_of
+from onnxgen.contexts.choosing import Chooser
+from onnxgen.contexts.forms import Encoding, Held, decode, holds_contexts
+from onnxgen.contexts.records import FormatError
+from onnxgen.contexts.regions import described, outlined
+from onnxgen.contexts.trust import Given, trust
+from onnxgen.contexts.values import Region
+from onnxgen.contexts.weights import Weights
+from onnxgen.errors import FileError, ModelDiffersError, RefusedError, UsageError
+from onnxgen.model_io import as_model, data_files
+from onnxgen.places import stem
+from onnxgen.reading import Opened, open_model
+from onnxgen.report import contexts as report
+from onnxgen.report.values import Budget
+from onnxgen.runtime import Picking, Runtime
+from onnxgen.stages import Clock, Progress, sizes
+from onnxgen.staging import check_output
+from onnxgen.twin import unrunnable_types
+from onnxgen.verify.compare import verify_models
+
+
+@dataclass(frozen=True)
+class AddOptions:
+    """What `onnxgen context add` was asked for.
+
+    Attributes:
+        backends: that compile, as `openvino:CPU`.
+        output: where to write; None for MODEL with .context.onnx.
+        region: "all", "attention", or a regular expression; see `analysis.regions`.
+        encoding: the form; None for that of the model, or "function".
+        blob: where the blobs go: into the model, or each into a file beside it.
+        verify, budget, roles: as of `pipeline.FuseOptions`.
+        force: let the output replace the input.
+    """
+
+    backends: tuple[str, ...]
+    output: Path | None = None
+    region: str = "all"
+    encoding: Encoding | None = None
+    blob: BlobPlace = "inline"
+    verify: bool = True
+    budget: Budget = "full"
+    roles: Mapping[str, str] = field(default_factory=dict)
+    force: bool = False
+
+
+def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
+    """Have backends compile regions of a model, and put what they made into it.
+
+    Raises:
+        FileError: the model cannot be read, or the result not written.
+        UsageError: an option does not fit.
+        RefusedError: a backend is not here or cannot compile it, or nothing can be compared.
+        ModelDiffersError: run by a backend, it differs from the original, however compiled; carries
+            no report.
+    """
+    if not options.backends:
+        raise UsageError("--backend is missing: name one, such as openvino:CPU")
+    if options.budget == "layers":
+        raise UsageError("--verify layers cuts a model down, and a blob cannot be cut")
+    output = options.output or path.with_name(f"{stem(path)}.context.onnx")
+    said = report.Contexts(str(path))
+    clock = Clock(said.seconds, progress)
+    clock.start("read", f"reading {path.name}")
+    opened, held = _read(path)
+    model = as_model(replace(opened, proto=copy.deepcopy(opened.proto)))
+    reads = data_files(model)
+    check_output(output, path, reads, force=options.force)
+    said.bytes_before = sizes([path, *reads])
+    roles = find_roles(model, options.roles)
+    encoding: Encoding = options.encoding or held.encoding or "function"
+    backends = list(dict.fromkeys(options.backends))
+
+    with Runtime(twins=unrunnable_types(model)) as runtime:
+        clock.start("regions", "choosing regions")
+        held.table.regions = [each.without(*backends) for each in held.table.regions]
+        regions, others = _regions(opened, model, held, options.region)
+        names = _shared_values(opened.proto, [*regions, *others])
+        types = types_of(path, opened.proto, names, roles, runtime)
+        weights = Weights(opened)
+        regions = [described(opened.proto, each, types, weights) for each in regions]
+        held.table.types |= _undeclared(opened.proto, types, [*regions, *others])
+        compilers = [CompiledBy(backend, opened) for backend in backends]
+        wrong: CompiledBy | None = None
+        while wrong is None or wrong.next_way():
+            clock.start("compile", "compiling")
+            made = [compiler.contexts(regions, progress) for compiler in compilers]
+            contents = {name: data for each in compilers for name, data in each.blobs.items()}
+            new = [
+                replace(region, contexts=(*region.contexts, *contexts))
+                for region, *contexts in zip(regions, *made, strict=True)
+            ]
+            held.table.regions = sorted([*new, *others], key=lambda region: region.nodes)
+            clock.start("write", f"writing {output.name}")
+            with written(
+                opened, held, contents, output, encoding, blob=options.blob, force=options.force
+            ) as stage:
+                said.bytes_after = stage.bytes
+                wrong = _prove(path, stage.path, compilers, options, said, runtime, clock)
+                if wrong is None:
+                    stage.commit()
+                    break
+        if wrong is not None:
+            reason = said.proofs[wrong.backend].reason
+            raise ModelDiffersError(f"{path}: run by {wrong.backend} it differs: {reason}")
+    clock.stop()
+    note = f"{', '.join(backends)} for {output.name}"
+    trust(contents, note)
+    said.output = str(output)
+    held.encoding = encoding
+    describe(said, opened, held)
+    return said
+
+
+def listed(path: Path) -> report.Contexts:
+    """What a model holds.
+
+    Raises:
+        FileError: the model, or its table, cannot be read.
+    """
+    said = report.Contexts(str(path))
+    opened, held = _read(path)
+    describe(said, opened, held)
+    return said
+
+
+def check(path: Path, prefer: Sequence[str] | None, trusted: Given | None) -> report.Contexts:
+    """What would run each region here, and why not another; blobs are loaded, nothing is run.
+
+    Raises:
+        FileError: the model, its table, or a list of trusted blobs cannot be read.
+    """
+    said = report.Contexts(str(path))
+    opened, held = _read(path)
+    chooser = Chooser(opened, held, prefer, trusted)
+    describe(said, opened, held)
+    reasons: dict[tuple[str, str], str] = {}
+    picked: set[tuple[str, str]] = set()
+    for region in held.table.regions:
+        choice = chooser.choose(region)
+        reasons |= {(region.name, each.context.backend): each.reason for each in choice.passed}
+        if choice.context is not None:
+            picked.add((region.name, choice.context.backend))
+    said.held = [
+        replace(
+            each,
+            picked=(each.region, each.backend) in picked,
+            reason=reasons.get((each.region, each.backend), ""),
+        )
+        for each in said.held
+    ]
+    return said
+
+
+def strip(
+    path: Path, backend: str | None, output: Path | None, *, force: bool, progress: Progress
+) -> report.Contexts:
+    """Take out what one backend compiled, or all; the graph is the original one then.
+
+    Raises:
+        FileError: the model cannot be read, or the result not written.
+        UsageError: nothing of that backend is there.
+    """
+    opened = open_model(path)
+    if not holds_contexts(opened.proto):
+        raise UsageError(f"{path} holds nothing for backends")
+    try:
+        held = decode(opened.proto)
+    except FormatError as error:
+        if backend is not None:
+            raise FileError(
+                f"{path}: what it holds for backends cannot be read: {error}"
+            ) from error
+        held = Held(opened.proto, encoding="function")
+    there = held.table.backends
+    if backend is not None and backend not in there:
+        raise UsageError(f"--backend {backend}: {path} holds only what {', '.join(there)} compiled")
+    gone = there if backend is None else [backend]
+    held.table.regions = [each.without(*gone) for each in held.table.regions]
+    place = output or path.with_name(f"{stem(path)}.original.onnx")
+    said = _rewritten(path, opened, held, held.encoding or "function", place, force, progress)
+    said.dropped = gone
+    return said
+
+
+def convert(
+    path: Path, encoding: Encoding, output: Path | None, *, force: bool, progress: Progress
+) -> report.Contexts:
+    """Write the same table in the other form.
+
+    Raises:
+        FileError: the model cannot be read, or the result not written.
+        UsageError: it holds nothing.
+    """
+    opened, held = _read(path)
+    if not held.table.regions:
+        raise UsageError(f"{path} holds nothing for backends")
+    place = output or path.with_name(f"{stem(path)}.{encoding}.onnx")
+    return _rewritten(path, opened, held, encoding, place, force, progress)
+
+
+def _read(path: Path) -> tuple[Opened, Held]:
+    """The original model and its table."""
+    opened = open_model(path)
+    try:
+        return opened, decode(opened.proto)
+    except FormatError as error:
+        raise FileError(
+            f"{path}: what it holds for backends cannot be read: {error}; "
+            "`onnxgen context strip` gives the model without it"
+        ) from error
+
+
+def _rewritten(
+    path: Path,
+    opened: Opened,
+    held: Held,
+    encoding: Encoding,
+    output: Path,
+    force: bool,
+    progress: Progress,
+) -> report.Contexts:
+    """Write a model whose table was changed, but nothing that is computed."""
+    said = report.Contexts(str(path))
+    clock = Clock(said.seconds, progress)
+    clock.start("write", f"writing {output.name}")
+    said.bytes_before = sizes([path])
+    with written(opened, held, {}, output, encoding, force=force) as stage:
+        said.bytes_after = stage.bytes
+        stage.commit()
+    clock.stop()
+    said.output = str(output)
+    held.encoding = encoding if any(each.contexts for each in held.table.regions) else ""
+    describe(said, opened, held)
+    return said
+
+
+def _prove(
+    path: Path,
+    staged: Path,
+    compilers: Sequence[CompiledBy],
+    options: AddOptions,
+    said: report.Contexts,
+    runtime: Runtime,
+    clock: Clock,
+) -> CompiledBy | None:
+    """Run the model by each backend, as it was written, and compare it with the original.
+
+    Returns:
+        The first backend that is wrong.
+
+    Raises:
+        RefusedError: nothing could be compared.
+    """
+    if not options.verify:
+        return None
+    for compiler in compilers:
+        clock.start("verify", f"verifying {compiler.backend}")
+        proof = verify_models(
+            path,
+            staged,
+            roles=options.roles,
+            budget=options.budget,
+            picking=Picking(compiler.backend, tuple(compiler.blobs)),
+            runtime=runtime,
+            progress=clock.progress,
+        )
+        said.proofs[compiler.backend] = proof
+        if proof.status == "differs":
+            return compiler
+        if proof.status != "proven":
+            raise RefusedError(
+                f"{path}: that {compiler.backend} computes the same cannot be shown: {proof.reason}"
+            )
+    return None
+
+
+def _regions(
+    opened: Opened, model: ir.Model, held: Held, which: str
+) -> tuple[list[Region], list[Region]]:
+    """The regions that are to be compiled, and others that are there and stay as they are."""
+    there = {region.nodes: region for region in held.table.regions}
+    places = find_regions(model, which)
+    if not places:
+        raise RefusedError(f"{opened.path}: --region {which} finds nothing that can be compiled")
+    found = [
+        replace(
+            outlined(opened.proto, place.name, place.nodes),
+            contexts=there[place.nodes].contexts if place.nodes in there else (),
+        )
+        for place in places
+    ]
+    asked = {place.nodes for place in places}
+    others = [r for r in held.table.regions if r.nodes not in asked and r.contexts]
+    taken = {position for region in others for position in region.nodes}
+    names = {region.name for region in others}
+    for region in found:
+        if taken.intersection(region.nodes) or region.name in names:
+            by = ", ".join(dict.fromkeys(c.backend for each in others for c in each.contexts))
+            raise RefusedError(
+                f"{opened.path}: region '{region.name}' overlaps with one that {by} compiled; "
+                "`onnxgen context strip` takes that out"
+            )
+        if not region.outputs:
+            raise RefusedError(f"{opened.path}: nothing reads what region '{region.name}' makes")
+    return found, others
+
+
+def _undeclared(
+    proto: onnx.ModelProto, types: Mapping[str, str], regions: Sequence[Region]
+) -> dict[str, str]:
+    """Types that neither the graph nor a region says."""
+    said = {each.name for each in (*proto.graph.value_info, *proto.graph.output)}
+    said |= {each for region in regions for each in (*region.inputs, *region.outputs)}
+    return {name: kind for name, kind in types.items() if name not in said}
+
+
+def _shared_values(proto: onnx.ModelProto, regions: Sequence[Region]) -> list[str]:
+    """Names of values that may pass between regions and nodes."""
+    inside = {position for region in regions for position in region.nodes}
+    names = dict.fromkeys(
+        name
+        for position, node in enumerate(proto.graph.node)
+        if position not in inside
+        for name in node.output
+        if name
+    )
+    names |= dict.fromkeys(each for r in regions for each in (*r.inputs, *r.outputs))
+    return list(names)
