@@ -129,11 +129,13 @@ class _Imported(Loaded):
             raise BackendError(f"it takes {len(ports)} inputs, not {len(parameters)} weights")
         try:
             request = self._model.create_infer_request()
+            held = [_usable(weight.data, ports[i]) for i, weight in enumerate(parameters, own)]
             for index, weight in enumerate(parameters, own):
-                request.set_input_tensor(index, _weight_tensor(ports[index], weight))
+                tensor = _weight_tensor(ports[index], weight, held[index - own])
+                request.set_input_tensor(index, tensor)
         except (RuntimeError, ValueError, TypeError) as error:
             raise BackendError(f"a weight does not fit: {clause(error)}") from error
-        return _Place(request, own, [weight.data for weight in parameters], self._outputs)
+        return _Place(request, own, held, self._outputs)
 
 
 class _Place:
@@ -197,17 +199,23 @@ def _forms(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
 # --- tensors ------------------------------------------------------------------------------------
 
 
-def _weight_tensor(port: Any, weight: Weight) -> Any:
-    """A tensor over the weight's own bytes."""
+def _usable(data: Array, port: Any) -> Array:
+    """The bytes where they are, or a copy where they can be neither written to nor read at once.
+
+    A tensor does not keep what it reads alive: whoever asked must.
+    """
+    aligned = data.ctypes.data % max(port.element_type.size, 1) == 0
+    return data if data.flags.writeable and aligned else data.copy()
+
+
+def _weight_tensor(port: Any, weight: Weight, data: Array) -> Any:
+    """A tensor over the weight's bytes."""
     ov = _openvino()
     name = _TYPES.get(onnx.TensorProto.DataType.Name(weight.dtype), "")
     if port.element_type.get_type_name() != name:
         raise ValueError(f"it is {name or weight.dtype}, not {port.element_type}")
     if not port.partial_shape.compatible(ov.PartialShape(list(weight.shape))):
         raise ValueError(f"it is {list(weight.shape)}, not {port.partial_shape}")
-    data = weight.data
-    if not data.flags.writeable or data.ctypes.data % max(port.element_type.size, 1):
-        data = data.copy()
     return ov.Tensor(data, ov.Shape(list(weight.shape)), port.element_type)
 
 
@@ -216,7 +224,8 @@ def _tensor(array: Array, dtype: np.dtype[Any]) -> Any:
     ov = _openvino()
     if array.dtype != dtype:
         raise ValueError(f"an input is {array.dtype}, not {dtype}")
-    array = np.require(array, requirements=["C", "A", "W"])
+    # Numpy has two names for the same integers, and OpenVINO knows one of them.
+    array = np.require(array, requirements=["C", "A", "W"]).view(dtype)
     name = next((name for name, narrow in _NARROW.items() if np.dtype(narrow) == dtype), "")
     if not name:
         return ov.Tensor(array, shared_memory=True)
