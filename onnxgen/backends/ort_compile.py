@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import json
 import pkgutil
 import tempfile
 from collections.abc import Iterator
@@ -33,8 +34,8 @@ _CPU = "CPUExecutionProvider"
 
 
 def devices() -> list[str]:
-    """Names of what plugin providers offer here; whether one writes EPContext shows when it is tried."""
-    return list(_offered())
+    """What plugin providers offer here, of those that compile a small model to EPContext."""
+    return [device for device in _offered() if not _silent(device)]
 
 
 def settings(device: str) -> Any:
@@ -44,12 +45,19 @@ def settings(device: str) -> Any:
         MissingError: no provider offers it.
     """
     found = options()
-    found.add_provider_for_devices([_device(device)], {})
+    offered = _device(device)
+    found.add_provider_for_devices([offered], _options(offered))
     return found
 
 
 def identity(device: str) -> Identity:
-    """The provider; compatible is what it says of what it compiles."""
+    """The provider; compatible is what it says of what it compiles.
+
+    Raises:
+        MissingError: no provider offers the device, or it compiles nothing.
+    """
+    if _silent(device):
+        raise MissingError(f"{device!r} compiles nothing here: {_silent(device)}")
     return _identity(device)
 
 
@@ -158,8 +166,28 @@ def _device(device: str) -> Any:
     return offered[device]
 
 
+def _options(offered: Any) -> dict[str, str]:
+    """What a provider is told so that it does not compute with less precision than the part says."""
+    if offered.ep_name == "OpenVINOExecutionProvider":  # else bfloat16, on CPUs that have it
+        exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+        return {"load_config": json.dumps({offered.ep_metadata.get("ov_device", "CPU"): exact})}
+    return {}
+
+
 def _version(here: Any) -> str:
     return str(here.ep_metadata.get("version", "")) or f"of ONNX Runtime {runtime().__version__}"
+
+
+@functools.cache
+def _silent(device: str) -> str:
+    """Why a device compiles nothing; "" where it does."""
+    try:
+        _identity(device)
+    except MissingError:
+        raise
+    except BackendError as error:
+        return str(error)
+    return ""
 
 
 @functools.cache
