@@ -29,7 +29,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import onnx
-import onnx.inliner
 
 from onnxgen.backends.interface import (
     Array,
@@ -43,7 +42,7 @@ from onnxgen.backends.interface import (
     Part,
     Weight,
 )
-from onnxgen.backends.parts import clause, floating, large, with_inside
+from onnxgen.backends.parts import clause, expanded, inlined, is_floating, large, with_inside
 
 _FORM = "openvino"
 _EXACT = {  # of what a device would otherwise choose for speed
@@ -93,7 +92,9 @@ class OpenVINO(Backend):
         _identity(device)
         failures: list[BackendError] = []
         found = False
-        for parameters in dict.fromkeys((large(part), floating(part, large(part)), ())):
+        outside = large(part)
+        floats = tuple(i for i in outside if is_floating(part.weights[i].dtype))
+        for parameters in dict.fromkeys((outside, floats, ())):
             for form in _forms(part.model):
                 try:
                     compiled = _compiled(replace(part, model=form), parameters, device)
@@ -184,14 +185,10 @@ def _compiled(part: Part, parameters: tuple[int, ...], device: str) -> Compiled:
 
 def _forms(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
     """The model as OpenVINO can take it, and then with every operator expanded that has a body."""
-    typed = onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model))
-    first = onnx.inliner.inline_selected_functions(
-        typed, [("", "RotaryEmbedding")], inline_schema_functions=True
-    )
+    typed = inlined(model)
+    first = expanded(typed, ["RotaryEmbedding"])
     yield first
-    every = onnx.inliner.inline_selected_functions(
-        typed, [], exclude=True, inline_schema_functions=True
-    )
+    every = expanded(typed)
     if len(every.graph.node) != len(first.graph.node):
         yield every
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import onnx
+import onnx.inliner
 
 from onnxgen.backends.interface import BackendError, Part
 
@@ -23,9 +24,9 @@ def large(part: Part) -> tuple[int, ...]:
     return tuple(i for i, weight in enumerate(part.weights) if weight.data.nbytes >= SMALL)
 
 
-def floating(part: Part, positions: Iterable[int]) -> tuple[int, ...]:
-    """Those of the positions whose weights are floating point numbers: no shape follows from them."""
-    return tuple(i for i in positions if part.weights[i].dtype in _FLOATING)
+def is_floating(dtype: int) -> bool:
+    """Whether a type is one of floating point numbers, of any width."""
+    return dtype in _FLOATING
 
 
 def with_inside(part: Part, positions: Iterable[int]) -> onnx.ModelProto:
@@ -39,6 +40,26 @@ def with_inside(part: Part, positions: Iterable[int]) -> onnx.ModelProto:
     if size > LARGEST_INSIDE:
         raise BackendError(f"{size} bytes of weights would be inside, more than one proto holds")
     return part.with_inside(positions)
+
+
+def inlined(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Without functions of its own, and with the types of its values."""
+    return onnx.shape_inference.infer_shapes(onnx.inliner.inline_local_functions(model))
+
+
+def expanded(model: onnx.ModelProto, operators: Iterable[str] | None = None) -> onnx.ModelProto:
+    """With standard operators replaced by the bodies that the standard gives them.
+
+    Args:
+        model: has no functions, and knows the types of its values; see `inlined`.
+        operators: which, by their names; None: all that have a body.
+    """
+    return onnx.inliner.inline_selected_functions(
+        model,
+        [("", name) for name in operators or ()],
+        exclude=operators is None,
+        inline_schema_functions=True,
+    )
 
 
 def clause(error: BaseException) -> str:
