@@ -255,7 +255,7 @@ class _WeightsFile:
         padding = bytes(-self._size % _ALIGNMENT)
         start = self._size + len(padding)
         chunks = (data[each : each + _CHUNK].data for each in range(0, data.nbytes, _CHUNK))
-        for chunk in chain([padding], chunks):
+        for chunk in chain([memoryview(padding)], chunks):
             self._file.write(chunk)
             self._hash.update(chunk)
         self._size = start + data.nbytes
