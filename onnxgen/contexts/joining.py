@@ -1,0 +1,255 @@
+"""Parts of a graph replaced by other graphs, whose values keep their names.
+
+joined = Joined(model, [positions, …])
+joined.put(0, part, inputs, outputs, exact_names=True)
+model = joined.model()
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+
+import onnx
+from onnx import TensorProto, helper
+
+from onnxgen.errors import RefusedError
+
+_GRAPH, _GRAPHS = onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS
+
+
+class Joined:
+    """A model that is being put together.
+
+    Args:
+        main: the original, which is not changed.
+        places: positions of the nodes that each part replaces.
+    """
+
+    def __init__(self, main: onnx.ModelProto, places: Sequence[Sequence[int]]) -> None:
+        self._model = onnx.ModelProto()
+        self._model.CopyFrom(main)
+        gone = {position for place in places for position in place}
+        if len(gone) != sum(map(len, places)):
+            raise ValueError("two places have a node in common")
+        self._first = [min(place) for place in places]
+        self._kept = [
+            (index, node) for index, node in enumerate(main.graph.node) if index not in gone
+        ]
+        self._new: list[tuple[int, onnx.NodeProto]] = []
+        self._types: list[onnx.ValueInfoProto] = []
+        removed = (main.graph.node[position] for position in sorted(gone))
+        made = {name for node in removed for name in node.output}
+        graph = main.graph
+        self._used = set(_names(graph))
+        self._gone = made - {each.name for each in graph.output}
+        self._node_names = {node.name for _, node in self._kept if node.name}
+        self._weights = {each.name: each for each in graph.initializer}
+
+    def put(
+        self,
+        index: int,
+        part: onnx.ModelProto,
+        inputs: Sequence[str],
+        outputs: Sequence[str],
+        *,
+        exact_names: bool,
+    ) -> None:
+        """Put a part into its place.
+
+        Args:
+            index: of the place.
+            part: its inputs and outputs are in the order of the names that follow.
+            inputs, outputs: what they are called in the graph.
+            exact_names: whether values of the part must keep their names.
+
+        Raises:
+            RefusedError: a name is in use that must be kept; an input is no tensor; the part needs
+                another version of operators, or functions.
+        """
+        self._check(part)
+        place = self._first[index]
+        rename = self._renaming(part.graph, [*inputs, *outputs], exact_names)
+        for value, name in zip(part.graph.input, inputs, strict=True):
+            if name in self._weights:
+                self._let_be_given(name)
+            self._lead(place, name, rename(value.name))
+        for node in part.graph.node:
+            self._new.append((place, self._renamed(node, rename)))
+        for tensor in part.graph.initializer:
+            found = self._model.graph.initializer.add()
+            found.CopyFrom(tensor)
+            found.name = rename(tensor.name)
+        for value, name in zip(part.graph.output, outputs, strict=True):
+            self._lead(place, rename(value.name), name)
+        for value in [*part.graph.value_info, *part.graph.output]:
+            self._types.append(_typed(value, rename(value.name)))
+
+    def model(self) -> onnx.ModelProto:
+        """The whole, its nodes in an order in which what is read was made before."""
+        graph = self._model.graph
+        nodes = _ordered([*self._kept, *self._new])
+        del graph.node[:]
+        graph.node.extend(nodes)
+        declared = [each for each in graph.value_info if each.name not in self._gone]
+        outputs = {each.name for each in graph.output}
+        new = {each.name: each for each in self._types if each.name not in outputs}
+        del graph.value_info[:]
+        graph.value_info.extend([*declared, *new.values()])
+        read = set(_names(graph, declared=False)) | outputs
+        weights = [each for each in graph.initializer if each.name in read]
+        gone = {each.name for each in graph.initializer} - {each.name for each in weights}
+        given = [each for each in graph.input if each.name not in gone]
+        del graph.initializer[:]
+        graph.initializer.extend(weights)
+        del graph.input[:]
+        graph.input.extend(given)
+        return self._model
+
+    def _check(self, part: onnx.ModelProto) -> None:
+        if part.functions or part.graph.sparse_initializer:
+            raise RefusedError("what was compiled holds functions or sparse tensors")
+        for tensor in part.graph.initializer:
+            if tensor.data_location == TensorProto.EXTERNAL:
+                raise RefusedError(f"the tensor '{tensor.name}' of a blob lies in another file")
+        known = {_domain(each.domain): each.version for each in self._model.opset_import}
+        needed = {_domain(node.domain) for node in _every_node(part.graph)}
+        for each in part.opset_import:
+            domain = _domain(each.domain)
+            if domain in needed and known.setdefault(domain, each.version) != each.version:
+                raise RefusedError(
+                    f"what was compiled needs version {each.version} of the operators of "
+                    f"'{domain or 'ai.onnx'}', and the model has {known[domain]}"
+                )
+        have = {_domain(each.domain) for each in self._model.opset_import}
+        new = ((domain, version) for domain, version in known.items() if domain not in have)
+        self._model.opset_import.extend(helper.make_opsetid(*each) for each in new)
+
+    def _renaming(
+        self, graph: onnx.GraphProto, bound: Sequence[str], exact: bool
+    ) -> Callable[[str], str]:
+        """What the part's values are called here: each its own name, unless that is in use."""
+        boundary = [each.name for each in (*graph.input, *graph.output)]
+        same = {name for name, other in zip(boundary, bound, strict=True) if name == other}
+        found: dict[str, str] = {"": ""}
+        for name in dict.fromkeys(_names(graph)):
+            new = name
+            if name in self._used and not (name in same and name not in self._weights):
+                if exact and name in boundary:
+                    raise RefusedError(
+                        f"the model has a value called '{name}', as what was compiled has: its "
+                        "provider knows values by their names"
+                    )
+                new = self._free(name)
+            self._used.add(new)
+            found[name] = new
+        return found.__getitem__
+
+    def _free(self, name: str) -> str:
+        number = 1
+        while f"{name}_{number}" in self._used:
+            number += 1
+        return f"{name}_{number}"
+
+    def _lead(self, place: int, start: str, end: str) -> None:
+        """Nodes by which one value is there under another name; none where the names are one."""
+        if start == end:
+            return
+        shape = self._free(f"{end}_shape")
+        self._used.add(shape)
+        self._new.append((place, helper.make_node("Shape", [start], [shape])))
+        self._new.append((place, helper.make_node("Reshape", [start, shape], [end])))
+
+    def _let_be_given(self, name: str) -> None:
+        """Make a weight an input of the graph with a default."""
+        if all(each.name != name for each in self._model.graph.input):
+            weight = self._weights[name]
+            kind = helper.make_tensor_value_info(name, weight.data_type, list(weight.dims))
+            self._model.graph.input.append(kind)
+
+    def _renamed(self, node: onnx.NodeProto, rename: Callable[[str], str]) -> onnx.NodeProto:
+        found = onnx.NodeProto()
+        found.CopyFrom(node)
+        if any(_graphs(node)):
+            raise RefusedError("what was compiled holds a node with a graph inside")
+        for names in (found.input, found.output):
+            names[:] = [rename(name) for name in names]
+        if found.name in self._node_names:
+            number = 1
+            while f"{node.name}_{number}" in self._node_names:
+                number += 1
+            found.name = f"{node.name}_{number}"
+        self._node_names.add(found.name)
+        return found
+
+
+def _typed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
+    """A value's type; names of sizes go, which may stand for others here."""
+    found = onnx.ValueInfoProto(name=name)
+    found.type.CopyFrom(value.type)
+    if found.type.WhichOneof("value") != "tensor_type" or not found.type.tensor_type.elem_type:
+        raise RefusedError(f"'{value.name}' of what was compiled is of no tensor type")
+    for dim in found.type.tensor_type.shape.dim:
+        dim.ClearField("dim_param")
+    return found
+
+
+def _ordered(nodes: Sequence[tuple[int, onnx.NodeProto]]) -> list[onnx.NodeProto]:
+    """Of what may come next, what stood first does."""
+    makers = {name: i for i, (_, node) in enumerate(nodes) for name in node.output if name}
+    waits = [{makers[name] for name in _reads(node) if name in makers} for _, node in nodes]
+    readers: list[list[int]] = [[] for _ in nodes]
+    for index, needed in enumerate(waits):
+        for each in needed:
+            readers[each].append(index)
+    left = [len(needed) for needed in waits]
+    ready = [(nodes[i][0], i) for i in range(len(nodes)) if not left[i]]
+    heapq.heapify(ready)
+    found: list[onnx.NodeProto] = []
+    while ready:
+        _, index = heapq.heappop(ready)
+        found.append(nodes[index][1])
+        for reader in readers[index]:
+            left[reader] -= 1
+            if not left[reader]:
+                heapq.heappush(ready, (nodes[reader][0], reader))
+    if len(found) != len(nodes):
+        raise ValueError("a place needs what it makes itself")
+    return found
+
+
+def _reads(node: onnx.NodeProto) -> Iterator[str]:
+    """Names that a node may read: all that graphs within it name are counted."""
+    yield from node.input
+    for graph in _graphs(node):
+        yield from _names(graph)
+
+
+def _graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        if attribute.type == _GRAPH:
+            yield attribute.g
+        elif attribute.type == _GRAPHS:
+            yield from attribute.graphs
+
+
+def _every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
+    for node in graph.node:
+        yield node
+        for inner in _graphs(node):
+            yield from _every_node(inner)
+
+
+def _names(graph: onnx.GraphProto, *, declared: bool = True) -> Iterator[str]:
+    """Names of values that a graph has, and those within it; `declared`: not only its nodes'."""
+    if declared:
+        for value in (*graph.input, *graph.initializer, *graph.output):
+            yield value.name
+    for node in graph.node:
+        yield from filter(None, (*node.input, *node.output))
+        for inner in _graphs(node):
+            yield from _names(inner)
+
+
+def _domain(domain: str) -> str:
+    return "" if domain == "ai.onnx" else domain
