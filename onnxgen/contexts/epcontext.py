@@ -16,7 +16,7 @@ onnxruntime-ep-openvino 1.8.1), for one region; what it asks for, all models her
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -95,9 +95,9 @@ def epcontext_model(main: onnx.ModelProto, regions: Sequence[CompiledRegion]) ->
             exact_names=provider == openvino_bin.PROVIDER,
         )
         for each in part.metadata_props:
-            if each.key.startswith(COMPATIBILITY):
-                if facts.setdefault(each.key, each.value) != each.value:
-                    raise RefusedError("the regions were compiled for machines of different kinds")
+            said = each.key.startswith(COMPATIBILITY)
+            if said and facts.setdefault(each.key, each.value) != each.value:
+                raise RefusedError("the regions were compiled for machines of different kinds")
     model = joined.model()
     kept = {each.key: each.value for each in model.metadata_props}
     helper.set_model_props(model, kept | facts)
@@ -177,8 +177,3 @@ def _around_openvino(
 
 def _is_context(node: onnx.NodeProto) -> bool:
     return node.domain == DOMAIN and node.op_type == "EPContext"
-
-
-def contexts_of(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
-    """The EPContext nodes of a model's main graph."""
-    return (node for node in model.graph.node if _is_context(node))

@@ -8,7 +8,7 @@ model = joined.model()
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import onnx
 from onnx import TensorProto, helper
@@ -38,13 +38,9 @@ class Joined:
         ]
         self._new: list[tuple[int, onnx.NodeProto]] = []
         self._types: list[onnx.ValueInfoProto] = []
-        removed = (main.graph.node[position] for position in sorted(gone))
-        made = {name for node in removed for name in node.output}
-        graph = main.graph
-        self._used = set(_names(graph))
-        self._gone = made - {each.name for each in graph.output}
+        self._used = {*_declared(main.graph), *_names(node for _, node in self._kept)}
         self._node_names = {node.name for _, node in self._kept if node.name}
-        self._weights = {each.name: each for each in graph.initializer}
+        self._weights = {each.name: each for each in self._model.graph.initializer}
 
     def put(
         self,
@@ -91,12 +87,12 @@ class Joined:
         nodes = _ordered([*self._kept, *self._new])
         del graph.node[:]
         graph.node.extend(nodes)
-        declared = [each for each in graph.value_info if each.name not in self._gone]
-        outputs = {each.name for each in graph.output}
-        new = {each.name: each for each in self._types if each.name not in outputs}
+        here = set(_names(nodes)) - {each.name for each in graph.output}
+        types = {each.name: each for each in (*graph.value_info, *self._types) if each.name in here}
         del graph.value_info[:]
-        graph.value_info.extend([*declared, *new.values()])
-        read = set(_names(graph, declared=False)) | outputs
+        graph.value_info.extend(types.values())
+        read = {name for node in nodes for name in _reads(node)}
+        read |= {each.name for each in graph.output}
         weights = [each for each in graph.initializer if each.name in read]
         gone = {each.name for each in graph.initializer} - {each.name for each in weights}
         given = [each for each in graph.input if each.name not in gone]
@@ -132,10 +128,10 @@ class Joined:
         boundary = [each.name for each in (*graph.input, *graph.output)]
         same = {name for name, other in zip(boundary, bound, strict=True) if name == other}
         found: dict[str, str] = {"": ""}
-        for name in dict.fromkeys(_names(graph)):
+        for name in dict.fromkeys([*_declared(graph), *_names(graph.node)]):
             new = name
             if name in self._used and not (name in same and name not in self._weights):
-                if exact and name in boundary:
+                if exact:
                     raise RefusedError(
                         f"the model has a value called '{name}', as what was compiled has: its "
                         "provider knows values by their names"
@@ -174,7 +170,7 @@ class Joined:
             raise RefusedError("what was compiled holds a node with a graph inside")
         for names in (found.input, found.output):
             names[:] = [rename(name) for name in names]
-        if found.name in self._node_names:
+        if found.name and found.name in self._node_names:
             number = 1
             while f"{node.name}_{number}" in self._node_names:
                 number += 1
@@ -222,7 +218,8 @@ def _reads(node: onnx.NodeProto) -> Iterator[str]:
     """Names that a node may read: all that graphs within it name are counted."""
     yield from node.input
     for graph in _graphs(node):
-        yield from _names(graph)
+        yield from _declared(graph)
+        yield from _names(graph.node)
 
 
 def _graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
@@ -240,15 +237,15 @@ def _every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
             yield from _every_node(inner)
 
 
-def _names(graph: onnx.GraphProto, *, declared: bool = True) -> Iterator[str]:
-    """Names of values that a graph has, and those within it; `declared`: not only its nodes'."""
-    if declared:
-        for value in (*graph.input, *graph.initializer, *graph.output):
-            yield value.name
-    for node in graph.node:
-        yield from filter(None, (*node.input, *node.output))
-        for inner in _graphs(node):
-            yield from _names(inner)
+def _declared(graph: onnx.GraphProto) -> Iterator[str]:
+    return (value.name for value in (*graph.input, *graph.initializer, *graph.output))
+
+
+def _names(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
+    """Names of values that nodes and graphs within them have."""
+    for node in nodes:
+        yield from filter(None, node.output)
+        yield from filter(None, _reads(node))
 
 
 def _domain(domain: str) -> str:
