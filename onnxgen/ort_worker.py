@@ -2,7 +2,7 @@
 
 A model that is not ours can crash the runtime it is loaded into, so it is never loaded into
 the process that holds the user's work. Started by `onnxgen.runtime`, imports nothing of ours but
-`onnxgen.messages`.
+`onnxgen.messages`, unless backends are to run the model: then what loads it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from onnxgen.messages import MessageError, receive, send
 
 
 def _load(model: bytes | str, request: dict[str, Any]) -> Any:
+    if request["backend"]:
+        return _load_contexts(str(model), request["backend"], request["trust"])
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -43,6 +45,28 @@ def _load(model: bytes | str, request: dict[str, Any]) -> Any:
     return ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
+def _load_contexts(path: str, backend: str, trust: list[str]) -> Any:
+    """A session of `onnxgen.load` whose regions are all run by one backend."""
+    from onnxgen.session import load
+
+    session = load(path, prefer=[backend], trust=trust)
+    for choice in session.choices:
+        if choice.context is None:
+            why = choice.passed[0].reason if choice.passed else "it compiled nothing for it"
+            raise RuntimeError(f"{backend} does not run region '{choice.region.name}': {why}")
+    return session
+
+
+def _run_contexts(session: Any, feeds: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """A run in which no backend may fail."""
+    before = session.picked
+    found = dict(zip(names, session.run(names, feeds), strict=True))
+    for choice in session.choices:
+        if choice.context is None and before[choice.region.name] != "original":
+            raise RuntimeError(f"region '{choice.region.name}': {choice.passed[0].reason}")
+    return found
+
+
 def _add_webgpu(ort: Any, options: Any) -> None:
     """Let the WebGPU plugin provider run what it can; the CPU takes the rest."""
     import onnxruntime_ep_webgpu as plugin
@@ -57,6 +81,9 @@ def _add_webgpu(ort: Any, options: Any) -> None:
 
 
 def _run(session: Any, request: dict[str, Any], feeds: dict[str, Any]) -> dict[str, Any]:
+    if hasattr(session, "choices"):
+        names = request["outputs"] or [output.name for output in session.get_outputs()]
+        return _run_contexts(session, feeds, names)
     import onnxruntime as ort
 
     options = ort.RunOptions()

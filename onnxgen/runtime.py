@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,14 @@ from onnxgen.messages import MessageError, receive, send
 from onnxgen.twin import Types, float32_twin, widened
 
 _GLANCES = (0.002, 0.02)  # seconds between two looks at the process's memory, at first and later
+
+
+@dataclass(frozen=True)
+class Picking:
+    """Which backend is to run the regions of a model, and blobs that may be used for that."""
+
+    backend: str
+    trust: tuple[str, ...] = ()
 
 
 class RuntimeFailure(Exception):
@@ -108,6 +117,7 @@ class Runtime:
         optimize: bool = False,
         folder: Path | None = None,
         packed: bool = True,
+        picking: Picking | None = None,
     ) -> int:
         """Load a model (bytes, or a path where it has external data) and return its handle.
 
@@ -116,6 +126,7 @@ class Runtime:
             folder: where the external data of bytes is.
             packed: let the runtime copy weights into the order that is fastest for it; else they
                 stay where they are mapped, on disk.
+            picking: have `onnxgen.load` run the path, each region by the backend that it names.
 
         Raises:
             RuntimeFailure: the runtime refuses the model, or takes too much for it.
@@ -135,6 +146,8 @@ class Runtime:
                 "webgpu": self.webgpu,
                 "packed": packed,
                 "folder": "" if folder is None else os.path.abspath(folder),
+                "backend": "" if picking is None else picking.backend,
+                "trust": [] if picking is None else list(picking.trust),
             }
             data = {"model": np.frombuffer(source, np.uint8)} if isinstance(source, bytes) else {}
             self._ask("load", self._sessions, request, data)  # it maps the weights: they may go now

@@ -35,8 +35,9 @@ from onnxgen.errors import FileError, UsageError
 from onnxgen.mapped import cleaned
 from onnxgen.places import check_place, same_place
 from onnxgen.scratch import create, held, scratch_path, sweep, sync
+from onnxgen.serializer import Serializer
 from onnxgen.tensor_slots import EmbeddedTensor, TensorSlot, tensor_slots
-from onnxgen.wire import Serializer, WireError, tensors_of
+from onnxgen.wire import WireError, tensors_of
 
 MAX_FILE = 2**31 - 1  # a protobuf message holds no more bytes
 LARGE = 64 * 1024  # a new tensor of a model with external data goes out from here

@@ -1,8 +1,7 @@
 """The protobuf wire format, as far as a model's weights need it.
 
-A protobuf library copies every weight it parses, and again when it serialises. Here the
-weights of a model file are cut out of its bytes and stay where they are, on disk, and are
-written back one at a time: gigabytes of embedded weights cost no memory.
+A protobuf library copies every weight it parses. Here the weights of a model file are cut out of
+its bytes and stay where they are, on disk; `serializer` writes them back one at a time.
 """
 
 from __future__ import annotations
@@ -10,17 +9,15 @@ from __future__ import annotations
 import mmap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import onnx
-import onnx_ir as ir
 
-from onnxgen.derived import bytes_of
+from onnxgen.element_types import bits_of
 
 # Field numbers of onnx.proto; every field met here is of wire type 2, length-delimited.
-_GRAPH = 7  # ModelProto.graph
-_INITIALIZER = 5  # GraphProto.initializer
-_RAW_DATA = 9  # TensorProto.raw_data
+GRAPH = 7  # ModelProto.graph
+INITIALIZER = 5  # GraphProto.initializer
+RAW_DATA = 9  # TensorProto.raw_data
 _DELIMITED = 2
 _FIXED_SIZES = {1: 8, 5: 4}  # wire type -> bytes
 
@@ -36,7 +33,7 @@ class Weight:
     """Where the raw data of one initializer of the main graph lies in the file."""
 
     name: str
-    dtype: ir.DataType
+    dtype: int  # its number in onnx.TensorProto
     shape: tuple[int, ...]
     offset: int
     length: int
@@ -62,7 +59,7 @@ def cut_weights(data: mmap.mmap) -> tuple[bytes, list[Weight]]:
     model: list[bytes] = []
     weights: list[Weight] = []
     for field in _fields(data, 0, len(data)):
-        if (field.number, field.wire_type) != (_GRAPH, _DELIMITED):
+        if (field.number, field.wire_type) != (GRAPH, _DELIMITED):
             model.append(data[field.start : field.end])
             continue
         graph: list[bytes] = []
@@ -72,9 +69,9 @@ def cut_weights(data: mmap.mmap) -> tuple[bytes, list[Weight]]:
                 graph.append(data[inner.start : inner.end])
             else:
                 header, weight = cut
-                graph.append(_delimited(_INITIALIZER, len(header)) + header)
+                graph.append(delimited(INITIALIZER, len(header)) + header)
                 weights.append(weight)
-        model.append(_delimited(_GRAPH, sum(map(len, graph))))
+        model.append(delimited(GRAPH, sum(map(len, graph))))
         model.extend(graph)
     return b"".join(model), weights
 
@@ -82,12 +79,12 @@ def cut_weights(data: mmap.mmap) -> tuple[bytes, list[Weight]]:
 def _cut(data: mmap.mmap, field: _Field) -> tuple[bytes, Weight] | None:
     """An initializer's header and its weight; None for what is not worth cutting."""
     large = field.end - field.body >= WORTH_CUTTING
-    if (field.number, field.wire_type) != (_INITIALIZER, _DELIMITED) or not large:
+    if (field.number, field.wire_type) != (INITIALIZER, _DELIMITED) or not large:
         return None
     rest: list[bytes] = []
     raw: _Field | None = None
     for part in _fields(data, field.body, field.end):
-        if (part.number, part.wire_type) == (_RAW_DATA, _DELIMITED):
+        if (part.number, part.wire_type) == (RAW_DATA, _DELIMITED):
             raw = part
         else:
             rest.append(data[part.start : part.end])
@@ -95,10 +92,11 @@ def _cut(data: mmap.mmap, field: _Field) -> tuple[bytes, Weight] | None:
         return None
     header = b"".join(rest)
     tensor = onnx.TensorProto.FromString(header)
-    dtype = ir.DataType(tensor.data_type)
-    if not tensor.name or dtype is ir.DataType.UNDEFINED or dtype.bitwidth < 8:
+    bits = bits_of(tensor.data_type)
+    if not tensor.name or bits is None or bits < 8:
         return None
-    return header, Weight(tensor.name, dtype, tuple(tensor.dims), raw.body, raw.end - raw.body)
+    place = (raw.body, raw.end - raw.body)
+    return header, Weight(tensor.name, tensor.data_type, tuple(tensor.dims), *place)
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[_Field]:
@@ -136,7 +134,7 @@ def _varint(data: mmap.mmap, start: int, end: int) -> tuple[int, int]:
     raise WireError(f"the number at byte {start} is too long")
 
 
-def _delimited(number: int, length: int) -> bytes:
+def delimited(number: int, length: int) -> bytes:
     """The tag and length that precede a length-delimited field's content."""
     out = bytearray()
     for value in (number << 3 | _DELIMITED, length):
@@ -145,57 +143,6 @@ def _delimited(number: int, length: int) -> bytes:
             value >>= 7
         out.append(value)
     return bytes(out)
-
-
-class Serializer:
-    """A model whose initializers are serialised one at a time.
-
-    Args:
-        proto: the model; its main graph's initializers are taken out of it.
-        embedded: by position in the main graph's initializers, the tensor whose bytes are to
-            be embedded there (the initializer itself holds no data); the others are complete.
-    """
-
-    def __init__(self, proto: onnx.ModelProto, embedded: dict[int, ir.TensorProtocol]) -> None:
-        self._initializers: list[tuple[bytes, bytes, ir.TensorProtocol | None]] = []
-        for index, initializer in enumerate(proto.graph.initializer):
-            head, tensor = initializer.SerializeToString(), embedded.get(index)
-            if tensor is None:
-                prefix = _delimited(_INITIALIZER, len(head)) + head
-                self._initializers.append((prefix, b"", None))
-                continue
-            raw = _delimited(_RAW_DATA, tensor.nbytes)
-            prefix = _delimited(_INITIALIZER, len(head) + len(raw) + tensor.nbytes) + head
-            self._initializers.append((prefix, raw, tensor))
-        del proto.graph.initializer[:]
-        self._graph = proto.graph.SerializeToString()
-        proto.ClearField("graph")
-        self._model = proto.SerializeToString()
-        graph_size = len(self._graph) + sum(map(_size, self._initializers))
-        self._graph_tag = _delimited(_GRAPH, graph_size)
-        self.size = len(self._model) + len(self._graph_tag) + graph_size
-
-    def write(self, file: BinaryIO) -> None:
-        """Write the model; `size` says how many bytes it takes.
-
-        Raises:
-            WireError: a tensor's bytes are not as many as its type and shape say.
-        """
-        for part in (self._model, self._graph_tag, self._graph):
-            file.write(part)
-        for prefix, raw, tensor in self._initializers:
-            file.write(prefix + raw)
-            if tensor is not None:
-                size = sum(map(file.write, bytes_of(tensor)))
-                if size != tensor.nbytes:
-                    raise WireError(
-                        f"tensor '{tensor.name}' holds {size} bytes, not {tensor.nbytes}"
-                    )
-
-
-def _size(entry: tuple[bytes, bytes, ir.TensorProtocol | None]) -> int:
-    prefix, raw, tensor = entry
-    return len(prefix) + len(raw) + (tensor.nbytes if tensor is not None else 0)
 
 
 def tensors_of(proto: onnx.ModelProto) -> Iterator[onnx.TensorProto]:

@@ -20,10 +20,11 @@ import onnx_ir as ir
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from onnxgen import staging, wire
+from onnxgen import staging
 from onnxgen.errors import FileError, OnnxgenError, RefusedError, UsageError
 from onnxgen.model_io import data_files, read_model, staged
 from onnxgen.runtime import Runtime
+from onnxgen.serializer import Serializer
 
 ROWS, COLUMNS = 96, 160  # 61,440 bytes in fp32
 WEIGHT = np.arange(ROWS * COLUMNS, dtype=np.float32).reshape(ROWS, COLUMNS) / 1000
@@ -777,7 +778,7 @@ def test_the_wire_format_round_trips(tmp_path: Path) -> None:
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     copy.graph.initializer[0].ClearField("raw_data")
-    serializer = wire.Serializer(copy, {0: ir.Tensor(WEIGHT, name="w")})
+    serializer = Serializer(copy, {0: ir.Tensor(WEIGHT, name="w")})
     path = tmp_path / "m.onnx"
     with path.open("wb") as file:
         serializer.write(file)

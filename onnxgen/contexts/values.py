@@ -51,6 +51,7 @@ class Region:
         nodes: positions in the original graph's list of nodes, ascending.
         inputs, weights, outputs: names of values of the original graph: what comes in from nodes
             and graph inputs, initializers, and what others read.
+        input_types, output_types: what it was compiled for, in the words of `contexts.types`.
         subgraph: sha256 of the canonical form, see `contexts.canonical`.
         weights_sha256: of the contents of all weights.
         contexts: in the order in which they were added.
@@ -61,6 +62,8 @@ class Region:
     inputs: tuple[str, ...]
     weights: tuple[str, ...]
     outputs: tuple[str, ...]
+    input_types: tuple[str, ...]
+    output_types: tuple[str, ...]
     subgraph: str
     weights_sha256: str
     contexts: tuple[Context, ...] = ()
@@ -77,11 +80,12 @@ class Table:
 
     Attributes:
         regions: in the order of their first nodes.
-        types: ONNX type numbers of values between nodes that the graph itself does not declare.
+        types: of values that nodes and regions share, where the graph does not declare them; in the
+            words of `contexts.types`.
     """
 
     regions: list[Region] = field(default_factory=list)
-    types: dict[str, int] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
 
     @property
     def backends(self) -> list[str]:

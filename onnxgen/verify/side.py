@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy.typing as npt
 
-from onnxgen.runtime import Runtime, RuntimeFailure
+from onnxgen.runtime import Picking, Runtime, RuntimeFailure
 from onnxgen.verify.opened import Placed, Source, expose, opened
 from onnxgen.verify.precision import without_leave
 
@@ -22,7 +22,7 @@ class Side:
         as_written: run what the nodes say, else what the runtime makes of them for a user.
         full: take from it the leave to round activations.
         inner: values inside that are to be answered too.
-        packed: as for `Runtime.load`.
+        packed, picking: as for `Runtime.load`.
     """
 
     def __init__(
@@ -34,17 +34,23 @@ class Side:
         full: bool = False,
         inner: Sequence[str] = (),
         packed: bool = True,
+        picking: Picking | None = None,
     ) -> None:
         self.runtime = runtime
         self.source = source
         self.full = full
         self.inner = tuple(inner)
         self.packed = packed
+        self.picking = picking
         self.session = 0
         self._as_written = as_written
 
     def load(self) -> None:
         source, folder = self.source, None
+        if self.picking is not None:
+            assert isinstance(source, Path)
+            self.session = self.runtime.load(source, picking=self.picking)
+            return
         if self.full or self.inner or isinstance(source, Placed):
             proto, folder = opened(source)
             if self.full:

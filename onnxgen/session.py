@@ -1,0 +1,345 @@
+"""A model that holds backend contexts, run by the first backend that can, else by ONNX Runtime.
+
+    session = onnxgen.load("model.onnx", prefer=["openvino:CPU"])
+    outputs = session.run(None, {"input_ids": ids})
+
+    read -> the table (contexts.forms) -> a choice for each region (contexts.choosing)
+         -> steps (contexts.steps): parts for ONNX Runtime, calls of backends
+
+Nothing of onnx-ir is imported, and ONNX Runtime only where it runs something: what a blob saves is time.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from onnxgen.backends.interface import BackendError
+from onnxgen.contexts import forms, steps
+from onnxgen.contexts.blobs import LARGEST
+from onnxgen.contexts.choosing import Choice, Chooser
+from onnxgen.contexts.records import FormatError
+from onnxgen.contexts.trust import Given
+from onnxgen.contexts.types import as_text, fits
+from onnxgen.contexts.values import Context, Region
+from onnxgen.errors import UsageError
+from onnxgen.reading import Opened, open_model, refer_to_file
+from onnxgen.runtime_types import NodeArg, node_args
+
+Array = npt.NDArray[Any]
+Run = Callable[[dict[str, Array]], dict[str, Array]]
+ORIGINAL = "original"
+_logger = logging.getLogger("onnxgen.load")
+
+
+class _BackendFailed(Exception):
+    """A backend raised while it was bound or run."""
+
+    def __init__(self, region: Region, context: Context, cause: Exception) -> None:
+        super().__init__(f"it failed: {type(cause).__name__}: {cause}")
+        self.region = region
+        self.context = context
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    prefer: Sequence[str] | None = None,
+    trust: Given | None = None,
+    largest_blob: int = LARGEST,
+    session_options: Any = None,
+    providers: Sequence[Any] | None = None,
+) -> Session:
+    """Load a model to run it; see docs/contexts.md.
+
+    Each region is run by the first backend that is here and whose versions, compatibility string
+    and hashes agree, else by the nodes themselves. Which, and why, is in `Session.choices` and in the log
+    "onnxgen.load". Without contexts, or with none that can be used, it is ONNX Runtime's session.
+
+    Args:
+        prefer: backends that may run something, the best first, as ["openvino:CPU"]; None for all in
+            the order of the file, [] for none.
+        trust: sha256 of blobs that may be used, or a file that lists them; those that this user's own
+            `onnxgen context add` made may always.
+        largest_blob: bytes that a blob may have.
+        session_options, providers: of the sessions of ONNX Runtime, for what it runs.
+
+    Raises:
+        FileError: the model, or the list, cannot be read.
+        UsageError: an argument does not fit.
+        RefusedError: as of `onnxgen.reading.open_model`.
+    """
+    if isinstance(prefer, str):
+        raise UsageError(f"prefer is several backends: [{prefer!r}]")
+    opened = open_model(Path(path))
+    try:
+        held = forms.decode(opened.proto)
+    except FormatError as error:
+        _logger.warning("%s: what it holds for backends cannot be read: %s", path, error)
+        held = forms.Held(opened.proto)
+    chooser = Chooser(opened, held, prefer, trust, largest_blob)
+    runtime = _Runtime(opened, session_options, providers)
+    return Session(opened, held, chooser, runtime)
+
+
+@dataclass
+class _Plan:
+    """What runs the model now."""
+
+    choices: list[Choice]
+    run: Run
+
+
+class Session:
+    """A loaded model; runs from several threads are safe, as ONNX Runtime's are.
+
+    Attributes:
+        choices: by region, what runs it and why not another; empty for a model without contexts.
+    """
+
+    def __init__(
+        self, opened: Opened, held: forms.Held, chooser: Chooser, runtime: _Runtime
+    ) -> None:
+        self._opened = opened
+        self._held = held
+        self._chooser = chooser
+        self._runtime = runtime
+        self._lock = threading.RLock()
+        self._inputs = node_args(opened.proto.graph.input)
+        self._outputs = node_args(opened.proto.graph.output)
+        weights = {each.name for each in opened.proto.graph.initializer}
+        self._needed = [each.name for each in self._inputs if each.name not in weights]
+        self._own: Run | None = None
+        self._plan = self._make_plan()
+
+    @property
+    def choices(self) -> list[Choice]:
+        """What runs each region at this time."""
+        return self._plan.choices
+
+    @property
+    def picked(self) -> dict[str, str]:
+        """By region, the backend that runs it, or "original"."""
+        return {
+            each.region.name: each.context.backend if each.context else ORIGINAL
+            for each in self.choices
+        }
+
+    def get_inputs(self) -> list[NodeArg]:
+        """What is fed: name, type and shape, as ONNX Runtime says them."""
+        weights = {each.name for each in self._opened.proto.graph.initializer}
+        return [each for each in self._inputs if each.name not in weights]
+
+    def get_outputs(self) -> list[NodeArg]:
+        """What comes out."""
+        return list(self._outputs)
+
+    def run(
+        self,
+        output_names: Sequence[str] | None,
+        input_feed: Mapping[str, Any],
+        run_options: Any = None,
+    ) -> list[Any]:
+        """Run the model; where a backend fails, again without it.
+
+        Args:
+            output_names: which outputs; None or [] for all, in their order.
+            input_feed: arrays by name.
+            run_options: of ONNX Runtime, for what it runs.
+
+        Raises:
+            ValueError: an input is missing or unknown, or no output has that name.
+        """
+        known = {each.name for each in self._inputs}
+        missing = [name for name in self._needed if name not in input_feed]
+        unknown = [name for name in input_feed if name not in known]
+        if missing or unknown:
+            what = (
+                f"the inputs {missing} are missing" if missing else f"there are no inputs {unknown}"
+            )
+            raise ValueError(f"{self._opened.path}: {what}")
+        names = list(output_names or [each.name for each in self._outputs])
+        there = {each.name for each in self._outputs}
+        wrong = [name for name in names if name not in there]
+        if wrong:
+            raise ValueError(f"{self._opened.path}: there are no outputs {wrong}")
+        feeds = {name: np.asarray(value) for name, value in input_feed.items()}
+        self._runtime.asked.options = run_options
+        found = self._run(feeds)
+        return [found[name] for name in names]
+
+    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+        plan = self._plan
+        try:
+            return plan.run(feeds)
+        except _BackendFailed as error:
+            failed = error
+        with self._lock:
+            self._chooser.bar(failed.region, failed.context, str(failed))
+            if self._plan is plan:
+                self._plan = self._make_plan()
+        try:
+            return self._run(feeds)
+        except Exception:
+            # The nodes themselves take this feed no better: it was not the backend's fault.
+            with self._lock:
+                self._chooser.unbar(failed.region, failed.context)
+                self._plan = plan
+            raise
+
+    def _make_plan(self) -> _Plan:
+        """Choose for each region, and make what runs them; a backend that fails is passed over."""
+        while True:
+            choices = [self._chooser.choose(region) for region in self._held.table.regions]
+            try:
+                plan = _Plan(choices, self._runner(choices))
+            except _BackendFailed as error:
+                self._chooser.bar(error.region, error.context, str(error))
+                continue
+            for choice in choices:
+                _say(self._opened.path, choice)
+            return plan
+
+    def _runner(self, choices: Sequence[Choice]) -> Run:
+        chosen = [each for each in choices if each.context is not None]
+        if not chosen:
+            return self._original()
+        others = [each.region for each in choices if each.context is None]
+        proto = self._opened.proto
+        try:
+            found = steps.steps(proto, [each.region for each in chosen], others, self._types())
+        except (steps.UntypedError, ValueError) as error:
+            _logger.warning("%s: no backend is used: %s", self._opened.path, error)
+            return self._original()
+        of_region = {each.region.name: each for each in chosen}
+        runs = [
+            self._call(of_region[step.region.name])
+            if isinstance(step, steps.Call)
+            else self._runtime.part(step)
+            for step in found
+        ]
+        passing = {each.name for each in self._outputs}
+        weights = self._chooser.weights
+
+        def run(feeds: dict[str, Array]) -> dict[str, Array]:
+            values = dict(feeds)
+            for each in runs:
+                values |= each(values)
+            for name in passing - values.keys():  # an output that is a weight
+                values[name] = np.array(weights[name].array)
+            return {name: values[name] for name in passing}
+
+        return self._with_defaults(run)
+
+    def _types(self) -> dict[str, str]:
+        """Types of values that steps may share."""
+        graph, table = self._opened.proto.graph, self._held.table
+        found = dict(table.types)
+        for region in table.regions:
+            found |= zip(region.inputs, region.input_types, strict=True)
+            found |= zip(region.outputs, region.output_types, strict=True)
+        declared = (*graph.value_info, *graph.output, *graph.input)
+        found |= {each.name: text for each in declared if (text := as_text(each))}
+        return found
+
+    def _with_defaults(self, run: Run) -> Run:
+        """Inputs that are initializers too need not be fed."""
+        weights = self._chooser.weights
+        free = [each.name for each in self._inputs if each.name not in self._needed]
+        if not free:
+            return run
+        defaults = {name: weights[name].array for name in free}
+        return lambda feeds: run({**defaults, **feeds})
+
+    def _call(self, choice: Choice) -> Run:
+        """What runs a region on its backend."""
+        region, context = choice.region, choice.context
+        assert context is not None
+        try:
+            loaded = self._chooser.loaded(context)
+            given = [self._chooser.weights[region.weights[each]] for each in context.parameters]
+            bound = loaded.bind(given)
+        except Exception as error:
+            raise _BackendFailed(region, context, error) from error
+
+        def run(values: dict[str, Array]) -> dict[str, Array]:
+            arrays = [values[name] for name in region.inputs]
+            try:
+                for name, kind, array in zip(
+                    region.inputs, region.input_types, arrays, strict=True
+                ):
+                    if not fits(kind, array.shape):
+                        raise BackendError(f"'{name}' is {list(array.shape)}, and it takes {kind}")
+                outputs = bound(arrays)
+            except Exception as error:
+                raise _BackendFailed(region, context, error) from error
+            return dict(zip(region.outputs, outputs, strict=True))
+
+        return run
+
+    def _original(self) -> Run:
+        if self._own is None:
+            self._own = self._runtime.whole([each.name for each in self._outputs])
+        return self._own
+
+
+class _Runtime:
+    """Sessions of ONNX Runtime, for the whole model or parts of it.
+
+    Attributes:
+        asked: `options` of the run that goes on in this thread.
+    """
+
+    def __init__(self, opened: Opened, options: Any, providers: Sequence[Any] | None) -> None:
+        self._opened = opened
+        self._options = options
+        self._providers = providers
+        self.asked = threading.local()
+
+    def whole(self, outputs: Sequence[str]) -> Run:
+        """The model as any runtime runs it, from its file."""
+        return self._session(os.fspath(self._opened.path), self._options, outputs)
+
+    def part(self, nodes: steps.Nodes) -> Run:
+        """Some of its nodes; the weights are mapped from where they are."""
+        import onnxruntime as ort
+
+        refer_to_file(self._opened, nodes.model.graph.initializer)
+        options = ort.SessionOptions() if self._options is None else self._options
+        key = "session.model_external_initializers_file_folder_path"
+        options.add_session_config_entry(key, os.fspath(self._opened.folder))
+        inner = self._session(nodes.model.SerializeToString(), options, nodes.outputs)
+        return lambda values: inner({name: values[name] for name in nodes.inputs})
+
+    def _session(self, source: str | bytes, options: Any, outputs: Sequence[str]) -> Run:
+        import onnxruntime as ort
+
+        providers = self._providers or ["CPUExecutionProvider"]
+        session = ort.InferenceSession(source, options, providers=providers)
+
+        def run(feeds: dict[str, Array]) -> dict[str, Array]:
+            found = session.run(list(outputs), feeds, getattr(self.asked, "options", None))
+            return dict(zip(outputs, found, strict=True))
+
+        return run
+
+
+def _say(path: Path, choice: Choice) -> None:
+    for passed in choice.passed:
+        _logger.warning(
+            "%s: region '%s': %s is not used: %s",
+            path,
+            choice.region.name,
+            passed.context.backend,
+            passed.reason,
+        )
+    picked = choice.context.backend if choice.context else "the original nodes"
+    _logger.info("%s: region '%s' is run by %s", path, choice.region.name, picked)
