@@ -195,7 +195,9 @@ def test_only_what_is_read_is_kept() -> None:
 
 
 def test_types_of_outputs_are_declared() -> None:
-    model = epcontext_model(MAIN, [FIRST])
+    part = copy(PART)
+    part.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "n"  # the model has another n
+    model = epcontext_model(MAIN, [replace(FIRST, model=part)])
     (found,) = (each for each in model.graph.value_info if each.name == "v3")
     assert found.type.tensor_type.elem_type == TensorProto.FLOAT
     dims = found.type.tensor_type.shape.dim
@@ -217,17 +219,36 @@ def test_values_of_the_model_keep_their_names() -> None:
 
 
 def test_graphs_within_nodes_read_what_was_compiled() -> None:
-    main = copy(MAIN)
-    branch = parser.parse_graph("g () => (float[n, 48] inner) { inner = Sin(h) }")
-    other = parser.parse_graph("g () => (float[n, 48] inner2) { inner2 = Cos(h) }")
-    node = helper.make_node("If", ["yes"], ["branched"], then_branch=branch, else_branch=other)
-    main.graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "yes"))
-    main.graph.node.insert(5, node)
-    main.graph.output.append(
-        helper.make_tensor_value_info("branched", TensorProto.FLOAT, ["n", 48])
+    """A region moves behind what it waits for; what reads of it, within graphs too, behind it."""
+    main = parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]>'
+        "main (float[n, 48] x, bool yes) => (float[n, 48] y, float[n, 48] h) {"
+        "  p = Abs(x)"
+        "  q = If(yes) <then_branch = a () => (float[n, 48] t) { t = Sin(p) },"
+        "    else_branch = b () => (float[n, 48] e) { e = Cos(p) }>"
+        "  k = Neg(x)"
+        "  h = Mul(k, x)"
+        "  y = Add(q, k)"
+        "}"
     )
-    model = epcontext_model(main, [FIRST])
-    for found, expected in zip(reference(model), reference(main), strict=True):
+    part = parser.parse_model(
+        '<ir_version: 10, opset_import: ["" : 21]>'
+        "region (float[?, 48] i0, float[?, 48] i1) => (float[?, 48] v0, float[?, 48] v1)"
+        "{ v0 = Abs(i0)  v1 = Mul(i1, i0) }"
+    )
+    region = replace(
+        FIRST,
+        nodes=(0, 3),
+        inputs=("x", "k"),
+        weights=(),
+        outputs=("p", "h"),
+        model=part,
+        blob=stub_blob(part),
+        parameters=(),
+    )
+    model = epcontext_model(main, [region])
+    feeds = {"x": X, "yes": np.array(True)}
+    for found, expected in zip(reference(model, feeds), reference(main, feeds), strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -7,15 +7,14 @@ model = joined.model()
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import onnx
 from onnx import TensorProto, helper
 
+from onnxgen.contexts.cutting import every_node, graphs_of, reads_of
+from onnxgen.contexts.order import collapsed
 from onnxgen.errors import RefusedError
-
-_GRAPH, _GRAPHS = onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS
 
 
 class Joined:
@@ -29,17 +28,15 @@ class Joined:
     def __init__(self, main: onnx.ModelProto, places: Sequence[Sequence[int]]) -> None:
         self._model = onnx.ModelProto()
         self._model.CopyFrom(main)
+        self._main, self._places = main, places
         gone = {position for place in places for position in place}
         if len(gone) != sum(map(len, places)):
             raise ValueError("two places have a node in common")
-        self._first = [min(place) for place in places]
-        self._kept = [
-            (index, node) for index, node in enumerate(main.graph.node) if index not in gone
-        ]
-        self._new: list[tuple[int, onnx.NodeProto]] = []
+        kept = [node for index, node in enumerate(main.graph.node) if index not in gone]
+        self._new: list[list[onnx.NodeProto]] = [[] for _ in places]
         self._types: list[onnx.ValueInfoProto] = []
-        self._used = {*_declared(main.graph), *_names(node for _, node in self._kept)}
-        self._node_names = {node.name for _, node in self._kept if node.name}
+        self._used = {*_declared(main.graph), *_names(kept)}
+        self._node_names = {node.name for node in kept if node.name}
         self._weights = {each.name: each for each in self._model.graph.initializer}
 
     def put(
@@ -64,14 +61,14 @@ class Joined:
                 another version of operators, or functions.
         """
         self._check(part)
-        place = self._first[index]
+        place = self._new[index]
         rename = self._renaming(part.graph, [*inputs, *outputs], exact_names)
         for value, name in zip(part.graph.input, inputs, strict=True):
             if name in self._weights:
                 self._let_be_given(name)
             self._lead(place, name, rename(value.name))
         for node in part.graph.node:
-            self._new.append((place, self._renamed(node, rename)))
+            place.append(self._renamed(node, rename))
         for tensor in part.graph.initializer:
             found = self._model.graph.initializer.add()
             found.CopyFrom(tensor)
@@ -82,16 +79,22 @@ class Joined:
             self._types.append(_typed(value, rename(value.name)))
 
     def model(self) -> onnx.ModelProto:
-        """The whole, its nodes in an order in which what is read was made before."""
+        """The whole, its nodes in an order in which what is read was made before.
+
+        Raises:
+            ValueError: a place needs what it makes itself.
+        """
         graph = self._model.graph
-        nodes = _ordered([*self._kept, *self._new])
+        nodes: list[onnx.NodeProto] = []
+        for kind, index in collapsed(self._main.graph.node, self._places):
+            nodes += self._new[index] if kind == "region" else [self._main.graph.node[index]]
         del graph.node[:]
         graph.node.extend(nodes)
         here = set(_names(nodes)) - {each.name for each in graph.output}
         types = {each.name: each for each in (*graph.value_info, *self._types) if each.name in here}
         del graph.value_info[:]
         graph.value_info.extend(types.values())
-        read = {name for node in nodes for name in _reads(node)}
+        read = {name for node in nodes for name in reads_of(node)}
         read |= {each.name for each in graph.output}
         weights = [each for each in graph.initializer if each.name in read]
         gone = {each.name for each in graph.initializer} - {each.name for each in weights}
@@ -109,7 +112,7 @@ class Joined:
             if tensor.data_location == TensorProto.EXTERNAL:
                 raise RefusedError(f"the tensor '{tensor.name}' of a blob lies in another file")
         known = {_domain(each.domain): each.version for each in self._model.opset_import}
-        needed = {_domain(node.domain) for node in _every_node(part.graph)}
+        needed = {_domain(node.domain) for node in every_node(part.graph.node)}
         for each in part.opset_import:
             domain = _domain(each.domain)
             if domain in needed and known.setdefault(domain, each.version) != each.version:
@@ -147,14 +150,14 @@ class Joined:
             number += 1
         return f"{name}_{number}"
 
-    def _lead(self, place: int, start: str, end: str) -> None:
+    def _lead(self, place: list[onnx.NodeProto], start: str, end: str) -> None:
         """Nodes by which one value is there under another name; none where the names are one."""
         if start == end:
             return
         shape = self._free(f"{end}_shape")
         self._used.add(shape)
-        self._new.append((place, helper.make_node("Shape", [start], [shape])))
-        self._new.append((place, helper.make_node("Reshape", [start, shape], [end])))
+        place.append(helper.make_node("Shape", [start], [shape]))
+        place.append(helper.make_node("Reshape", [start, shape], [end]))
 
     def _let_be_given(self, name: str) -> None:
         """Make a weight an input of the graph with a default."""
@@ -166,7 +169,7 @@ class Joined:
     def _renamed(self, node: onnx.NodeProto, rename: Callable[[str], str]) -> onnx.NodeProto:
         found = onnx.NodeProto()
         found.CopyFrom(node)
-        if any(_graphs(node)):
+        if any(map(graphs_of, node.attribute)):
             raise RefusedError("what was compiled holds a node with a graph inside")
         for names in (found.input, found.output):
             names[:] = [rename(name) for name in names]
@@ -190,62 +193,17 @@ def _typed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
     return found
 
 
-def _ordered(nodes: Sequence[tuple[int, onnx.NodeProto]]) -> list[onnx.NodeProto]:
-    """Of what may come next, what stood first does."""
-    makers = {name: i for i, (_, node) in enumerate(nodes) for name in node.output if name}
-    waits = [{makers[name] for name in _reads(node) if name in makers} for _, node in nodes]
-    readers: list[list[int]] = [[] for _ in nodes]
-    for index, needed in enumerate(waits):
-        for each in needed:
-            readers[each].append(index)
-    left = [len(needed) for needed in waits]
-    ready = [(nodes[i][0], i) for i in range(len(nodes)) if not left[i]]
-    heapq.heapify(ready)
-    found: list[onnx.NodeProto] = []
-    while ready:
-        _, index = heapq.heappop(ready)
-        found.append(nodes[index][1])
-        for reader in readers[index]:
-            left[reader] -= 1
-            if not left[reader]:
-                heapq.heappush(ready, (nodes[reader][0], reader))
-    if len(found) != len(nodes):
-        raise ValueError("a place needs what it makes itself")
-    return found
-
-
-def _reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that a node may read: all that graphs within it name are counted."""
-    yield from node.input
-    for graph in _graphs(node):
-        yield from _declared(graph)
-        yield from _names(graph.node)
-
-
-def _graphs(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        if attribute.type == _GRAPH:
-            yield attribute.g
-        elif attribute.type == _GRAPHS:
-            yield from attribute.graphs
-
-
-def _every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for inner in _graphs(node):
-            yield from _every_node(inner)
-
-
 def _declared(graph: onnx.GraphProto) -> Iterator[str]:
     return (value.name for value in (*graph.input, *graph.initializer, *graph.output))
 
 
 def _names(nodes: Iterable[onnx.NodeProto]) -> Iterator[str]:
     """Names of values that nodes and graphs within them have."""
-    for node in nodes:
-        yield from filter(None, node.output)
-        yield from filter(None, _reads(node))
+    for node in every_node(nodes):
+        yield from filter(None, (*node.input, *node.output))
+        for attribute in node.attribute:
+            for graph in graphs_of(attribute):
+                yield from _declared(graph)
 
 
 def _domain(domain: str) -> str:
