@@ -1,4 +1,4 @@
-"""Files under temporary names beside their place, and what killed runs left of them.
+"""Files and folders under temporary names beside their place, and what killed runs left of them.
 
 A file is locked while the run that made it goes on. The lock ends with the process, however that
 ends; so a file that is not locked, and is not being written just now, is nobody's, and the next run
@@ -12,6 +12,8 @@ import fcntl
 import os
 import re
 import secrets
+import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,9 +60,9 @@ def sweep(folder: Path, stem: str, suffix: str = "") -> None:
 def _remove_if_nobodys(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        old = time.time() - os.fstat(handle).st_mtime > _FRESH
-        if old and _lock(handle):
-            path.unlink()
+        status = os.fstat(handle)
+        if time.time() - status.st_mtime > _FRESH and _lock(handle):
+            shutil.rmtree(path) if stat.S_ISDIR(status.st_mode) else path.unlink()
     finally:
         os.close(handle)
 

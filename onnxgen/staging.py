@@ -81,7 +81,7 @@ class Staged:
         for path, place in self.beside.items():
             with _writing(place):
                 os.replace(path, place)
-        _sync_folder(self.output.parent)
+        sync_folder(self.output.parent)
 
 
 @contextmanager
@@ -277,7 +277,7 @@ def _refer(tensor: onnx.TensorProto, location: str, offset: int | None, length: 
             tensor.external_data.add(key=key, value=str(value))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename last, where the system lets a folder be synced."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
