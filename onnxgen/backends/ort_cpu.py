@@ -216,9 +216,9 @@ def _optimise(part: Part, folder: Path) -> _Optimised:
         ("session.disable_prepacking", "1"),
     ):
         settings.add_session_config_entry(key, entry)
-    settings.add_external_initializers(
-        [value.name for value in values], [ort_value(part.weights[i]) for i in sorted(given)]
-    )
+    made = [ort_value(part.weights[i]) for i in sorted(given)]  # the data, too, until it is loaded
+    names = [value.name for value in values]
+    settings.add_external_initializers(names, [value for value, _ in made])
     open_session(model.SerializeToString(), settings, PROVIDERS)
     return _read(folder)
 

@@ -56,12 +56,15 @@ def bindable(weight: Weight) -> bool:
     return kind.itemsize in _UNSIGNED and size == weight.data.nbytes
 
 
-def ort_value(weight: Weight) -> Any:
-    """A value over the memory of a weight that is bindable; the caller keeps the weight."""
+def ort_value(weight: Weight) -> tuple[Any, Array]:
+    """A value over the memory of a weight that is bindable, and what holds that memory.
+
+    The value does not keep it: the caller must.
+    """
     size = onnx.helper.tensor_dtype_to_np_dtype(weight.dtype).itemsize
     data = weight.data.view(_UNSIGNED[size]).reshape(weight.shape)
     data = np.require(data, requirements=["C", "A"])
-    return runtime().OrtValue.ortvalue_from_numpy_with_onnx_type(data, weight.dtype)
+    return runtime().OrtValue.ortvalue_from_numpy_with_onnx_type(data, weight.dtype), data
 
 
 def open_session(blob: bytes, settings: Any, providers: list[str] | None) -> Loaded:
@@ -96,18 +99,18 @@ class _Session(Loaded):
             raise BackendError(
                 f"it takes {len(self._inputs)} inputs, not {len(parameters)} weights"
             )
-        values = {}
+        values, held = {}, []
         for described, weight in zip(self._inputs[own:], parameters, strict=True):
             if not bindable(weight):
                 raise BackendError("a weight of this type can only be inside of the blob")
-            value = ort_value(weight)
+            value, data = ort_value(weight)
+            held.append(data)
             told = [size if isinstance(size, int) else None for size in described.shape]
             if value.data_type() != described.type or told != value.shape():
                 raise BackendError(
                     f"a weight is {value.data_type()} {value.shape()}, not {described.type} {told}"
                 )
             values[described.name] = value
-        held = [weight.data for weight in parameters]
         return _Place(self._session, self._inputs[:own], self._outputs, values, held)
 
 
