@@ -186,12 +186,12 @@ def test_only_what_is_read_is_kept() -> None:
     model = epcontext_model(MAIN, [replace(FIRST, blob=stub_blob(part), parameters=(1,))])
     assert_right(model)
     names = {each.name for each in model.graph.initializer}
-    assert names == {"W", "B", "W2", "B2"}  # W is read by another node
+    assert names == {"W", "B", "W2", "B2", "as_it_is_1", "as_it_is_2"}  # another node reads W
     part = inside(PART, {"w0": VALUES["W2"], "w1": VALUES["B2"]})
     model = epcontext_model(MAIN, [replace(SECOND, blob=stub_blob(part), parameters=())])
     assert_right(model)
-    assert {each.name for each in model.graph.initializer} == {"W", "B"}
-    assert [each.name for each in model.graph.input] == ["x"]
+    assert {each.name for each in model.graph.initializer} == {"W", "B", "as_it_is_2"}
+    assert [each.name for each in model.graph.input] == ["x", "as_it_is_2"]
 
 
 def test_types_of_outputs_are_declared() -> None:
@@ -202,6 +202,13 @@ def test_types_of_outputs_are_declared() -> None:
     assert found.type.tensor_type.elem_type == TensorProto.FLOAT
     dims = found.type.tensor_type.shape.dim
     assert [dim.WhichOneof("value") for dim in dims] == [None, "dim_value"]
+
+
+def test_ranks_need_not_be_known() -> None:
+    part = copy(PART)
+    for value in (part.graph.input[0], part.graph.output[0]):
+        value.type.tensor_type.ClearField("shape")
+    assert_right(epcontext_model(MAIN, [replace(FIRST, model=part, blob=stub_blob(part))]))
 
 
 def test_values_of_the_model_keep_their_names() -> None:
@@ -358,6 +365,23 @@ def test_openvinos_provider_runs_what_the_compile_api_wrote(
     model = epcontext_model(MAIN, [region])
     np.testing.assert_allclose(run(model, device), expected(), rtol=1e-4, atol=1e-4)
     assert "ov_compat_string" in compatibility_of(model, PROVIDER)
+
+
+def test_openvinos_provider_is_given_what_is_constant(
+    device: Any, exported: CompiledRegion
+) -> None:
+    """What enters the region follows from no input here; ONNX Runtime would fold it."""
+    main = copy(MAIN)
+    main.graph.node[0].CopyFrom(helper.make_node("Abs", ["W"], ["a"]))
+    main.graph.node[5].CopyFrom(helper.make_node("Add", ["h", "x"], ["c"]))
+    main.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 48
+    session = ort.InferenceSession(
+        epcontext_model(main, [exported]).SerializeToString(), options_for(device)
+    )
+    feeds = {"x": np.ones((48, 48), np.float32)}
+    right = ort.InferenceSession(main.SerializeToString()).run(None, feeds)
+    for found, each in zip(session.run(None, feeds), right, strict=True):
+        np.testing.assert_allclose(found, each, rtol=1e-4, atol=1e-4)
 
 
 EXPORT = (

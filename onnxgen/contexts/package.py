@@ -47,7 +47,7 @@ _CHUNK = 1 << 24
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
-class Weights(Protocol):
+class Contents(Protocol):
     """Contents of initializers by name."""
 
     def __contains__(self, name: str) -> bool: ...
@@ -84,7 +84,7 @@ def safe_name(text: str) -> str:
 
 
 def write_package(
-    folder: Path, component: str, variants: Sequence[Variant], weights: Weights
+    folder: Path, component: str, variants: Sequence[Variant], weights: Contents
 ) -> None:
     """Write a package; it is there complete or not at all, and the same bytes for the same values.
 
@@ -174,7 +174,7 @@ def _entry(variant: Variant, provider: str, asset: str) -> dict[str, Any]:
     return entry
 
 
-def _with_weights(variant: Variant, weights: Weights, file: _WeightsFile) -> onnx.ModelProto:
+def _with_weights(variant: Variant, weights: Contents, file: _WeightsFile) -> onnx.ModelProto:
     """The variant's model: large weights refer to the shared file, small ones have their content."""
     model = onnx.ModelProto()
     model.CopyFrom(variant.model)
