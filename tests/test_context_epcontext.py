@@ -194,6 +194,15 @@ def test_only_what_is_read_is_kept() -> None:
     assert [each.name for each in model.graph.input] == ["x", "as_it_is_2"]
 
 
+def test_inputs_with_defaults_stay() -> None:
+    main = copy(MAIN)
+    main.graph.input.append(helper.make_tensor_value_info("B", TensorProto.FLOAT, [48]))
+    part = inside(PART, {"w0": VALUES["W"], "w1": VALUES["B"]})
+    model = epcontext_model(main, [replace(FIRST, blob=stub_blob(part), parameters=())])
+    assert "B" in {each.name for each in model.graph.initializer}
+    assert [each.name for each in model.graph.input][:2] == ["x", "B"]
+
+
 def test_types_of_outputs_are_declared() -> None:
     part = copy(PART)
     part.graph.output[0].type.tensor_type.shape.dim[0].dim_param = "n"  # the model has another n
