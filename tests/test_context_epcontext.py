@@ -234,6 +234,17 @@ def test_values_of_the_model_keep_their_names() -> None:
         epcontext_model(main, [replace(FIRST, provider=PROVIDER)])
 
 
+def test_a_weight_that_has_the_name_already_is_led_there_too() -> None:
+    main = copy(MAIN)
+    main.graph.initializer[1].name = main.graph.node[2].input[1] = "w1"
+    region = replace(FIRST, weights=("W", "w1"))
+    model = epcontext_model(main, [region])
+    (node,) = (each for each in model.graph.node if each.op_type == "EPContext")
+    assert not set(node.input) & {each.name for each in model.graph.initializer}
+    with pytest.raises(RefusedError, match="has a value called 'w1'"):
+        epcontext_model(main, [replace(region, provider=PROVIDER)])
+
+
 def test_graphs_within_nodes_read_what_was_compiled() -> None:
     """A region moves behind what it waits for; what reads of it, within graphs too, behind it."""
     main = parser.parse_model(
