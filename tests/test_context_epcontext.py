@@ -464,6 +464,5 @@ def test_a_package_with_it_falls_back(
         assert found.get_selected_variant_name().startswith(selected)
         session = found.create_session()
         assert session.get_providers()[0] == PROVIDER
-        tolerance = 1e-4 if selected == "openvino-CPU" else 0.2  # the original: in bfloat16 there
         result = session.run(["y"], {"x": X})[0]
-        np.testing.assert_allclose(result, expected(), rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(result, expected(), rtol=1e-4, atol=1e-4)

@@ -21,7 +21,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,7 +65,9 @@ class Variant:
             tensors must have theirs inside.
         provider: the execution provider it was compiled for; "" for the original, which any can run.
         compatibility: what the provider is asked about before it is given the model; "" for nothing.
-        provider_options, session_options: what ONNX Runtime sets when it makes the session.
+        provider_options, session_options: what ONNX Runtime sets when it makes the session; the
+            original is given what the first variant for the same provider is, so that it computes
+            no less exactly.
         made_by: who compiled it, written down for people to read.
     """
 
@@ -141,25 +143,28 @@ def _check(component: str, variants: Sequence[Variant]) -> None:
 
 def _entries(variants: Sequence[Variant], asset: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The variants of component.json; the original once for each provider, from one folder."""
-    others = dict.fromkeys(each.provider for each in variants if each.provider)
+    options = {each.provider: each.provider_options for each in reversed(variants) if each.provider}
     for variant in variants:
         if variant.provider:
-            yield variant.name, _entry(variant, variant.provider, asset)
+            yield variant.name, _entry(variant, asset)
     for variant in variants:
         if not variant.provider:
+            others = dict.fromkeys(each.provider for each in variants if each.provider)
             for provider in dict.fromkeys((*others, CPU)):
                 name = variant.name if provider == CPU else f"{variant.name}-{safe_name(provider)}"
-                yield name, _entry(variant, provider, asset)
+                given = variant.provider_options or options.get(provider, {})
+                here = replace(variant, provider=provider, provider_options=given)
+                yield name, _entry(here, asset)
 
 
-def _entry(variant: Variant, provider: str, asset: str) -> dict[str, Any]:
+def _entry(variant: Variant, asset: str) -> dict[str, Any]:
     executor: dict[str, Any] = {"model_file": MODEL}
     options = dict(variant.session_options) | ({FOLDER_OPTION: asset} if asset else {})
     if options:
         executor["session_options"] = options
     if variant.provider_options:
         executor["provider_options"] = dict(variant.provider_options)
-    entry: dict[str, Any] = {"variant_directory": variant.name, "ep": provider}
+    entry: dict[str, Any] = {"variant_directory": variant.name, "ep": variant.provider}
     if variant.compatibility:
         entry["compatibility_string"] = variant.compatibility
     entry["executor_info"] = {"ort": executor}
