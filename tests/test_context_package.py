@@ -139,6 +139,8 @@ def test_the_original_is_there_for_every_provider_after_what_was_compiled(packag
         assert variants[name]["ep"] == provider
         assert variants[name]["variant_directory"] == "original"
         assert "compatibility_string" not in variants[name]
+        given = variants[name]["executor_info"]["ort"].get("provider_options")
+        assert given == ({"mode": "exact"} if provider == OTHER else None)
 
 
 def test_weights_are_there_once(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ onnxruntime-ep-openvino 1.8.1), for one region; what it asks for, all models her
 
 - Inputs and outputs of the node keep the names with which it was compiled, since the provider knows
   them by these. A Reshape to the value's own shape leads from the graph's name to the node's, and
-  back: it copies nothing, and no optimiser removes it, as one does an Identity.
-- A weight that the node is given is an input of the graph with a default, and goes through such a
-  Reshape: a constant is not handed to the provider. Sessions do not list it among their inputs.
+  back: no optimiser removes it, as one does an Identity.
+- None of the node's inputs is a constant, since constants are not handed to the provider. So the
+  shape of that Reshape, zeros, is an input of the graph with a default: what may be given cannot be
+  folded. Sessions do not list it among their inputs.
 - The types of the node's outputs are declared: its operator says nothing of them.
 """
 

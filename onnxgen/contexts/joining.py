@@ -35,9 +35,10 @@ class Joined:
         kept = [node for index, node in enumerate(main.graph.node) if index not in gone]
         self._new: list[list[onnx.NodeProto]] = [[] for _ in places]
         self._types: list[onnx.ValueInfoProto] = []
+        self._keep: dict[int, str] = {}
+        self._fixed = _constants(main.graph)
         self._used = {*_declared(main.graph), *_names(kept)}
         self._node_names = {node.name for node in kept if node.name}
-        self._weights = {each.name: each for each in self._model.graph.initializer}
 
     def put(
         self,
@@ -64,9 +65,7 @@ class Joined:
         place = self._new[index]
         rename = self._renaming(part.graph, [*inputs, *outputs], exact_names)
         for value, name in zip(part.graph.input, inputs, strict=True):
-            if name in self._weights:
-                self._let_be_given(name)
-            self._lead(place, name, rename(value.name))
+            self._lead(place, name, rename(value.name), _rank(value))
         for node in part.graph.node:
             place.append(self._renamed(node, rename))
         for tensor in part.graph.initializer:
@@ -74,7 +73,7 @@ class Joined:
             found.CopyFrom(tensor)
             found.name = rename(tensor.name)
         for value, name in zip(part.graph.output, outputs, strict=True):
-            self._lead(place, rename(value.name), name)
+            self._lead(place, rename(value.name), name, _rank(value))
         for value in [*part.graph.value_info, *part.graph.output]:
             self._types.append(_typed(value, rename(value.name)))
 
@@ -95,14 +94,10 @@ class Joined:
         del graph.value_info[:]
         graph.value_info.extend(types.values())
         read = {name for node in nodes for name in reads_of(node)}
-        read |= {each.name for each in graph.output}
+        read |= {each.name for each in (*graph.input, *graph.output)}
         weights = [each for each in graph.initializer if each.name in read]
-        gone = {each.name for each in graph.initializer} - {each.name for each in weights}
-        given = [each for each in graph.input if each.name not in gone]
         del graph.initializer[:]
         graph.initializer.extend(weights)
-        del graph.input[:]
-        graph.input.extend(given)
         return self._model
 
     def _check(self, part: onnx.ModelProto) -> None:
@@ -129,42 +124,48 @@ class Joined:
     ) -> Callable[[str], str]:
         """What the part's values are called here: each its own name, unless that is in use."""
         boundary = [each.name for each in (*graph.input, *graph.output)]
-        same = {name for name, other in zip(boundary, bound, strict=True) if name == other}
+        pairs = zip(boundary, bound, strict=True)
+        same = {name for name, other in pairs if name == other and name not in self._fixed}
         found: dict[str, str] = {"": ""}
         for name in dict.fromkeys([*_declared(graph), *_names(graph.node)]):
-            new = name
-            if name in self._used and not (name in same and name not in self._weights):
-                if exact:
-                    raise RefusedError(
-                        f"the model has a value called '{name}', as what was compiled has: its "
-                        "provider knows values by their names"
-                    )
-                new = self._free(name)
-            self._used.add(new)
-            found[name] = new
+            if exact and name in self._used and name not in same:
+                raise RefusedError(
+                    f"the model has a value called '{name}', as what was compiled has: its provider "
+                    "knows values by their names"
+                )
+            found[name] = name if name in same else self._new_name(name)
         return found.__getitem__
 
-    def _free(self, name: str) -> str:
-        number = 1
-        while f"{name}_{number}" in self._used:
-            number += 1
-        return f"{name}_{number}"
-
-    def _lead(self, place: list[onnx.NodeProto], start: str, end: str) -> None:
-        """Nodes by which one value is there under another name; none where the names are one."""
+    def _lead(self, place: list[onnx.NodeProto], start: str, end: str, rank: int | None) -> None:
+        """Nodes by which one value is there under another name too; none where the names are one."""
         if start == end:
             return
-        shape = self._free(f"{end}_shape")
-        self._used.add(shape)
-        place.append(helper.make_node("Shape", [start], [shape]))
-        place.append(helper.make_node("Reshape", [start, shape], [end]))
+        shape = self._zeros(1 if rank is None else rank)
+        if rank is None:
+            sizes, same = (self._new_name(f"{end}_{each}") for each in ("sizes", "same"))
+            place.append(helper.make_node("Shape", [start], [sizes]))
+            place.append(helper.make_node("Add", [sizes, shape], [same]))
+            shape = same
+        place.append(helper.make_node("Reshape", [start, shape], [end]))  # 0: as it is
 
-    def _let_be_given(self, name: str) -> None:
-        """Make a weight an input of the graph with a default."""
-        if all(each.name != name for each in self._model.graph.input):
-            weight = self._weights[name]
-            kind = helper.make_tensor_value_info(name, weight.data_type, list(weight.dims))
-            self._model.graph.input.append(kind)
+    def _zeros(self, count: int) -> str:
+        """An input INT64 [count] of zeros unless it is given, which it never is: no constant."""
+        if count not in self._keep:
+            name = self._keep[count] = self._new_name(f"as_it_is_{count}")
+            value = helper.make_tensor_value_info(name, TensorProto.INT64, [count])
+            self._model.graph.input.append(value)
+            zeros = helper.make_tensor(name, TensorProto.INT64, [count], [0] * count)
+            self._model.graph.initializer.append(zeros)
+        return self._keep[count]
+
+    def _new_name(self, name: str) -> str:
+        """The name, or one like it that is not in use."""
+        found, number = name, 0
+        while found in self._used:
+            number += 1
+            found = f"{name}_{number}"
+        self._used.add(found)
+        return found
 
     def _renamed(self, node: onnx.NodeProto, rename: Callable[[str], str]) -> onnx.NodeProto:
         found = onnx.NodeProto()
@@ -182,6 +183,11 @@ class Joined:
         return found
 
 
+def _rank(value: onnx.ValueInfoProto) -> int | None:
+    tensor = value.type.tensor_type
+    return len(tensor.shape.dim) if tensor.HasField("shape") else None
+
+
 def _typed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
     """A value's type; names of sizes go, which may stand for others here."""
     found = onnx.ValueInfoProto(name=name)
@@ -190,6 +196,15 @@ def _typed(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
         raise RefusedError(f"'{value.name}' of what was compiled is of no tensor type")
     for dim in found.type.tensor_type.shape.dim:
         dim.ClearField("dim_param")
+    return found
+
+
+def _constants(graph: onnx.GraphProto) -> set[str]:
+    """Values that follow from no input: an optimiser may make constants of them."""
+    found = {each.name for each in graph.initializer} - {each.name for each in graph.input}
+    for node in graph.node:
+        if all(name in found for name in reads_of(node)):
+            found.update(node.output)
     return found
 
 

@@ -21,17 +21,18 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 
 from onnxgen.backends.interface import Identity, Weight
-from onnxgen.contexts.new_folder import check_new_folder, new_folder
+from onnxgen.contexts.new_folder import new_folder
 from onnxgen.errors import FileError, RefusedError, UsageError
 from onnxgen.scratch import create, sync
 from onnxgen.staging import MAX_FILE, MOVABLE
@@ -47,7 +48,7 @@ _CHUNK = 1 << 24
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 
 
-class Weights(Protocol):
+class Contents(Protocol):
     """Contents of initializers by name."""
 
     def __contains__(self, name: str) -> bool: ...
@@ -64,8 +65,11 @@ class Variant:
         model: every initializer whose name is in `weights` may be without content; all its other
             tensors must have theirs inside.
         provider: the execution provider it was compiled for; "" for the original, which any can run.
-        compatibility: what the provider is asked about before it is given the model; "" for nothing.
-        provider_options, session_options: what ONNX Runtime sets when it makes the session.
+        compatibility: what the provider is asked about before it is given the model; where it is "",
+            the variant is taken wherever the provider is, and there is no fallback to the original.
+        provider_options, session_options: what ONNX Runtime sets when it makes the session; the
+            original is given what the first variant for the same provider is, so that it computes
+            no less exactly.
         made_by: who compiled it, written down for people to read.
     """
 
@@ -84,7 +88,7 @@ def safe_name(text: str) -> str:
 
 
 def write_package(
-    folder: Path, component: str, variants: Sequence[Variant], weights: Weights
+    folder: Path, component: str, variants: Sequence[Variant], weights: Contents
 ) -> None:
     """Write a package; it is there complete or not at all, and the same bytes for the same values.
 
@@ -103,16 +107,15 @@ def write_package(
         FileError: `folder` is not empty, or cannot be written; or a variant's file takes over 2 GB.
     """
     _check(component, variants)
-    check_new_folder(folder)
-    with new_folder(folder) as root:
+    with new_folder(folder) as root, ExitStack() as stack:
         assets = root / "shared_assets"
         assets.mkdir()
-        file = _WeightsFile(assets / WEIGHTS)
+        file = _WeightsFile(stack.enter_context(create(assets / WEIGHTS, [])), assets)
         for variant in variants:
             place = root / component / variant.name
             place.mkdir(parents=True)
             _write(place / MODEL, _with_weights(variant, weights, file), folder)
-        asset = file.finish(assets)
+        asset = file.finish()
         if not asset:
             assets.rmdir()
         body = {"component_name": component, "variants": dict(_entries(variants, asset))}
@@ -141,25 +144,28 @@ def _check(component: str, variants: Sequence[Variant]) -> None:
 
 def _entries(variants: Sequence[Variant], asset: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The variants of component.json; the original once for each provider, from one folder."""
-    others = dict.fromkeys(each.provider for each in variants if each.provider)
+    options = {each.provider: each.provider_options for each in reversed(variants) if each.provider}
     for variant in variants:
         if variant.provider:
-            yield variant.name, _entry(variant, variant.provider, asset)
+            yield variant.name, _entry(variant, asset)
     for variant in variants:
         if not variant.provider:
+            others = dict.fromkeys(each.provider for each in variants if each.provider)
             for provider in dict.fromkeys((*others, CPU)):
                 name = variant.name if provider == CPU else f"{variant.name}-{safe_name(provider)}"
-                yield name, _entry(variant, provider, asset)
+                given = variant.provider_options or options.get(provider, {})
+                here = replace(variant, provider=provider, provider_options=given)
+                yield name, _entry(here, asset)
 
 
-def _entry(variant: Variant, provider: str, asset: str) -> dict[str, Any]:
+def _entry(variant: Variant, asset: str) -> dict[str, Any]:
     executor: dict[str, Any] = {"model_file": MODEL}
     options = dict(variant.session_options) | ({FOLDER_OPTION: asset} if asset else {})
     if options:
         executor["session_options"] = options
     if variant.provider_options:
         executor["provider_options"] = dict(variant.provider_options)
-    entry: dict[str, Any] = {"variant_directory": variant.name, "ep": provider}
+    entry: dict[str, Any] = {"variant_directory": variant.name, "ep": variant.provider}
     if variant.compatibility:
         entry["compatibility_string"] = variant.compatibility
     entry["executor_info"] = {"ort": executor}
@@ -174,7 +180,7 @@ def _entry(variant: Variant, provider: str, asset: str) -> dict[str, Any]:
     return entry
 
 
-def _with_weights(variant: Variant, weights: Weights, file: _WeightsFile) -> onnx.ModelProto:
+def _with_weights(variant: Variant, weights: Contents, file: _WeightsFile) -> onnx.ModelProto:
     """The variant's model: large weights refer to the shared file, small ones have their content."""
     model = onnx.ModelProto()
     model.CopyFrom(variant.model)
@@ -216,14 +222,13 @@ def _clear(tensor: onnx.TensorProto) -> None:
 class _WeightsFile:
     """The weights of all variants, one behind the other: each name once, and each place in memory."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, file: BinaryIO, assets: Path) -> None:
+        self._file, self._assets = file, assets
         self._hash = hashlib.sha256()
         self._size = 0
         self._offsets: dict[str, int] = {}
         self._places: dict[tuple[int, int], int] = {}
         self._kept: list[Weight] = []  # an address means something while its owner lives
-        self._file = create(path, [])
 
     def add(self, name: str, weight: Weight) -> tuple[int, int]:
         """Offset and length of a weight's bytes."""
@@ -236,19 +241,18 @@ class _WeightsFile:
             self._offsets[name] = self._places[place]
         return self._offsets[name], data.nbytes
 
-    def finish(self, assets: Path) -> str:
+    def finish(self) -> str:
         """Move the file to where its hash says, and return what refers to it; "" without weights."""
-        with self._file as file:
-            sync(file)
+        sync(self._file)
         if not self._places:
-            self._path.unlink()
+            (self._assets / WEIGHTS).unlink()
             return ""
         # A shared asset is a folder; its hash is that of a list of its files, as sha256sum prints.
         listed = f"{self._hash.hexdigest()}  {WEIGHTS}\n"
         digest = hashlib.sha256(listed.encode()).hexdigest()
-        place = assets / f"sha256-{digest}"
+        place = self._assets / f"sha256-{digest}"
         place.mkdir()
-        self._path.rename(place / WEIGHTS)
+        (self._assets / WEIGHTS).rename(place / WEIGHTS)
         return f"sha256:{digest}"
 
     def _append(self, data: npt.NDArray[np.uint8]) -> int:
