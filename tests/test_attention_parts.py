@@ -70,12 +70,12 @@ def test_what_a_caller_alone_reads_of_a_cache() -> None:
 def test_sizes_are_read_of_what_stays_outside() -> None:
     """The norm is read by projections, and for its size: it is no part of the layer for that."""
     model = decoder(
-        "sh = Shape(xn)  sb = Slice(sh, [0], [2], [0])  to = Concat<axis = 0>(sb, [40])"
+        "u = Exp(x)  uh = Shape(u)  un = Slice(uh, [2], [3], [0])  sh = Shape(xn)  sb = Slice(sh, [0], [2], [0])  to = Concat<axis = 0>(sb, un)"
         "  a, k1, v1 = Attention(q, k, v, bias, pk, pv)  at = Transpose<perm = [0,2,1,3]>(a)"
         "  ar = Reshape(at, to)  o = MatMul(ar, wo)  ob = Add(o, bo)"
     )
     held = places_of(model, "attention")["attention.0"].split()
-    assert set(held) == {*f"{PROJECTED} sh sb to a at ar o ob".split()}
+    assert set(held) == {*f"{PROJECTED} uh un sh sb to a at ar o ob".split()}
 
 
 def test_a_gate_before_the_output_projection() -> None:
@@ -102,6 +102,43 @@ def test_what_is_read_elsewhere_stays_outside() -> None:
     )
     held = "qp q3 q k3 k vp v3 v a at ar o ob"
     assert places_of(model, "attention") == {"attention.0": held}
+
+
+def test_its_heart_is_whole_whoever_reads_of_it() -> None:
+    """Probabilities and a bias that is projected are read elsewhere: only one of them is its own."""
+    model = decoder(
+        "kt = Transpose<perm = [0,1,3,2]>(k)  qk = MatMul(q, kt)  bp = MatMul(xn, wq)"
+        "  bu = Unsqueeze(bp, [1])  sm = Add(qk, bu)  pr = Softmax(sm)  a = MatMul(pr, v)"
+        f"  k1 = Exp(pr)  v1 = Neg(bu)  {OUT}"
+    )
+    held = f"{PROJECTED} kt qk sm pr a at ar o ob"
+    assert places_of(model, "attention") == {"attention.0": held}
+
+
+def test_scores_that_another_layer_reads_for_their_size() -> None:
+    one = (
+        "q{i} = MatMul(x{i}, w)  k{i} = MatMul(x{i}, w)  v{i} = MatMul(x{i}, w)"
+        "  kt{i} = Transpose<perm = [0,2,1]>(k{i})  qk{i} = MatMul(q{i}, kt{i})"
+        "  sm{i} = Add(qk{i}, mask)  p{i} = Softmax(sm{i})  a{i} = MatMul(p{i}, v{i})"
+        "  o{i} = MatMul(a{i}, w)  x{j} = Add(x{i}, o{i})"
+    )
+    first = one.format(i=0, j=1).replace("Add(qk0, mask)", "Neg(qk0)")
+    model = model_of(
+        "(float[b,s,40] x0) => (float[b,s,40] x2) <float[40,40] w>"
+        f"{{ {first}  ms = Shape(qk0)  mask = ConstantOfShape(ms) {one.format(i=1, j=2)} }}"
+    )
+    assert places_of(model, "attention") == {
+        "attention.0": "q0 k0 v0 kt0 qk0 sm0 p0 a0 o0",
+        "attention.1": "ms mask q1 k1 v1 kt1 qk1 sm1 p1 a1 o1",
+    }
+
+
+def test_a_bias_alone_is_no_projection() -> None:
+    model = decoder(
+        "qs = Squeeze(q)  qr = Gemm(qs, x, bo)  a, k1, v1 = Attention(qr, k, v, bias, pk, pv)"
+        f"  {OUT}"
+    )
+    assert places_of(model, "attention") == {"attention.0": f"{PROJECTED} qs qr a at ar o ob"}
 
 
 def test_layers_share_masks_and_tables() -> None:
@@ -195,7 +232,7 @@ def test_projections_of_codes_and_of_integers() -> None:
         "  of = Cast<to = 1>(oi)  os = Mul(as, ws)  o = Mul(of, os)"
     )
     (held,) = places_of(model, "attention").values()
-    assert set(held.split()) == {*["q", "k", "vi", "vf", "vs", "v", "a"]}
+    assert set(held.split()) == {*"q k vi vf vs v a aq oi of os o".split()}
 
 
 def test_weights_that_are_numbers_again() -> None:

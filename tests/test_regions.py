@@ -19,10 +19,11 @@ from tests.regions import model_of, places_of
 
 def test_all_is_every_node_in_one_piece() -> None:
     model = model_of(
-        "(float[b,4] x) => (float[b,4] y, float[b,4] z) <float[4,4] w>"
-        "{ a = MatMul(x, w)  c = Constant<value = float {2.0}>()  y = Mul(a, c)  z = Exp(x) }"
+        "(float[b,4] x) => (float[b,4] y, float[b,4] z, float k) <float[4,4] w>"
+        "{ a = MatMul(x, w)  c = Constant<value = float {2.0}>()  y = Mul(a, c)  z = Exp(x)"
+        "  d = Constant<value = float {3.0}>()  k = Neg(d) }"
     )
-    assert places_of(model, "all") == {"all": "a c y z"}
+    assert places_of(model, "all") == {"all": "a c y z d k"}
 
 
 def test_a_graph_without_nodes_has_no_place() -> None:
@@ -171,11 +172,20 @@ def test_what_no_backend_can_do_is_not_taken_in() -> None:
 
 def test_places_that_wait_for_one_another_are_cut() -> None:
     model = model_of(
-        "(float[b,4] x, float[b,4] z) => (float[b,4] a2, float[b,4] b2)"
-        "{ a1 = Exp(x) b1 = Sin(z) a2 = Add(b1, x) b2 = Add(a1, z) }",
-        {"p": "a1 a2", "q": "b1 b2"},
+        "(float[b,4] x, float[b,4] z) => (float[b,4] a3, float[b,4] b2)"
+        "{ a1 = Exp(x) b1 = Sin(z) a2 = Add(b1, x) b2 = Add(a1, z) a3 = Neg(a2) }",
+        {"p": "a1 a2 a3", "q": "b1 b2"},
     )
-    assert places_of(model, "p|q") == {"p#1": "a1", "q": "b1 b2", "p#2": "a2"}
+    assert places_of(model, "p|q") == {"p#1": "a1", "q": "b1 b2", "p#2": "a2 a3"}
+
+
+def test_what_is_its_own_hindrance_is_cut_and_no_other() -> None:
+    model = model_of(
+        "(float[b,4] x) => (float[b,4] r0, float[b,4] h2)"
+        "{ r0 = Exp(x) h1 = Sin(x) r1 = Neg(h1) h2 = Abs(r1) }",
+        {"r": "r0 r1", "h": "h1 h2"},
+    )
+    assert places_of(model, "r|h") == {"r": "r0 r1", "h#1": "h1", "h#2": "h2"}
 
 
 def test_three_places_that_wait_in_a_ring() -> None:
