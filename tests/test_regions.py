@@ -2,92 +2,28 @@
 
 from __future__ import annotations
 
-import functools
 import re
-from collections.abc import Collection, Mapping, Sequence
-from graphlib import CycleError, TopologicalSorter
+from collections.abc import Mapping
 
 import onnx
 import onnx_ir as ir
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from onnxgen.analysis.convex import Wires, settle
-from onnxgen.analysis.graph import read_by
-from onnxgen.analysis.regions import Place, find_regions
+from onnxgen.analysis.regions import find_regions
 from onnxgen.analysis.scopes import SCOPES
 from onnxgen.errors import UsageError
-from onnxgen.testing import corpus
-from tests import coverage_table
-from tests.graphs import parse
-
-ENTRIES = corpus()
-KNOWN = coverage_table.read_table(coverage_table.TABLE.read_text("utf-8"))
-LAYER = r"(layers?|h|block)\.\d+"  # of the modules that the corpus' models are made of
-
-
-# --- what tests are written with ----------------------------------------------------------------
-
-
-def model_of(text: str, paths: Mapping[str, str] | None = None, opset: int = 23) -> ir.Model:
-    """A model in ONNX text; nodes are known by their outputs, and have no names.
-
-    Args:
-        paths: module paths, and behind each the nodes that are in it.
-    """
-    model = ir.from_proto(parse(text, opset=opset))
-    where = {name: path for path, held in (paths or {}).items() for name in held.split()}
-    for node in model.graph:
-        node.name = None
-        path = where.pop(str(node.outputs[0].name), None)
-        if path is not None:
-            node.metadata_props[SCOPES] = path
-    assert not where, f"no node makes {where}"
-    return model
-
-
-def places_of(model: ir.Model, which: str) -> dict[str, str]:
-    """By name, what the nodes of each place make; held to what is promised of every answer."""
-    places = find_regions(model, which)
-    assert find_regions(model, which) == places
-    assert_in_one_piece(model, places)
-    nodes = list(model.graph)
-    return {
-        place.name: " ".join(str(nodes[at].outputs[0].name) for at in place.nodes)
-        for place in places
-    }
-
-
-def assert_in_one_piece(model: ir.Model, places: Sequence[Place]) -> None:
-    """Disjoint, sorted, and without a cycle when every place is drawn as one node."""
-    within: dict[int, str] = {}
-    for place in places:
-        assert place.nodes
-        assert list(place.nodes) == sorted(set(place.nodes))
-        assert not within.keys() & set(place.nodes)
-        within.update(dict.fromkeys(place.nodes, place.name))
-    assert len({place.name for place in places}) == len(places)
-    assert [p.nodes[0] for p in places] == sorted(p.nodes[0] for p in places)
-    at = {node: index for index, node in enumerate(model.graph)}
-    before: dict[object, set[object]] = {}
-    for node, index in at.items():
-        own = within.get(index, index)
-        makers = (value.producer() for value in read_by(node))
-        read = {within.get(at[maker], at[maker]) for maker in makers if maker in at}
-        before.setdefault(own, set()).update(read - {own})
-    list(TopologicalSorter(before).static_order())  # raises where there is a cycle
-
+from tests.regions import model_of, places_of
 
 # --- everything ---------------------------------------------------------------------------------
 
 
 def test_all_is_every_node_in_one_piece() -> None:
     model = model_of(
-        "(float[b,4] x) => (float[b,4] y, float[b,4] z) <float[4,4] w>"
-        "{ a = MatMul(x, w)  c = Constant<value = float {2.0}>()  y = Mul(a, c)  z = Exp(x) }"
+        "(float[b,4] x) => (float[b,4] y, float[b,4] z, float k) <float[4,4] w>"
+        "{ a = MatMul(x, w)  c = Constant<value = float {2.0}>()  y = Mul(a, c)  z = Exp(x)"
+        "  d = Constant<value = float {3.0}>()  k = Neg(d) }"
     )
-    assert places_of(model, "all") == {"all": "a c y z"}
+    assert places_of(model, "all") == {"all": "a c y z d k"}
 
 
 def test_a_graph_without_nodes_has_no_place() -> None:
@@ -236,11 +172,20 @@ def test_what_no_backend_can_do_is_not_taken_in() -> None:
 
 def test_places_that_wait_for_one_another_are_cut() -> None:
     model = model_of(
-        "(float[b,4] x, float[b,4] z) => (float[b,4] a2, float[b,4] b2)"
-        "{ a1 = Exp(x) b1 = Sin(z) a2 = Add(b1, x) b2 = Add(a1, z) }",
-        {"p": "a1 a2", "q": "b1 b2"},
+        "(float[b,4] x, float[b,4] z) => (float[b,4] a3, float[b,4] b2)"
+        "{ a1 = Exp(x) b1 = Sin(z) a2 = Add(b1, x) b2 = Add(a1, z) a3 = Neg(a2) }",
+        {"p": "a1 a2 a3", "q": "b1 b2"},
     )
-    assert places_of(model, "p|q") == {"p#1": "a1", "q": "b1 b2", "p#2": "a2"}
+    assert places_of(model, "p|q") == {"p#1": "a1", "q": "b1 b2", "p#2": "a2 a3"}
+
+
+def test_what_is_its_own_hindrance_is_cut_and_no_other() -> None:
+    model = model_of(
+        "(float[b,4] x) => (float[b,4] r0, float[b,4] h2)"
+        "{ r0 = Exp(x) h1 = Sin(x) r1 = Neg(h1) h2 = Abs(r1) }",
+        {"r": "r0 r1", "h": "h1 h2"},
+    )
+    assert places_of(model, "r|h") == {"r": "r0 r1", "h#1": "h1", "h#2": "h2"}
 
 
 def test_three_places_that_wait_in_a_ring() -> None:
@@ -312,88 +257,3 @@ def test_nodes_in_any_order() -> None:
     model.graph.remove(nodes)
     model.graph.extend(reversed(nodes))
     assert places_of(model, "p|q") == {"q": "e d", "p": "c m a"}
-
-
-@st.composite
-def wired(draw: st.DrawFn) -> tuple[list[list[int]], list[int], list[int]]:
-    """Nodes in order, what each reads, the group it is in, and those that no piece may have."""
-    count = draw(st.integers(1, 16))
-    sources = [
-        draw(st.lists(st.integers(0, at - 1), max_size=3, unique=True)) if at else []
-        for at in range(count)
-    ]
-    labels = draw(st.lists(st.integers(-1, 3), min_size=count, max_size=count))
-    barred = draw(st.lists(st.integers(0, count - 1), max_size=2))
-    return sources, labels, barred
-
-
-@given(wired())
-@settings(max_examples=400, deadline=None)
-def test_pieces_of_any_graph(drawn: tuple[list[list[int]], list[int], list[int]]) -> None:
-    sources, labels, barred = drawn
-    usable = set(range(len(sources))) - set(barred)
-    groups = [{at for at in usable if labels[at] == group} for group in range(4)]
-    wires = Wires.between(sources, list(range(len(sources))))
-    pieces = settle(wires, groups, usable)
-    assert settle(wires, groups, usable) == pieces
-    flat = [piece for parts in pieces for piece in parts]
-    assert len({at for piece in flat for at in piece}) == sum(map(len, flat))
-    assert all(usable.issuperset(piece) for piece in flat)
-    for group, parts in zip(groups, pieces, strict=True):
-        assert group <= {at for piece in parts for at in piece}
-    assert not any(map(functools.partial(_returns, sources), flat))
-    assert _has_order(sources, flat)
-    if _has_order(sources, groups):  # nothing is cut, nor taken in, without need
-        assert [[sorted(piece) for piece in parts] for parts in pieces] == [
-            [sorted(group)] if group else [] for group in groups
-        ]
-
-
-@given(wired())
-@settings(max_examples=100, deadline=None)
-def test_places_of_any_model(drawn: tuple[list[list[int]], list[int], list[int]]) -> None:
-    sources, labels, barred = drawn
-    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([2]))
-    nodes: list[ir.Node] = []
-    for at, read in enumerate(sources):
-        kind = "RandomNormalLike" if at in barred else "Constant" if labels[at] == 3 else "Sum"
-        inputs = [x, *(nodes[each].outputs[0] for each in read)]
-        attributes = {"value_float": 1.0} if kind == "Constant" else {}
-        inputs = {"RandomNormalLike": inputs[-1:], "Constant": []}.get(kind, inputs)
-        nodes.append(ir.node(kind, inputs, attributes, name=f"group.{labels[at]}/{kind}"))
-        nodes[-1].outputs[0].name = f"v{at}"
-    ends = [node.outputs[0] for node in nodes if not node.outputs[0].uses()]
-    model = ir.Model(ir.Graph([x], ends, nodes=nodes, opset_imports={"": 20}), ir_version=10)
-    places = {place.name: place for place in find_regions(model, r"group\.-?\d")}
-    assert list(places.values()) == find_regions(model, r"group\.-?\d")
-    assert_in_one_piece(model, list(places.values()))
-    held = {at for place in places.values() for at in place.nodes}
-    assert not held & set(barred)
-    for at, node in enumerate(nodes):
-        assert at in held or node.op_type != "Sum"
-
-
-def _returns(sources: Sequence[Sequence[int]], piece: Sequence[int]) -> bool:
-    """Whether a way leaves a piece and comes back."""
-    left: set[int] = set()
-    for at, read in enumerate(sources):
-        gone = any(each in left or each in piece for each in read)
-        if at not in piece and gone:
-            left.add(at)
-        elif left.intersection(read):
-            return True
-    return False
-
-
-def _has_order(sources: Sequence[Sequence[int]], pieces: Sequence[Collection[int]]) -> bool:
-    """Whether every piece can be run at once, and all one after the other."""
-    unit = {at: -1 - piece for piece, held in enumerate(pieces) for at in held}
-    before: dict[int, set[int]] = {}
-    for at, read in enumerate(sources):
-        own = unit.get(at, at)
-        before.setdefault(own, set()).update({unit.get(each, each) for each in read} - {own})
-    try:
-        list(TopologicalSorter(before).static_order())
-    except CycleError:
-        return False
-    return True

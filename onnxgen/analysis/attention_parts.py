@@ -48,7 +48,7 @@ _WEIGHING = PRODUCTS | names(
     """
 )
 # What may stand between attention and its output projection: views, gates, rows made zeros.
-_PASSED = VIEWS | names("DequantizeLinear Div Mul QuantizeLinear Slice Where")
+_PASSED = VIEWS | names("DequantizeLinear Div DynamicQuantizeLinear Mul QuantizeLinear Slice Where")
 # What a product of integers is followed by, before it is the projection.
 _SCALING = names("Cast DequantizeLinear Mul")
 _INTEGERS = names("MatMulInteger MatMulInteger16 QLinearMatMul QOrderedMatMul QGemm QLinearConv")
@@ -120,7 +120,7 @@ class _Layers:
         while pending:
             index = pending.pop()
             op_type = self.nodes[index].op_type
-            if index not in seen and index not in self.fixed and op_type not in _SIZES:
+            if index not in seen and op_type not in _SIZES:
                 seen[index] = None
                 if op_type not in ENDS:
                     pending += near[index]

@@ -90,6 +90,7 @@ class _Pieces:
         self.groups = len(groups)
         self.group_of = list(range(len(groups)))  # of a piece; at first every group is one
         self.label = [NONE] * len(wires.sources)
+        self.convex: set[int] = set()  # pieces that no way leaves and enters again
         for number, group in enumerate(groups):
             for node in group:
                 self.label[node] = number
@@ -137,15 +138,18 @@ class _Pieces:
     def filled(self, knot: Sequence[int]) -> bool:
         """Take in what lies between nodes of a piece where no other piece has or reads it."""
         done = False
-        for piece in self._several(knot):
+        for piece in self._doubtful(knot):
             between = self._between(piece, knot)
+            if not between:
+                self.convex.add(piece)
+                continue
             free = all(
                 self.label[node] == NONE
                 and node in self.usable
                 and all(self.label[each] in (NONE, piece) for each in self.wires.readers[node])
                 for node in between
             )
-            if between and free:
+            if free:
                 for node in between:
                     self.label[node] = piece
                 done = True
@@ -154,7 +158,7 @@ class _Pieces:
     def loosened(self, knot: Sequence[int]) -> bool:
         """Cut every piece that is left and entered again, at each return."""
         done = False
-        for piece in self._several(knot):
+        for piece in self._doubtful(knot):
             returns = dict.fromkeys(knot, 0)  # how often a way to a node has left the piece
             for node in knot:
                 for source in self.wires.sources[node]:
@@ -162,6 +166,7 @@ class _Pieces:
                         left = self.label[source] == piece != self.label[node]
                         returns[node] = max(returns[node], returns[source] + left)
             nodes = [node for node in knot if self.label[node] == piece]
+            self.convex.add(piece)
             for level in sorted({returns[node] for node in nodes})[1:]:
                 self._cut_off(piece, [node for node in nodes if returns[node] == level])
                 done = True
@@ -190,12 +195,10 @@ class _Pieces:
                     late.add(node)
         self._cut_off(piece, late)
 
-    def _several(self, knot: Sequence[int]) -> list[int]:
-        """The pieces of a knot that are more than one node."""
-        count: dict[int, int] = {}
-        for node in knot:
-            count[self.label[node]] = count.get(self.label[node], 0) + 1
-        return [piece for piece, nodes in count.items() if piece != NONE and nodes > 1]
+    def _doubtful(self, knot: Sequence[int]) -> list[int]:
+        """The pieces of a knot that may be left and entered again."""
+        there = dict.fromkeys(self.label[node] for node in knot)
+        return [piece for piece in there if piece != NONE and piece not in self.convex]
 
     def _between(self, piece: int, knot: Sequence[int]) -> list[int]:
         """The nodes that follow from a piece, and that it follows from."""
@@ -211,8 +214,10 @@ class _Pieces:
 
     def _cut_off(self, piece: int, nodes: Collection[int]) -> None:
         self.group_of.append(self.group_of[piece])
+        part = len(self.group_of) - 1
+        self.convex.add(part)  # as every part is that is cut off
         for node in nodes:
-            self.label[node] = len(self.group_of) - 1
+            self.label[node] = part
 
 
 def _strongly_connected(after: dict[int, dict[int, None]]) -> Iterator[list[int]]:

@@ -27,16 +27,11 @@ from onnxgen.analysis.graph import NONDETERMINISTIC, names, read_by
 from onnxgen.analysis.scopes import path_of
 from onnxgen.errors import UsageError
 
-_GIVE_NO_ARRAYS = names(
+# What gives sequences, optional values or strings.
+_NO_ARRAYS = names(
     """
     Optional OptionalGetElement SequenceConstruct SequenceEmpty SequenceErase SequenceInsert
     SequenceMap SplitToSequence StringConcat StringNormalizer StringSplit
-    """
-)
-_TAKE_NO_ARRAYS = names(
-    """
-    ConcatFromSequence OptionalHasElement RegexFullMatch SequenceAt SequenceLength TfIdfVectorizer
-    Tokenizer
     """
 )
 _SHOWN = 5  # paths that an error names
@@ -125,7 +120,6 @@ def _usable(model: ir.Model, nodes: Sequence[ir.Node]) -> set[int]:
             each.op_type in NONDETERMINISTIC or each.op_identifier() in random
             for each in (node, *_inside(node))
         )
-        and node.op_type not in _GIVE_NO_ARRAYS | _TAKE_NO_ARRAYS
         and all(map(_is_array, (*read_by(node), *node.outputs)))
     }
 
@@ -143,7 +137,7 @@ def _is_array(value: ir.Value) -> bool:
     """Whether a value is a tensor of numbers, as far as it is declared or its maker tells."""
     if value.type is None:
         maker = value.producer()
-        return maker is None or maker.op_type not in _GIVE_NO_ARRAYS
+        return maker is None or maker.op_type not in _NO_ARRAYS
     return isinstance(value.type, ir.TensorType) and value.dtype != ir.DataType.STRING
 
 
