@@ -5,6 +5,9 @@ onnxgen.to_paged(model) -> Result
 onnxgen.verify(original, rewritten) -> Proof
 onnxgen.explain(model) -> list[Site]
 onnxgen.inspect(model) -> Inspection
+onnxgen.add_contexts(path, backends) -> Contexts
+onnxgen.check_contexts(path) -> Contexts
+onnxgen.load(path) -> Session               runs what a backend compiled, else the model itself
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from onnxgen.api import Result, explain, fuse, inspect, to_paged, verify
+    from onnxgen.context_api import add_contexts, check_contexts
     from onnxgen.errors import (
         ExpectationError,
         FileError,
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from onnxgen.report.values import Proof, Report
+    from onnxgen.session import Session, load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -36,11 +41,15 @@ __all__ = [
     "RefusedError",
     "Report",
     "Result",
+    "Session",
     "UsageError",
     "__version__",
+    "add_contexts",
+    "check_contexts",
     "explain",
     "fuse",
     "inspect",
+    "load",
     "to_paged",
     "verify",
 ]
@@ -55,7 +64,9 @@ _HOMES = {
         "RefusedError",
         "UsageError",
     ),
+    "onnxgen.context_api": ("add_contexts", "check_contexts"),
     "onnxgen.report.values": ("Proof", "Report"),
+    "onnxgen.session": ("Session", "load"),
 }
 
 

@@ -21,7 +21,7 @@ from onnxgen.cli_words import (
     verify_option,
 )
 from onnxgen.cli_words import check_verify as check_budget
-from onnxgen.errors import ExpectationError
+from onnxgen.errors import ExpectationError, UsageError
 from onnxgen.report.contexts import Contexts
 
 _ENCODINGS = click.Choice(["function", "metadata"])
@@ -227,6 +227,70 @@ def convert(
     _report(
         "convert",
         lambda progress: pipeline.convert(model, encoding, output, force=force, progress=progress),
+        json_output,
+    )
+
+
+@context.command()
+@click.argument("model", type=PathType())
+@click.option(
+    "--package",
+    type=PathType(file_okay=False),
+    metavar="DIR",
+    help="Write a model package of ONNX Runtime: a variant for each backend, the weights once.",
+)
+@click.option(
+    "--epcontext",
+    is_flag=True,
+    help="Write the model for one backend's execution provider, with EPContext nodes.",
+)
+@click.option(
+    "--backend",
+    "backends",
+    multiple=True,
+    metavar="NAME:DEVICE",
+    help="Whose objects; all that can be in a package unless given, one for --epcontext.",
+)
+@_output_option
+@_force_option
+@json_option
+@loudness_options
+def export(
+    model: Path,
+    package: Path | None,
+    epcontext: bool,
+    backends: tuple[str, ...],
+    output: Path | None,
+    force: bool,
+    json_output: bool,
+) -> None:
+    """Write what MODEL holds in a form of ONNX Runtime's own, for runtimes without onnxgen.
+
+    \b
+    Example:
+      onnxgen context export model.context.onnx --package model.package
+    """
+    from onnxgen import pipeline_export as pipeline
+
+    if (package is None) != epcontext:
+        raise UsageError("give --package DIR, or --epcontext and --backend")
+    if package is not None:
+        folder = package
+        if output is not None:
+            raise UsageError("-o is for --epcontext: a package is written to its DIR")
+        _report(
+            "export",
+            lambda progress: pipeline.package(model, folder, backends, progress),
+            json_output,
+        )
+        return
+    if len(backends) != 1:
+        raise UsageError("--epcontext is for one --backend")
+    _report(
+        "export",
+        lambda progress: pipeline.epcontext(
+            model, backends[0], output, force=force, progress=progress
+        ),
         json_output,
     )
 

@@ -23,7 +23,7 @@ from onnxgen.analysis.roles import Roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import OnnxgenError, RefusedError
 from onnxgen.functions import moe
-from onnxgen.model_io import data_files, read_model
+from onnxgen.model_io import DROPPED, data_files, read_model
 from onnxgen.passes.normalize import normalize
 from onnxgen.pipeline import FuseOptions, fuse
 from onnxgen.pipeline_paged import PageOptions, to_paged
@@ -66,6 +66,7 @@ def inspect(path: Path, roles: Mapping[str, str], progress: Progress) -> Inspect
     found.quantised = {op: count for op, count in found.ops.items() if op in _QUANTISED}
     contract = read_contract(model)
     found.contract = str(contract) if contract != Contract() else ""
+    found.backends = list(model.meta.get(DROPPED, ()))
     _weights(found, model)
     paged = PAGED in model.metadata_props  # whose inputs are no decoder's
     with Runtime(twins=unrunnable_types(model)) as runtime:

@@ -50,6 +50,7 @@ from onnxgen.stages import (
     raise_unless_expected,
     raise_unless_good,
     sizes,
+    warn_of_dropped,
 )
 from onnxgen.staging import check_output
 from onnxgen.targets import onnx as onnx_target
@@ -137,6 +138,7 @@ def fuse(path: Path, options: FuseOptions, progress: Progress) -> Report:
 
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
+    warn_of_dropped(report, model)
     if PAGED in model.metadata_props:
         raise RefusedError(f"{path} is a paged model, of which nothing is left to fuse")
     reads = [*data_files(model), *map(path.with_name, READ)]

@@ -25,7 +25,7 @@ from onnxgen.compiling import CompiledBy
 from onnxgen.context_files import BlobPlace, describe, written
 from onnxgen.context_types import types_of
 from onnxgen.contexts.choosing import Chooser
-from onnxgen.contexts.forms import Encoding, Held, decode, holds_contexts
+from onnxgen.contexts.forms import Encoding, Held, decode, decode_file, holds_contexts
 from onnxgen.contexts.records import FormatError
 from onnxgen.contexts.regions import described, outlined
 from onnxgen.contexts.trust import Given, trust
@@ -87,7 +87,7 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
     said = report.Contexts(str(path))
     clock = Clock(said.seconds, progress)
     clock.start("read", f"reading {path.name}")
-    opened, held = _read(path)
+    opened, held = decode_file(path)
     model = as_model(replace(opened, proto=copy.deepcopy(opened.proto)))
     reads = data_files(model)
     check_output(output, path, reads, force=options.force)
@@ -144,7 +144,7 @@ def listed(path: Path) -> report.Contexts:
         FileError: the model, or its table, cannot be read.
     """
     said = report.Contexts(str(path))
-    opened, held = _read(path)
+    opened, held = decode_file(path)
     describe(said, opened, held)
     return said
 
@@ -156,7 +156,7 @@ def check(path: Path, prefer: Sequence[str] | None, trusted: Given | None) -> re
         FileError: the model, its table, or a list of trusted blobs cannot be read.
     """
     said = report.Contexts(str(path))
-    opened, held = _read(path)
+    opened, held = decode_file(path)
     chooser = Chooser(opened, held, prefer, trusted)
     describe(said, opened, held)
     reasons: dict[tuple[str, str], str] = {}
@@ -217,23 +217,11 @@ def convert(
         FileError: the model cannot be read, or the result not written.
         UsageError: it holds nothing.
     """
-    opened, held = _read(path)
+    opened, held = decode_file(path)
     if not held.table.regions:
         raise UsageError(f"{path} holds nothing for backends")
     place = output or path.with_name(f"{stem(path)}.{encoding}.onnx")
     return _rewritten(path, opened, held, encoding, place, force, progress)
-
-
-def _read(path: Path) -> tuple[Opened, Held]:
-    """The original model and its table."""
-    opened = open_model(path)
-    try:
-        return opened, decode(opened.proto)
-    except FormatError as error:
-        raise FileError(
-            f"{path}: what it holds for backends cannot be read: {error}; "
-            "`onnxgen context strip` gives the model without it"
-        ) from error
 
 
 def _rewritten(

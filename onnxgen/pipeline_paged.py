@@ -47,6 +47,7 @@ from onnxgen.stages import (
     raise_unless_expected,
     raise_unless_good,
     sizes,
+    warn_of_dropped,
 )
 from onnxgen.staging import check_output
 from onnxgen.targets import onnx as onnx_target
@@ -123,6 +124,7 @@ def to_paged(path: Path, options: PageOptions, progress: Progress) -> Report:
 
     clock.start("read", f"reading {path.name}")
     model = read_model(path)
+    warn_of_dropped(report, model)
     report.ops_before = count_ops(model)
     output = folder / "model.onnx"
     reads = [*data_files(model), *map(path.with_name, READ)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.analysis.sampling import Sampler
 from onnxgen.errors import ExpectationError, ModelDiffersError, RefusedError, UsageError
 from onnxgen.expectations import Expectations
+from onnxgen.model_io import DROPPED
 from onnxgen.own_rules import OwnRules, find_rules
 from onnxgen.passes.merged import Part, split_branches
 from onnxgen.passes.missed import missed
@@ -215,7 +216,16 @@ def raise_unless_expected(report: Report, expect: Expectations, path: Path) -> N
         raise error
 
 
-def sizes(paths: Sequence[Path]) -> int:
+def warn_of_dropped(report: Report, model: ir.Model) -> None:
+    """Say what the model that was read held for backends: it was compiled for other nodes."""
+    if dropped := model.meta.get(DROPPED):
+        report.warnings.append(
+            f"what {', '.join(dropped)} compiled is dropped: it is for the nodes as they were; "
+            "onnxgen context add compiles the new ones"
+        )
+
+
+def sizes(paths: Iterable[Path]) -> int:
     """Bytes of files together."""
     return sum(path.stat().st_size for path in paths)
 

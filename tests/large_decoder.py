@@ -83,8 +83,11 @@ def write_decoder(
             if contents == "random":
                 start = int(rng.integers(BLOCK))
                 scale = np.float32(1 / np.sqrt(shape[0]) if len(shape) > 1 else 0.1)
-                if name.endswith((".o", ".down")):  # as GPT-2: what layers add stays small
+                # What layers add stays small beside what a token is, as training leaves it: else
+                # rounding grows from layer to layer, in any runtime.
+                if name.endswith((".o", ".down")):
                     scale /= np.float32(np.sqrt(2 * sizes.layers))
+                scale = np.float32(1) if name == "embed" else scale
                 shift = np.float32(0 if len(shape) > 1 else 1)
                 rolled = np.roll(block, start) * scale + shift
                 for done in range(0, count, BLOCK):

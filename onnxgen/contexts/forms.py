@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import onnx
@@ -32,7 +33,8 @@ from onnxgen.contexts.records import (
 )
 from onnxgen.contexts.spans import as_spans, from_spans
 from onnxgen.contexts.values import DOMAIN, VERSION, Region, Table
-from onnxgen.reading import BLOB
+from onnxgen.errors import FileError
+from onnxgen.reading import BLOB, Opened, open_model
 
 Encoding = Literal["function", "metadata"]
 KEY = "onnxgen.contexts"  # of the model's metadata, and of a region's function
@@ -108,16 +110,32 @@ def decode(proto: onnx.ModelProto) -> Held:
     return Held(proto, Table(regions, read_types(top.get("types", {}))), blobs, encoding)
 
 
+def decode_file(path: Path) -> tuple[Opened, Held]:
+    """A model file and what it holds, as `decode` says.
+
+    Raises:
+        FileError: the model, or its table, cannot be read.
+    """
+    opened = open_model(path)
+    try:
+        return opened, decode(opened.proto)
+    except FormatError as error:
+        raise FileError(
+            f"{path}: what it holds for backends cannot be read: {error}; "
+            "`onnxgen context strip` gives the model without it"
+        ) from error
+
+
 def strip(proto: onnx.ModelProto) -> list[str]:
     """Take out everything that is ours, however damaged.
 
     Returns:
-        The backends that had compiled something, as far as the table tells.
+        The backends that had compiled something; ["somebody"] where the table cannot be read.
     """
     try:
         return decode(proto).table.backends
     except FormatError:
-        return []
+        return ["somebody"]
 
 
 def encode(held: Held, encoding: Encoding) -> onnx.ModelProto:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from itertools import groupby
 
 from rich.console import Group, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from onnxgen.bounds import in_words
-from onnxgen.report.contexts import Contexts, Held
-
-_SHOWN = 8  # regions that are alike in all that is said of them are one line from here on
+from onnxgen.report.contexts import Contexts, Held, Place
+from onnxgen.report.values import Proof
 
 
 def render_contexts(said: Contexts) -> RenderableType:
@@ -28,75 +28,74 @@ def _lines(said: Contexts) -> Iterator[RenderableType]:
         yield Text(said.input, "bold")
     if said.dropped:
         yield Text(f"  taken out: what {', '.join(said.dropped)} compiled")
-    if not said.places:
+    if not said.held:
         yield Text("  holds nothing for backends")
-    else:
-        yield Text(
-            f"  {len(said.places)} regions, as {said.encoding}"
-            if len(said.places) > 1
-            else f"  1 region, as {said.encoding}"
-        )
-        yield _table(said)
+    by_place: dict[str, list[Held]] = {}
+    for each in said.held:
+        by_place.setdefault(each.region, []).append(each)
+    places = [place for place in said.places if place.name in by_place]
+    for _, group in groupby(places, key=lambda place: _alike(place, by_place[place.name])):
+        members = list(group)
+        yield _title(members, said.encoding)
+        yield Padding(_table([by_place[each.name] for each in members]), (0, 0, 0, 4))
     for backend, proof in said.proofs.items():
-        worst = proof.worst
-        if proof.status == "proven" and worst is not None:
-            cases = sum(case.compared for case in proof.cases)
-            what = f"✓ proven: {cases} cases, largest difference {worst.difference:.1e}"
-            yield Text.assemble(f"  {backend} ", (what, "green"))
-        else:
-            yield Text.assemble(f"  {backend} ", (f"✗ {proof.status}: {proof.reason}", "red"))
-    if said.output and said.held and not said.proofs and said.input != said.output:
-        yield Text("  nothing was run", "dim")
+        yield _proof(backend, proof)
     for warning in said.warnings:
         yield Text(f"  Warning: {warning}", "yellow")
 
 
-def _table(said: Contexts) -> RenderableType:
-    asked = any(each.picked is not None for each in said.held)
-    table = Table(box=None, padding=(0, 2), show_edge=False)
-    names = ["region", "backend", "compiled by", "for", "blob", "weights"]
-    for name in [*names, *(["here"] if asked else [])]:
-        table.add_column(name, overflow="fold", header_style="dim")
-    nodes = {each.name: each.nodes for each in said.places}
+def _alike(place: Place, held: list[Held]) -> Hashable:
+    """What is said of a region but its name and its weights: neighbours that share it are one entry."""
+    said = tuple((each.backend, each.given, each.inside_bytes, each.reason) for each in held)
+    picked = tuple(each.picked for each in held)
+    return place.nodes, place.subgraph, said, picked
 
-    def alike(each: Held) -> tuple[object, ...]:
-        kept = (each.backend, each.source, each.version, each.compatibility, each.given)
-        return (*kept, each.inside_bytes, each.picked, each.reason, nodes[each.region])
 
-    by_backend = sorted(said.held, key=lambda each: each.backend)
-    for _, group in groupby(by_backend, key=alike):
-        members = list(group)
-        shown = [[each] for each in members] if len(members) < _SHOWN else [members]
-        for part in shown:
-            table.add_row(*_cells(part, nodes, asked=asked))
+def _title(places: list[Place], encoding: str) -> Text:
+    first, last = places[0], places[-1]
+    name = first.name if first is last else f"{first.name} … {last.name}"
+    count = "" if first is last else f" ({len(places)} regions)"
+    nodes = f"{first.nodes} nodes" + ("" if first is last else " each")
+    return Text.assemble("  ", (name, "bold"), f"{count}: {nodes}, as {encoding}")
+
+
+def _table(regions: list[list[Held]]) -> Table:
+    """A row for each backend; of several regions that are alike, for all of them."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    for several in zip(*regions, strict=True):
+        first = several[0]
+        blobs = {each.blob: each.bytes for each in several}
+        size = in_words(sum(blobs.values()))
+        blob = f"blob {first.blob[:12]}… of {size}"
+        if len(several) > 1:
+            blob = f"{len(blobs)} blobs of {size} for {len(several)} regions"
+            blob = f"one blob {first.blob[:12]}… of {size} for all" if len(blobs) == 1 else blob
+        inside = f", {in_words(first.inside_bytes)} inside" if first.inside_bytes else ""
+        lines = [
+            Text(f"{blob}; {first.given} weights given{inside}"),
+            Text(f"{first.source} {first.version}", "dim"),
+            Text(f"for {first.compatibility or first.device}", "dim"),
+        ]
+        if first.picked is not None:
+            lines.insert(0, _here(first))
+        table.add_row(Text(first.backend, "bold"), Group(*lines))
     return table
 
 
-def _cells(part: list[Held], nodes: dict[str, int], *, asked: bool) -> list[str | Text]:
-    first = part[0]
-    blobs = {each.blob: each.bytes for each in part}
-    names = first.region if len(part) == 1 else f"{first.region} … {part[-1].region} ({len(part)})"
-    held = f"{in_words(sum(blobs.values()))} {first.blob[:12]}…"
-    if len(part) > 1:
-        held = f"{in_words(sum(blobs.values()))} in {len(blobs)}"
-    weights = f"{first.given} given"
-    if first.inside_bytes:
-        weights += f", {in_words(first.inside_bytes)} inside"
-    cells: list[str | Text] = [
-        f"{names} ({nodes[first.region]} nodes)",
-        first.backend,
-        f"{first.source} {first.version}",
-        first.compatibility or first.device,
-        held,
-        weights,
-    ]
-    if asked:
-        cells.append(
-            Text("✓ runs it", "green")
-            if first.picked
-            else Text(
-                f"✗ {first.reason}" if first.reason else "after another",
-                "red" if first.reason else "dim",
-            )
-        )
-    return cells
+def _here(held: Held) -> Text:
+    if held.picked:
+        return Text("✓ runs it here", "green")
+    if held.reason:
+        return Text(f"✗ {held.reason}", "red")
+    return Text("- another runs it, or it was not asked for", "dim")
+
+
+def _proof(backend: str, proof: Proof) -> Text:
+    worst = proof.worst
+    if proof.status != "proven" or worst is None:
+        return Text.assemble(f"  {backend} ", (f"✗ {proof.status}: {proof.reason}", "red"))
+    cases = sum(case.compared for case in proof.cases)
+    what = f"✓ proven: {cases} cases, largest difference {worst.difference:.1e}"
+    return Text.assemble(f"  {backend} ", (what, "green"))

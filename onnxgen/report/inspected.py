@@ -51,6 +51,8 @@ def _lines(found: Inspection) -> Iterator[tuple[str, str | Text]]:
             yield "" if index else name, line
     if found.contract:
         yield "contract", found.contract
+    if found.backends:
+        yield "compiled by", f"{', '.join(found.backends)} (onnxgen context list says more)"
     for index, target in enumerate(found.targets):
         style = "green" if target.possible else "red"
         mark = (f"{'✓' if target.possible else '✗'} {target.target}", style)

@@ -77,6 +77,7 @@ class Inspection:
         precision: the type that most weights have.
         quantised: how many nodes read quantised weights or compute in integers, by op type.
         contract: what the model says that it assumes; "" for nothing.
+        backends: whose compiled objects it holds, see docs/contexts.md.
         targets: what it could become.
         warnings: one sentence each.
     """
@@ -105,5 +106,6 @@ class Inspection:
     precision: str = ""
     quantised: dict[str, int] = field(default_factory=dict)
     contract: str = ""
+    backends: list[str] = field(default_factory=list)
     targets: list[Takes] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)

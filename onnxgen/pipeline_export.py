@@ -1,0 +1,161 @@
+"""What `onnxgen context export` runs: what a model holds for backends, in ONNX Runtime's own forms.
+
+package:    read -> each backend's blobs -> a variant for each, and the original -> a new folder
+epcontext:  read -> one backend's blobs -> the graph with EPContext nodes -> moved into place
+
+Blobs are checked against their hashes and copied; nothing is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+
+from onnxgen.context_files import describe
+from onnxgen.contexts import openvino_bin
+from onnxgen.contexts.blobs import BlobError, read_blob
+from onnxgen.contexts.cutting import cut_out
+from onnxgen.contexts.epcontext import CompiledRegion, compatibility_of, epcontext_model
+from onnxgen.contexts.forms import Held, decode_file
+from onnxgen.contexts.package import Variant, safe_name, write_package
+from onnxgen.contexts.values import Context
+from onnxgen.contexts.weights import Weights
+from onnxgen.errors import FileError, RefusedError, UsageError
+from onnxgen.model_io import as_model, staged
+from onnxgen.places import stem
+from onnxgen.reading import Opened
+from onnxgen.report import contexts as report
+from onnxgen.stages import Clock, Progress, sizes
+
+UNPROVEN = "what was written was not run: only a machine with its execution provider can"
+
+
+def package(
+    path: Path, folder: Path, backends: Sequence[str], progress: Progress
+) -> report.Contexts:
+    """Write a model package of ONNX Runtime; see `contexts.package`.
+
+    Args:
+        backends: whose objects go in; none for all that can.
+
+    Raises:
+        FileError: the model or a blob cannot be read, or the folder not written.
+        UsageError: a backend compiled nothing in it.
+        RefusedError: a backend that was asked for cannot be in a package, or none can.
+    """
+    said = report.Contexts(str(path))
+    clock = Clock(said.seconds, progress)
+    clock.start("read", f"reading {path.name}")
+    opened, held = decode_file(path)
+    describe(said, opened, held)
+    said.bytes_before = sizes([path])
+    variants: list[Variant] = []
+    for backend in backends or held.table.backends:
+        try:
+            variants.append(_variant(opened, held, backend))
+        except RefusedError as error:
+            if backends:
+                raise
+            said.warnings.append(f"{backend} is left out: {error}")
+    if not variants:
+        raise RefusedError(f"{path} holds nothing that a package can: {'; '.join(said.warnings)}")
+    clock.start("write", f"writing {folder}")
+    original = Variant("original", opened.proto)
+    write_package(folder, "model", [*variants, original], Weights(opened))
+    clock.stop()
+    said.output = str(folder)
+    said.bytes_after = sizes(each for each in folder.rglob("*") if each.is_file())
+    said.warnings.append(UNPROVEN)
+    return said
+
+
+def epcontext(
+    path: Path, backend: str, output: Path | None, *, force: bool, progress: Progress
+) -> report.Contexts:
+    """Write the model for one execution provider, its regions as EPContext nodes; no fallback is in it.
+
+    Raises:
+        FileError: the model or a blob cannot be read, or the result not written.
+        UsageError: the backend compiled nothing in it.
+        RefusedError: there is no EPContext form of what it compiled.
+    """
+    said = report.Contexts(str(path))
+    clock = Clock(said.seconds, progress)
+    clock.start("read", f"reading {path.name}")
+    opened, held = decode_file(path)
+    describe(said, opened, held)
+    said.bytes_before = sizes([path])
+    model, _ = _epcontext(opened, held, backend)
+    place = output or path.with_name(f"{stem(path)}.epcontext.onnx")
+    there = {each.name for each in model.graph.initializer}
+    cut = tuple(each for each in opened.weights if each.name in there)
+    written = as_model(replace(opened, proto=model, weights=cut))
+    clock.start("write", f"writing {place.name}")
+    with staged(written, place, source=path, force=force) as stage:
+        said.bytes_after = stage.bytes
+        stage.commit()
+    clock.stop()
+    said.output = str(place)
+    said.warnings.append(UNPROVEN)
+    return said
+
+
+def _variant(opened: Opened, held: Held, backend: str) -> Variant:
+    """A backend's objects as a variant of a package."""
+    model, provider = _epcontext(opened, held, backend)
+    options = openvino_bin.PROVIDER_OPTIONS if provider == openvino_bin.PROVIDER else {}
+    made_by = next(
+        c.identity for r in held.table.regions for c in r.contexts if c.backend == backend
+    )
+    compatibility = compatibility_of(model, provider)
+    return Variant(safe_name(backend), model, provider, compatibility, options, made_by=made_by)
+
+
+def _epcontext(opened: Opened, held: Held, backend: str) -> tuple[onnx.ModelProto, str]:
+    """The model with one backend's regions as EPContext nodes, and the provider that runs it."""
+    if backend not in held.table.backends:
+        there = ", ".join(held.table.backends) or "nobody"
+        raise UsageError(f"--backend {backend}: {opened.path} holds what {there} compiled")
+    provider = _provider(backend)
+    regions = [
+        CompiledRegion(
+            region.nodes,
+            region.inputs,
+            region.weights,
+            region.outputs,
+            cut_out(opened.proto, region),
+            _blob(opened, held, context),
+            context.form,
+            provider,
+            context.identity,
+            context.parameters,
+        )
+        for region in held.table.regions
+        for context in region.contexts
+        if context.backend == backend
+    ]
+    return epcontext_model(opened.proto, regions), provider
+
+
+def _provider(backend: str) -> str:
+    """The execution provider that runs a backend's blobs."""
+    name, _, device = backend.partition(":")
+    if backend == "openvino:CPU":
+        return openvino_bin.PROVIDER
+    if name == "ort" and device != "cpu":
+        return device
+    raise RefusedError(
+        "ONNX Runtime's CPU provider looks at no compatibility string, and any machine would take it"
+        if backend == "ort:cpu"
+        else f"no execution provider is known that runs what {backend} compiles"
+    )
+
+
+def _blob(opened: Opened, held: Held, context: Context) -> bytes:
+    try:
+        return read_blob(opened, held, context.blob)
+    except BlobError as error:
+        raise FileError(f"{opened.path}: {context.backend}: {error}") from error
