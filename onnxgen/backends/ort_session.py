@@ -45,6 +45,8 @@ def options() -> Any:
     ort = runtime()
     found = ort.SessionOptions()
     found.log_severity_level = 4
+    # A model may take several sessions, whose waiting threads would hold up one another's runs.
+    found.add_session_config_entry("session.intra_op.allow_spinning", "0")
     found.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return found
 
