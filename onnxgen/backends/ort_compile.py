@@ -11,6 +11,7 @@ onnxruntime.register_execution_provider_library.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -90,7 +91,7 @@ def compile_part(part: Part, device: str) -> Iterator[Compiled]:
     found = False
     outside = tuple(i for i in large(part) if bindable(part.weights[i]))
     for parameters in dict.fromkeys((outside, ())):
-        for model in (part.model, expanded(inlined(part.model))):
+        for model in _forms(part.model):
             inside = [i for i in range(len(part.weights)) if i not in set(parameters)]
             try:
                 blob = _compiled(with_inside(replace(part, model=model), inside), device)
@@ -101,6 +102,12 @@ def compile_part(part: Part, device: str) -> Iterator[Compiled]:
             yield Compiled(blob, FORM, parameters)
     if not found:
         raise failures[0]
+
+
+def _forms(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
+    yield model
+    with contextlib.suppress(BackendError):  # a type is not known: there is no such form
+        yield expanded(inlined(model))
 
 
 def _compiled(model: onnx.ModelProto, device: str) -> bytes:
