@@ -74,8 +74,9 @@ def open_session(blob: bytes, settings: Any, providers: list[str] | None) -> Loa
         BackendError: ONNX Runtime cannot load it.
     """
     ort = runtime()
-    try:
-        return _Session(ort.InferenceSession(blob, settings, providers=providers))
+    try:  # falling back would print, and try the same again
+        opened = ort.InferenceSession(blob, settings, providers=providers, enable_fallback=0)
+        return _Session(opened)
     except BackendError:
         raise
     except Exception as error:  # ONNX Runtime's have no common base but this one
