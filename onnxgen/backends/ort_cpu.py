@@ -28,6 +28,7 @@ from onnxgen.backends.ort_session import (
     options,
     ort_value,
     runtime,
+    sealed,
 )
 from onnxgen.backends.parts import LARGEST_INSIDE, SMALL, is_floating, large, with_inside
 
@@ -109,7 +110,7 @@ def _compiled(part: Part, asked: Sequence[int]) -> Compiled:
                     raise BackendError("what ONNX Runtime puts inside follows from the weights")
         blob = optimised.blob(taken)
     open_session(blob, options(), PROVIDERS)  # some kernels take a weight as a constant only
-    return Compiled(blob, FORM, parameters)
+    return Compiled(sealed(blob), FORM, parameters)
 
 
 def _read_once(part: Part, positions: Collection[int]) -> tuple[int, ...]:
