@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner, Result
@@ -85,7 +86,7 @@ def test_the_loader_runs_what_was_compiled(here: Path, backend: str) -> None:
     wanted = ort.InferenceSession(here / "model.onnx").run(["logits"], feeds())[0]
     found = session.run(["logits"], feeds())[0]
     assert np.abs(found - wanted).max() < 1e-4
-    assert not np.array_equal(found, wanted)  # other kernels did it
+    assert backend == "ort:cpu" or not np.array_equal(found, wanted)  # other kernels did it
 
 
 def test_weights_are_there_once(here: Path) -> None:
@@ -102,7 +103,8 @@ def test_strip_gives_back_the_original(here: Path) -> None:
     assert run("strip", here / "model.context.onnx", "--backend", "ort:cpu").exit_code == 0
     one = told("list", here / "model.context.original.onnx")["held"]
     assert [each["backend"] for each in one] == ["openvino:CPU"]
-    back, model = onnx.load(here / "back.onnx"), onnx.load(here / "model.onnx")
+    back = onnx.load(here / "back.onnx")
+    model = ir.to_proto(ir.from_proto(onnx.load(here / "model.onnx")))  # as every file of ours
     assert [n.SerializeToString() for n in back.graph.node] == [
         n.SerializeToString() for n in model.graph.node
     ]
@@ -165,8 +167,10 @@ def test_blobs_lie_beside_the_model_where_that_is_asked_for(here: Path) -> None:
         "attention.0": "ort:cpu",
         "attention.1": "ort:cpu",
     }
-    next(out.glob("*.blob")).unlink()
-    assert "its blob cannot be read" in run("check", out / "m.onnx").stdout
+    gone = held[0]["backend"]
+    (out / f"m.{held[0]['blob'][:12]}.blob").unlink()
+    reasons = {each["reason"] for each in told("check", out / "m.onnx", "--prefer", gone)["held"]}
+    assert any("its blob cannot be read" in reason for reason in reasons)
     ort.InferenceSession(out / "m.onnx").run(None, feeds())  # nobody else misses it
 
 

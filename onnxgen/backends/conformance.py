@@ -89,9 +89,11 @@ def _of_part(backend: Backend, device: str, part: Part) -> Iterator[str]:
 
 def _threads(call: Call, part: Part) -> Iterator[str]:
     with ThreadPoolExecutor(2) as pool:
-        feeds = [_feeds(part, 3 + seed % 2, seed) for seed in range(40)]
-        runs = [pool.submit(lambda fed: list(_wrong(call, part, fed, "")), fed) for fed in feeds]
-        if any(run.exception() or run.result() for run in runs):
+        runs = [
+            pool.submit(list, _wrong(call, part, _feeds(part, 3 + seed % 2, seed), ""))
+            for seed in range(40)
+        ]
+        if any(run.exception() is not None or run.result() for run in runs):
             yield "it is wrong when two threads run it"
 
 

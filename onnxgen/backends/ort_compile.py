@@ -26,7 +26,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxgen.backends.interface import BackendError, Compiled, Identity, MissingError, Part
-from onnxgen.backends.ort_session import FORM, bindable, open_session, options, runtime
+from onnxgen.backends.ort_session import FORM, bindable, open_session, options, runtime, sealed
 from onnxgen.backends.parts import clause, expanded, inlined, large, with_inside
 
 _PREFIX = "onnxruntime_ep_"  # of packages
@@ -99,7 +99,7 @@ def compile_part(part: Part, device: str) -> Iterator[Compiled]:
                 failures.append(error)
                 continue
             found = True
-            yield Compiled(blob, FORM, parameters)
+            yield Compiled(sealed(blob), FORM, parameters)
     if not found:
         raise failures[0]
 

@@ -7,6 +7,7 @@ is copied.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,6 +26,23 @@ _TYPES = {
     **{each: each for each in ("float16", "bool")},
     **{f"{sign}int{bits}": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
 }
+
+
+def sealed(model: bytes) -> bytes:
+    """A model with its checksum as a last entry of its metadata; it stays a model."""
+    entry = onnx.StringStringEntryProto(key="onnxgen.crc32", value=format(zlib.crc32(model), "08x"))
+    return model + bytes(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
+
+
+def check_seal(blob: bytes) -> None:
+    """See that a blob is whole.
+
+    Raises:
+        BackendError: it is not what `sealed` made.
+    """
+    model = blob[: -len(sealed(b""))]
+    if sealed(model) != blob:
+        raise BackendError("the blob is damaged: its checksum is another")
 
 
 def runtime() -> Any:
@@ -79,8 +97,9 @@ def open_session(blob: bytes, settings: Any, providers: list[str] | None) -> Loa
         BackendError: ONNX Runtime cannot load it.
     """
     ort = runtime()
-    try:
-        return _Session(ort.InferenceSession(blob, settings, providers=providers))
+    try:  # falling back would print, and try the same again
+        opened = ort.InferenceSession(blob, settings, providers=providers, enable_fallback=0)
+        return _Session(opened)
     except BackendError:
         raise
     except Exception as error:  # ONNX Runtime's have no common base but this one

@@ -10,7 +10,7 @@ import onnx.inliner
 
 from onnxgen.backends.interface import BackendError, Part
 
-SMALL = 1024  # bytes: weights below it are constants inside of a blob, where a compiler sees them
+SMALL = 1024  # bytes: integers below it are constants inside of a blob, where a compiler sees them
 LARGEST_INSIDE = (1 << 31) - (1 << 24)  # bytes of weights in one proto; what is left is for nodes
 
 _WHERE = re.compile(
@@ -25,8 +25,18 @@ _FLOATING = frozenset(
 
 
 def large(part: Part) -> tuple[int, ...]:
-    """Positions of the weights that are to be given to a blob rather than be inside of it."""
-    return tuple(i for i, weight in enumerate(part.weights) if weight.data.nbytes >= SMALL)
+    """Positions of the weights that are to be given to a blob rather than be inside of it.
+
+    Floating point weights of any length are, a layer's norms and biases: what is inside keeps layers
+    that are alike from sharing a blob. Single numbers and small integers are what shapes and
+    attributes follow from.
+    """
+    return tuple(
+        i
+        for i, weight in enumerate(part.weights)
+        if weight.data.nbytes >= SMALL
+        or (is_floating(weight.dtype) and weight.shape and max(weight.shape) > 1)
+    )
 
 
 def is_floating(dtype: int) -> bool:
