@@ -95,7 +95,7 @@ def test_weights_are_there_once(here: Path) -> None:
     after = (here / "model.context.onnx").stat().st_size
     assert {each["backend"] for each in held} == {"openvino:CPU", "ort:cpu"}
     assert after <= before * 1.01 + sum(each["bytes"] for each in held)
-    assert all(each["given"] == 16 and each["inside_bytes"] < 2000 for each in held)
+    assert all(each["given"] >= 16 and each["inside_bytes"] < 2000 for each in held)
 
 
 def test_strip_gives_back_the_original(here: Path) -> None:
