@@ -43,7 +43,7 @@ class _PlanFailed(Exception):
     """What some regions were to be run by cannot be; the message is a clause about each."""
 
     def __init__(self, places: Sequence[Choice], what: str, cause: Exception) -> None:
-        super().__init__(f"{what}: {type(cause).__name__}: {cause}")
+        super().__init__(f"{what}: {type(cause).__name__}: {' '.join(str(cause).split())}")
         self.places = places
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,8 +32,8 @@ X = rng.standard_normal((3, 6)).astype(np.float32)
 
 
 @pytest.fixture
-def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Fake]]:
-    yield use_fakes(monkeypatch)
+def fakes(monkeypatch: pytest.MonkeyPatch) -> dict[str, Fake]:
+    return use_fakes(monkeypatch)
 
 
 def saved(text: str, folder: Path, **weights: Any) -> Path:

@@ -151,7 +151,7 @@ class Chooser:
                 return f"its input '{name}' was {kind} and is {declared}"
         try:
             found = subgraph_sha256(cut_out(self._opened.proto, region))
-        except (RefusedError, KeyError) as error:
+        except (RefusedError, KeyError, ValueError) as error:
             return f"its nodes have changed: {error}"
         if found != region.subgraph:
             return "its nodes have changed: the sha256 of the subgraph differs"
