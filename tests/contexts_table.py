@@ -80,7 +80,7 @@ the original's output, of which 1e-4 is allowed, 1e-2 in fp16.
 - not trusted: the user who loads it did not add it.
 - attention: only attention, one region for each layer, in the metadata form: regions, the largest
   difference by OpenVINO and by the ORT blob."""
-_REASONS = {
+REASONS = {
     "damaged": "is damaged: the sha256 differs",
     "version": "it was compiled by OpenVINO 2019.1.0",
     "machine": "it was compiled for 'another machine'",
@@ -250,11 +250,11 @@ class _Measuring:
             ("machine", trials.for_another_machine),
         ):
             change(path, other)
-            found[name] = self._said(trials.loaded(other, [OPENVINO], feeds), _REASONS[name])
+            found[name] = self._said(trials.loaded(other, [OPENVINO], feeds), REASONS[name])
         found["believed"] = self._believed(other, trials.rehashed(path, other))
-        found["package"] = self._said(self.missing(path, feeds), _REASONS["package"])
+        found["package"] = self._said(self.missing(path, feeds), REASONS["package"])
         with trials.not_trusted(self.folder):
-            found["trust"] = self._said(trials.loaded(path, [OPENVINO], feeds), _REASONS["trust"])
+            found["trust"] = self._said(trials.loaded(path, [OPENVINO], feeds), REASONS["trust"])
         changed = self.folder / "changed.onnx"
         if trials.reweighted(path, self.original, other, changed):
             reference = _Reference.of(changed)
@@ -262,7 +262,7 @@ class _Measuring:
                 found["weight"] = "the change changes nothing"
             else:
                 outcome = trials.loaded(other, [OPENVINO], reference.feeds)
-                found["weight"] = self._said(outcome, _REASONS["weight"], reference)
+                found["weight"] = self._said(outcome, REASONS["weight"], reference)
         return found
 
     def _believed(self, path: Path, sha256: str) -> str:
@@ -324,7 +324,7 @@ def worse(row: Row, before: Row | None) -> list[str]:
     if before is None:
         return [f"{row.name} has no row in {TABLE.name}: write it"]
     said = []
-    for name in ("plain", "openvino", "ort", *_REASONS, "attention"):
+    for name in ("plain", "openvino", "ort", *REASONS, "attention"):
         now, then = getattr(row, name), getattr(before, name)
         if _what(now) != _what(then):
             said.append(f"{name}: {now}, was {then}")
