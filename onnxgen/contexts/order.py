@@ -57,3 +57,13 @@ def collapsed(nodes: Sequence[onnx.NodeProto], regions: Sequence[Sequence[int]])
 def _item(position: int, of_node: dict[int, int]) -> Item:
     region = of_node.get(position)
     return ("node", position) if region is None else ("region", region)
+
+
+def is_sorted(nodes: Sequence[onnx.NodeProto]) -> bool:
+    """Whether no node reads what a later one makes."""
+    later = {name for node in nodes for name in node.output if name}
+    for node in nodes:
+        if not later.isdisjoint(reads_of(node)):
+            return False
+        later.difference_update(node.output)
+    return True
