@@ -67,3 +67,16 @@ def is_sorted(nodes: Sequence[onnx.NodeProto]) -> bool:
             return False
         later.difference_update(node.output)
     return True
+
+
+def put_in_order(graph: onnx.GraphProto) -> None:
+    """Sort a graph's nodes where a file has them in no order, as some runtimes allow.
+
+    Raises:
+        ValueError: they wait for each other in a circle.
+    """
+    if not is_sorted(graph.node):
+        nodes = list(graph.node)
+        order = collapsed(nodes, [])
+        del graph.node[:]
+        graph.node.extend(nodes[position] for _, position in order)
