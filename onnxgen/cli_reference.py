@@ -25,13 +25,21 @@ def reference() -> str:
         "",
         "Generated from the commands by `python -m onnxgen.cli_reference > cli.md`.",
         "",
-        *_command("onnxgen", main),
+        *_commands("onnxgen", main),
+        "",
+        *_rules(),
     ]
-    for name, command in sorted(main.commands.items()):
-        if not command.hidden:
-            lines += ["", *_command(f"onnxgen {name}", command)]
-    lines += ["", *_rules()]
     return "\n".join(lines) + "\n"
+
+
+def _commands(name: str, command: click.Command) -> Iterator[str]:
+    """A command, and those of its group."""
+    yield from _command(name, command)
+    inner = command.commands if isinstance(command, click.Group) else {}
+    for word, each in sorted(inner.items()):
+        if not each.hidden:
+            yield ""
+            yield from _commands(f"{name} {word}", each)
 
 
 def _command(name: str, command: click.Command) -> Iterator[str]:

@@ -2,33 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import onnx
 import onnx_ir as ir
 
-from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
-from onnxgen.analysis.roles import Roles
 from onnxgen.contexts.regions import declared_types
 from onnxgen.contexts.types import elements, parsed
 from onnxgen.errors import RefusedError
 from onnxgen.runtime import Runtime, RuntimeFailure
 from onnxgen.verify.opened import expose, opened
 
-_LENGTHS = (RunShape(2, 5, 7), RunShape(3, 4, 9), RunShape(1, 6))
+Array = npt.NDArray[Any]
 
 
 def types_of(
-    path: Path, proto: onnx.ModelProto, names: Collection[str], roles: Roles, runtime: Runtime
+    path: Path,
+    proto: onnx.ModelProto,
+    names: Collection[str],
+    runs: Iterator[dict[str, Array]],
+    runtime: Runtime,
 ) -> dict[str, str]:
     """Types, in the words of `contexts.types`: declared, inferred, or else seen in a run.
 
     Of what is only seen, a size that two runs of different lengths share is believed: whoever runs a
     region checks what it is given, see `onnxgen.session`.
+
+    Args:
+        runs: what to feed, of different lengths.
 
     Raises:
         RefusedError: the model cannot be run, and something is not known otherwise.
@@ -38,7 +42,7 @@ def types_of(
     # worth a run to know them.
     unknown = [name for name in names if _matters(found.get(name, ""))]
     if unknown:
-        found |= _seen(path, unknown, roles, runtime)
+        found |= _seen(path, unknown, runs, runtime)
     return found
 
 
@@ -50,23 +54,27 @@ def _matters(kind: str) -> bool:
     return dims is None or (element == onnx.TensorProto.INT64 and dims == [None])
 
 
-def _seen(path: Path, names: list[str], roles: Roles, runtime: Runtime) -> dict[str, str]:
+def _seen(
+    path: Path, names: list[str], runs: Iterator[dict[str, Array]], runtime: Runtime
+) -> dict[str, str]:
     proto, folder = opened(path)
     expose(proto, names)
-    shapes = dict.fromkeys(nearest_shape(roles, shape) for shape in _LENGTHS)
     found: list[dict[str, str]] = []
+    failure = "no run of it is known"
     try:
         session = runtime.load(proto.SerializeToString(), folder=folder)
-        for shape in filter(None, shapes):
-            feeds = make_feeds(roles, shape, np.random.default_rng(0))
-            found.append(_types(runtime.run(session, feeds, names)))
+        for feeds in runs:
+            try:
+                found.append(_types(runtime.run(session, feeds, names)))
+            except RuntimeFailure as error:  # the model does not take such a run
+                failure = str(error)
         runtime.unload(session)
     except RuntimeFailure as error:
-        raise RefusedError(
-            f"{path}: the type of '{names[0]}' is known only by running it: {error}"
-        ) from error
+        failure = str(error)
     if not found:
-        raise RefusedError(f"{path}: the type of '{names[0]}' is known only by running it")
+        raise RefusedError(
+            f"{path}: the type of '{names[0]}' is known only by running it: {failure}"
+        )
     return {name: _common([each[name] for each in found], alone=len(found) == 1) for name in names}
 
 

@@ -13,15 +13,18 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
+from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
 from onnxgen.analysis.regions import find_regions
-from onnxgen.analysis.roles import find_roles
+from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.compiling import CompiledBy
 from onnxgen.context_files import BlobPlace, describe, written
 from onnxgen.context_types import types_of
@@ -44,6 +47,7 @@ from onnxgen.stages import Clock, Progress, sizes
 from onnxgen.staging import check_output
 from onnxgen.twin import unrunnable_types
 from onnxgen.verify.compare import verify_models
+from onnxgen.verify.paged_again import Array, empty_pools, is_paged, paged_feeds, prove_again
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,7 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
         held.table.regions = [each.without(*backends) for each in held.table.regions]
         regions, others = _regions(opened, model, held, options.region)
         names = _shared_values(opened.proto, [*regions, *others])
-        types = types_of(path, opened.proto, names, roles, runtime)
+        types = types_of(path, opened.proto, names, _some_feeds(model, roles), runtime)
         weights = Weights(opened)
         regions = [described(opened.proto, each, types, weights) for each in regions]
         held.table.types |= _undeclared(opened.proto, types, [*regions, *others])
@@ -125,7 +129,8 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
                 opened, held, contents, output, encoding, blob=options.blob, force=options.force
             ) as stage:
                 said.bytes_after = stage.bytes
-                wrong = _prove(path, stage.path, compilers, options, said, runtime, clock)
+                sides = (path, stage.path, compilers, options, said, runtime, clock)
+                wrong = _prove(*sides, paged=is_paged(model))
                 if wrong is None:
                     stage.commit()
                     break
@@ -260,6 +265,8 @@ def _prove(
     said: report.Contexts,
     runtime: Runtime,
     clock: Clock,
+    *,
+    paged: bool,
 ) -> CompiledBy | None:
     """Run the model by each backend, as it was written, and compare it with the original.
 
@@ -273,15 +280,19 @@ def _prove(
         return None
     for compiler in compilers:
         clock.start("verify", f"verifying {compiler.backend}")
-        proof = verify_models(
-            path,
-            staged,
-            roles=options.roles,
-            budget=options.budget,
-            picking=Picking(compiler.backend, tuple(compiler.blobs)),
-            runtime=runtime,
-            progress=clock.progress,
-        )
+        picking = Picking(compiler.backend, tuple(compiler.blobs))
+        if paged:
+            proof = prove_again(path, staged, picking, runtime, clock.progress)
+        else:
+            proof = verify_models(
+                path,
+                staged,
+                roles=options.roles,
+                budget=options.budget,
+                picking=picking,
+                runtime=runtime,
+                progress=clock.progress,
+            )
         said.proofs[compiler.backend] = proof
         if proof.status == "differs":
             return compiler
@@ -321,6 +332,18 @@ def _regions(
         if not region.outputs:
             raise RefusedError(f"{opened.path}: nothing reads what region '{region.name}' makes")
     return found, others
+
+
+def _some_feeds(model: ir.Model, roles: Roles) -> Iterator[dict[str, Array]]:
+    """What a few runs of different lengths are fed."""
+    if is_paged(model):
+        pools = empty_pools(model)
+        yield from ({**pools, **feeds} for _, feeds in islice(paged_feeds(model), 1, 4))
+        return
+    lengths = (RunShape(2, 5, 7), RunShape(3, 4, 9), RunShape(1, 6))
+    for shape in dict.fromkeys(nearest_shape(roles, each) for each in lengths):
+        if shape is not None:
+            yield make_feeds(roles, shape, np.random.default_rng(0))
 
 
 def _undeclared(

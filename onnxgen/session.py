@@ -55,7 +55,7 @@ def load(
     prefer: Sequence[str] | None = None,
     trust: Given | None = None,
     largest_blob: int = LARGEST,
-    session_options: Any = None,
+    session_options: Callable[[], Any] | None = None,
     providers: Sequence[Any] | None = None,
 ) -> Session:
     """Load a model to run it; see docs/contexts.md.
@@ -70,7 +70,9 @@ def load(
         trust: sha256 of blobs that may be used, or a file that lists them; those that this user's own
             `onnxgen context add` made may always.
         largest_blob: bytes that a blob may have.
-        session_options, providers: of the sessions of ONNX Runtime, for what it runs.
+        session_options: makes the options of a session of ONNX Runtime, for what it runs; called for
+            each, since a model may take several.
+        providers: theirs.
 
     Raises:
         FileError: the model, or the list, cannot be read.
@@ -298,26 +300,33 @@ class _Runtime:
         asked: `options` of the run that goes on in this thread.
     """
 
-    def __init__(self, opened: Opened, options: Any, providers: Sequence[Any] | None) -> None:
+    def __init__(
+        self, opened: Opened, options: Callable[[], Any] | None, providers: Sequence[Any] | None
+    ) -> None:
         self._opened = opened
-        self._options = options
+        self._make = options
         self._providers = providers
         self.asked = threading.local()
 
     def whole(self, outputs: Sequence[str]) -> Run:
         """The model as any runtime runs it, from its file."""
-        return self._session(os.fspath(self._opened.path), self._options, outputs)
+        return self._session(os.fspath(self._opened.path), self._options(), outputs)
 
     def part(self, nodes: steps.Nodes) -> Run:
         """Some of its nodes; the weights are mapped from where they are."""
-        import onnxruntime as ort
-
         refer_to_file(self._opened, nodes.model.graph.initializer)
-        options = ort.SessionOptions() if self._options is None else self._options
+        options = self._options()
+        # Threads that wait for this session's next run would hold up the sessions after it.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         key = "session.model_external_initializers_file_folder_path"
         options.add_session_config_entry(key, os.fspath(self._opened.folder))
         inner = self._session(nodes.model.SerializeToString(), options, nodes.outputs)
         return lambda values: inner({name: values[name] for name in nodes.inputs})
+
+    def _options(self) -> Any:
+        import onnxruntime as ort
+
+        return ort.SessionOptions() if self._make is None else self._make()
 
     def _session(self, source: str | bytes, options: Any, outputs: Sequence[str]) -> Run:
         import onnxruntime as ort

@@ -20,7 +20,7 @@ from onnxgen.backends.interface import (
     MissingError,
     Part,
 )
-from onnxgen.backends.ort_session import FORM, open_session, options, runtime
+from onnxgen.backends.ort_session import FORM, check_seal, open_session, options, runtime
 
 
 class OnnxRuntime(Backend):
@@ -51,6 +51,7 @@ class OnnxRuntime(Backend):
     def load(self, blob: bytes, form: str, device: str) -> Loaded:
         if form != FORM:
             raise BackendError(f"it knows no blobs of the form {form!r}")
+        check_seal(blob)
         if device == ort_cpu.DEVICE:
             return open_session(blob, options(), ort_cpu.PROVIDERS)
         return open_session(blob, ort_compile.settings(device), None)

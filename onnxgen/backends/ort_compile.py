@@ -11,6 +11,7 @@ onnxruntime.register_execution_provider_library.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
@@ -25,7 +26,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from onnxgen.backends.interface import BackendError, Compiled, Identity, MissingError, Part
-from onnxgen.backends.ort_session import FORM, bindable, open_session, options, runtime
+from onnxgen.backends.ort_session import FORM, bindable, open_session, options, runtime, sealed
 from onnxgen.backends.parts import clause, expanded, inlined, large, with_inside
 
 _PREFIX = "onnxruntime_ep_"  # of packages
@@ -90,7 +91,7 @@ def compile_part(part: Part, device: str) -> Iterator[Compiled]:
     found = False
     outside = tuple(i for i in large(part) if bindable(part.weights[i]))
     for parameters in dict.fromkeys((outside, ())):
-        for model in (part.model, expanded(inlined(part.model))):
+        for model in _forms(part.model):
             inside = [i for i in range(len(part.weights)) if i not in set(parameters)]
             try:
                 blob = _compiled(with_inside(replace(part, model=model), inside), device)
@@ -98,9 +99,15 @@ def compile_part(part: Part, device: str) -> Iterator[Compiled]:
                 failures.append(error)
                 continue
             found = True
-            yield Compiled(blob, FORM, parameters)
+            yield Compiled(sealed(blob), FORM, parameters)
     if not found:
         raise failures[0]
+
+
+def _forms(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
+    yield model
+    with contextlib.suppress(BackendError):  # a type is not known: there is no such form
+        yield expanded(inlined(model))
 
 
 def _compiled(model: onnx.ModelProto, device: str) -> bytes:

@@ -28,8 +28,9 @@ from onnxgen.backends.ort_session import (
     options,
     ort_value,
     runtime,
+    sealed,
 )
-from onnxgen.backends.parts import LARGEST_INSIDE, SMALL, is_floating, large, with_inside
+from onnxgen.backends.parts import LARGEST_INSIDE, is_floating, large, with_inside
 
 DEVICE = "cpu"
 PROVIDERS = ["CPUExecutionProvider"]
@@ -109,7 +110,7 @@ def _compiled(part: Part, asked: Sequence[int]) -> Compiled:
                     raise BackendError("what ONNX Runtime puts inside follows from the weights")
         blob = optimised.blob(taken)
     open_session(blob, options(), PROVIDERS)  # some kernels take a weight as a constant only
-    return Compiled(blob, FORM, parameters)
+    return Compiled(sealed(blob), FORM, parameters)
 
 
 def _read_once(part: Part, positions: Collection[int]) -> tuple[int, ...]:
@@ -212,7 +213,7 @@ def _optimise(part: Part, folder: Path) -> _Optimised:
     settings.optimized_model_filepath = str(folder / "optimised.onnx")
     for key, entry in (
         ("session.optimized_model_external_initializers_file_name", _FILE),
-        ("session.optimized_model_external_initializers_min_size_in_bytes", str(SMALL // 2)),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", "0"),
         ("session.disable_prepacking", "1"),
     ):
         settings.add_session_config_entry(key, entry)

@@ -7,6 +7,7 @@ is copied.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,23 @@ _TYPES = {
 }
 
 
+def sealed(model: bytes) -> bytes:
+    """A model with its checksum as a last entry of its metadata; it stays a model."""
+    entry = onnx.StringStringEntryProto(key="onnxgen.crc32", value=format(zlib.crc32(model), "08x"))
+    return model + bytes(onnx.ModelProto(metadata_props=[entry]).SerializeToString())
+
+
+def check_seal(blob: bytes) -> None:
+    """See that a blob is whole.
+
+    Raises:
+        BackendError: it is not what `sealed` made.
+    """
+    model = blob[: -len(sealed(b""))]
+    if sealed(model) != blob:
+        raise BackendError("the blob is damaged: its checksum is another")
+
+
 def runtime() -> Any:
     """The package onnxruntime.
 
@@ -45,6 +63,8 @@ def options() -> Any:
     ort = runtime()
     found = ort.SessionOptions()
     found.log_severity_level = 4
+    # A model may take several sessions, whose waiting threads would hold up one another's runs.
+    found.add_session_config_entry("session.intra_op.allow_spinning", "0")
     found.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return found
 
@@ -77,8 +97,9 @@ def open_session(blob: bytes, settings: Any, providers: list[str] | None) -> Loa
         BackendError: ONNX Runtime cannot load it.
     """
     ort = runtime()
-    try:
-        return _Session(ort.InferenceSession(blob, settings, providers=providers))
+    try:  # falling back would print, and try the same again
+        opened = ort.InferenceSession(blob, settings, providers=providers, enable_fallback=0)
+        return _Session(opened)
     except BackendError:
         raise
     except Exception as error:  # ONNX Runtime's have no common base but this one

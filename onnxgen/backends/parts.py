@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 import onnx
@@ -9,9 +10,13 @@ import onnx.inliner
 
 from onnxgen.backends.interface import BackendError, Part
 
-SMALL = 1024  # bytes: weights below it are constants inside of a blob, where a compiler sees them
+SMALL = 1024  # bytes: integers below it are constants inside of a blob, where a compiler sees them
 LARGEST_INSIDE = (1 << 31) - (1 << 24)  # bytes of weights in one proto; what is left is for nodes
 
+_WHERE = re.compile(
+    r"Exception from \S+:\d+:|Check '.*?' failed at \S+:\d+:|^\S+\.cc:\d+ .*?(?=\[ONNX)"
+    r"|\[ONNXRuntimeError\] : \d+ : \w+ :"
+)
 _FLOATING = frozenset(
     number
     for number in onnx.TensorProto.DataType.values()
@@ -20,8 +25,18 @@ _FLOATING = frozenset(
 
 
 def large(part: Part) -> tuple[int, ...]:
-    """Positions of the weights that are to be given to a blob rather than be inside of it."""
-    return tuple(i for i, weight in enumerate(part.weights) if weight.data.nbytes >= SMALL)
+    """Positions of the weights that are to be given to a blob rather than be inside of it.
+
+    Floating point weights of any length are, a layer's norms and biases: what is inside keeps layers
+    that are alike from sharing a blob. Single numbers and small integers are what shapes and
+    attributes follow from.
+    """
+    return tuple(
+        i
+        for i, weight in enumerate(part.weights)
+        if weight.data.nbytes >= SMALL
+        or (is_floating(weight.dtype) and weight.shape and max(weight.shape) > 1)
+    )
 
 
 def is_floating(dtype: int) -> bool:
@@ -53,17 +68,22 @@ def expanded(model: onnx.ModelProto, operators: Iterable[str] | None = None) -> 
     Args:
         model: has no functions, and knows the types of its values; see `inlined`.
         operators: which, by their names; None: all that have a body.
+
+    Raises:
+        BackendError: a body needs a type that is not known.
     """
-    return onnx.inliner.inline_selected_functions(
-        model,
-        [("", name) for name in operators or ()],
-        exclude=operators is None,
-        inline_schema_functions=True,
-    )
+    try:
+        return onnx.inliner.inline_selected_functions(
+            model,
+            [("", name) for name in operators or ()],
+            exclude=operators is None,
+            inline_schema_functions=True,
+        )
+    except RuntimeError as error:
+        raise BackendError(f"its operators cannot be expanded: {clause(error)}") from error
 
 
 def clause(error: BaseException) -> str:
-    """What a runtime said, as the end of a sentence: its lines in one, without what it repeats."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    text = " ".join(dict.fromkeys(line for line in lines if line))
-    return text[:400] or type(error).__name__
+    """What a runtime said, as the end of a sentence: without where in its source it said so."""
+    text = _WHERE.sub(" ", " ".join(str(error).split()))
+    return " ".join(text.split())[:400].rstrip(" .") or type(error).__name__
