@@ -11,6 +11,7 @@ export:   in `onnxgen.pipeline_export`
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from onnxgen.context_files import BlobPlace, describe, written
 from onnxgen.context_types import types_of
 from onnxgen.contexts.choosing import Chooser
 from onnxgen.contexts.forms import Encoding, Held, decode, decode_file, holds_contexts
+from onnxgen.contexts.order import put_in_order
 from onnxgen.contexts.records import FormatError
 from onnxgen.contexts.regions import described, outlined
 from onnxgen.contexts.trust import Given, trust
@@ -92,6 +94,8 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
     clock = Clock(said.seconds, progress)
     clock.start("read", f"reading {path.name}")
     opened, held = decode_file(path)
+    with contextlib.suppress(ValueError):  # a circle, as `as_model` says
+        put_in_order(opened.proto.graph)
     model = as_model(replace(opened, proto=copy.deepcopy(opened.proto)))
     reads = data_files(model)
     check_output(output, path, reads, force=options.force)

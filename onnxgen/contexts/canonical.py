@@ -14,7 +14,8 @@ from onnx import AttributeProto as A
 from onnx import TensorProto as T
 
 from onnxgen.contexts.cutting import key_of
-from onnxgen.contexts.types import as_text
+from onnxgen.contexts.types import type_text
+from onnxgen.contexts.weights import bytes_of
 
 
 def subgraph_sha256(model: onnx.ModelProto) -> str:
@@ -30,33 +31,40 @@ def canonical_text(model: onnx.ModelProto) -> str:
 def _lines(model: onnx.ModelProto) -> Iterator[str]:
     yield "onnxgen subgraph 1"
     yield from _opsets(model.opset_import)
-    for value in model.graph.input:
-        yield f"input {value.name} {as_text(value)}"
+    yield from (f"input {_value(each)}" for each in model.graph.input)
     yield from map(_node, model.graph.node)
-    yield f"output {_names(each.name for each in model.graph.output)}"
+    yield from (f"output {_value(each)}" for each in model.graph.output)
     for function in model.functions:
         yield f"function {' '.join(map(_quoted, key_of(function)))} {_names(function.input)}"
-        yield f"attributes {_names(sorted(function.attribute))}"
+        yield f"attributes {_list(map(_quoted, function.attribute))}"
         yield from (f"default {_attribute(each)}" for each in function.attribute_proto)
         yield from _opsets(function.opset_import)
         yield from map(_node, function.node)
-        yield f"output {_names(function.output)}"
+        yield f"results {_names(function.output)}"
 
 
 def _opsets(opsets: Iterable[onnx.OperatorSetIdProto]) -> Iterator[str]:
     for each in opsets:
-        yield f"opset {_quoted('' if each.domain == 'ai.onnx' else each.domain)} {each.version}"
+        yield f"opset {_quoted(each.domain)} {each.version}"
 
 
 def _node(node: onnx.NodeProto) -> str:
-    domain = "" if node.domain == "ai.onnx" else node.domain
-    called = " ".join(map(_quoted, (domain, node.op_type, node.overload)))
+    called = " ".join(map(_quoted, (node.domain, node.op_type, node.overload)))
     attributes = " ".join(map(_attribute, node.attribute))
     return f"node {called} {_names(node.input)} {_names(node.output)} {{{attributes}}}"
 
 
+def _value(value: onnx.ValueInfoProto) -> str:
+    """A value's name, and its type where one is declared."""
+    return f"{value.name} {type_text(value.type)}".rstrip()
+
+
 def _names(names: Iterable[str]) -> str:
-    return f"({','.join(names)})"
+    return _list(name or "-" for name in names)
+
+
+def _list(texts: Iterable[str]) -> str:
+    return f"({','.join(texts)})"
 
 
 def _quoted(text: str | bytes) -> str:
@@ -65,13 +73,13 @@ def _quoted(text: str | bytes) -> str:
 
 
 def _attribute(attribute: onnx.AttributeProto) -> str:
-    return f"{_quoted(attribute.name)}={_value(attribute)}"
+    return f"{_quoted(attribute.name)}={_content(attribute)}"
 
 
-def _value(attribute: onnx.AttributeProto) -> str:
-    if attribute.ref_attr_name:
-        return f"ref {_quoted(attribute.ref_attr_name)}"
+def _content(attribute: onnx.AttributeProto) -> str:
     kind = A.AttributeType.Name(attribute.type).lower()
+    if attribute.ref_attr_name:
+        return f"{kind} of {_quoted(attribute.ref_attr_name)}"
     match attribute.type:
         case A.FLOAT:
             return f"{kind} {_float(attribute.f)}"
@@ -80,21 +88,28 @@ def _value(attribute: onnx.AttributeProto) -> str:
         case A.STRING:
             return f"{kind} {_quoted(attribute.s)}"
         case A.FLOATS:
-            return f"{kind} {_names(map(_float, attribute.floats))}"
+            return f"{kind} {_list(map(_float, attribute.floats))}"
         case A.INTS:
-            return f"{kind} {_names(map(str, attribute.ints))}"
+            return f"{kind} {_list(map(str, attribute.ints))}"
         case A.STRINGS:
-            return f"{kind} {_names(map(_quoted, attribute.strings))}"
+            return f"{kind} {_list(map(_quoted, attribute.strings))}"
         case A.TENSOR:
             return f"{kind} {_tensor(attribute.t)}"
         case A.TENSORS:
-            return f"{kind} {_names(map(_tensor, attribute.tensors))}"
+            return f"{kind} {_list(map(_tensor, attribute.tensors))}"
         case A.GRAPH:
             return f"{kind} {_graph(attribute.g)}"
         case A.GRAPHS:
-            return f"{kind} {_names(map(_graph, attribute.graphs))}"
-    # Sparse tensors and types: rare, and written as protobuf writes them.
-    return f"{kind} {_quoted(attribute.SerializeToString(deterministic=True))}"
+            return f"{kind} {_list(map(_graph, attribute.graphs))}"
+        case A.SPARSE_TENSOR:
+            return f"{kind} {_sparse(attribute.sparse_tensor)}"
+        case A.SPARSE_TENSORS:
+            return f"{kind} {_list(map(_sparse, attribute.sparse_tensors))}"
+        case A.TYPE_PROTO:
+            return f"{kind} ({type_text(attribute.tp)})"
+        case A.TYPE_PROTOS:
+            return f"{kind} {_list(f'({type_text(each)})' for each in attribute.type_protos)}"
+    raise ValueError(kind)  # `cutting` has refused it
 
 
 def _float(value: float) -> str:
@@ -104,24 +119,17 @@ def _float(value: float) -> str:
 
 def _tensor(tensor: onnx.TensorProto) -> str:
     shape = ",".join(map(str, tensor.dims))
-    digest = hashlib.sha256(_content(tensor)).hexdigest()
+    digest = hashlib.sha256(bytes_of(tensor)).hexdigest()
     return f"{T.DataType.Name(tensor.data_type)}[{shape}]:{digest}"
 
 
-def _content(tensor: onnx.TensorProto) -> bytes:
-    """A tensor's bytes as raw_data has them; of strings, each one's length in 8 bytes before it."""
-    if tensor.data_type == T.STRING:
-        each = (struct.pack("<Q", len(text)) + text for text in tensor.string_data)
-        return b"".join(each)
-    if tensor.HasField("raw_data"):
-        return tensor.raw_data
-    array = onnx.numpy_helper.to_array(tensor)
-    return onnx.numpy_helper.from_array(array).raw_data
+def _sparse(tensor: onnx.SparseTensorProto) -> str:
+    sizes = _list(map(str, tensor.dims))
+    return f"{_tensor(tensor.values)} {_tensor(tensor.indices)} {sizes}"
 
 
 def _graph(graph: onnx.GraphProto) -> str:
     tensors = " ".join(f"{each.name}={_tensor(each)}" for each in graph.initializer)
     nodes = " ".join(map(_node, graph.node))
-    inputs = _names(each.name for each in graph.input)
-    outputs = _names(each.name for each in graph.output)
+    inputs, outputs = _list(map(_value, graph.input)), _list(map(_value, graph.output))
     return f"[{inputs} {tensors} {nodes} {outputs}]"

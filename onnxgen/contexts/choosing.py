@@ -18,7 +18,7 @@ from onnxgen.backends.interface import BackendError, Loaded
 from onnxgen.backends.registry import find
 from onnxgen.contexts.blobs import LARGEST, BlobError, read_blob
 from onnxgen.contexts.canonical import subgraph_sha256
-from onnxgen.contexts.cutting import cut_out
+from onnxgen.contexts.cutting import cut_out, reads_of
 from onnxgen.contexts.forms import Held
 from onnxgen.contexts.trust import Given, trusted
 from onnxgen.contexts.types import as_text
@@ -149,6 +149,8 @@ class Chooser:
             declared = self._declared.get(name, kind)
             if declared != kind:
                 return f"its input '{name}' was {kind} and is {declared}"
+        if changed := self._edge(region):
+            return changed
         try:
             found = subgraph_sha256(cut_out(self._opened.proto, region))
         except (RefusedError, KeyError, ValueError) as error:
@@ -158,6 +160,31 @@ class Chooser:
         if self._weights.sha256(region.weights) != region.weights_sha256:
             return "its weights have changed: their sha256 differs"
         return ""
+
+    def _edge(self, region: Region) -> str:
+        """What passes between a region and the rest of the graph, where it is not as the table says."""
+        readers, makers, fed = self._flow
+        inside = set(region.nodes)
+        for position in region.nodes:
+            for name in set(self._opened.proto.graph.node[position].output) - set(region.outputs):
+                if name and not readers.get(name, set()) <= inside:
+                    return f"'{name}', which is made within it, is read from elsewhere now"
+        for name in region.inputs:
+            if name not in fed and name not in makers:
+                return f"its input '{name}' is not computed any more"
+        given = next((name for name in region.weights if name in fed), None)
+        return f"its weight '{given}' may be fed now" if given is not None else ""
+
+    @cached_property
+    def _flow(self) -> tuple[dict[str, set[int]], set[str], set[str]]:
+        """Which nodes read a value, -1 for who runs the model; what nodes make; what is fed."""
+        graph = self._opened.proto.graph
+        readers = {each.name: {-1} for each in graph.output}
+        for position, node in enumerate(graph.node):
+            for name in reads_of(node):
+                readers.setdefault(name, set()).add(position)
+        makers = {name for node in graph.node for name in node.output}
+        return readers, makers, {each.name for each in graph.input}
 
     @cached_property
     def _declared(self) -> dict[str, str]:

@@ -10,24 +10,49 @@ metadata, declared types within. What stays is the order of nodes, which is topo
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import onnx
+from onnx import AttributeProto as A
 
 from onnxgen.backends.interface import Part
 from onnxgen.contexts.types import as_proto, elements
 from onnxgen.contexts.values import Region
 from onnxgen.contexts.weights import Weights
+from onnxgen.element_types import bits_of
 from onnxgen.errors import RefusedError
 from onnxgen.reading import Opened
 
 Key = tuple[str, str, str]
-_GRAPH, _GRAPHS = onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS
+_GRAPH, _GRAPHS = A.GRAPH, A.GRAPHS
+# Where an attribute holds its value: one, or several.
+_ONE = {
+    A.FLOAT: "f",
+    A.INT: "i",
+    A.STRING: "s",
+    A.TENSOR: "t",
+    A.GRAPH: "g",
+    A.SPARSE_TENSOR: "sparse_tensor",
+    A.TYPE_PROTO: "tp",
+}
+_SEVERAL = {
+    A.FLOATS: "floats",
+    A.INTS: "ints",
+    A.STRINGS: "strings",
+    A.TENSORS: "tensors",
+    A.GRAPHS: "graphs",
+    A.SPARSE_TENSORS: "sparse_tensors",
+    A.TYPE_PROTOS: "type_protos",
+}
 
 
 def part_of(opened: Opened, region: Region) -> Part:
     """A region to be compiled. Its model's weights are inputs; their contents stay on disk."""
     weights = Weights(opened)
     contents = tuple(weights[name] for name in region.weights)
+    for name, weight in zip(region.weights, contents, strict=True):
+        if weight.dtype == onnx.TensorProto.STRING:
+            raise RefusedError(f"the weight '{name}' holds texts, which backends are not given")
     return Part(cut_out(opened.proto, region), len(region.inputs), contents)
 
 
@@ -35,7 +60,9 @@ def cut_out(proto: onnx.ModelProto, region: Region) -> onnx.ModelProto:
     """The region as a model in canonical names; see docs/contexts.md, "The canonical form".
 
     Raises:
-        RefusedError: an attribute's tensor lies in another file.
+        RefusedError: it holds what the canonical form has no words for, or an attribute's tensor
+            lies in another file.
+        KeyError: something is read before it is made.
     """
     model = onnx.ModelProto(ir_version=max(proto.ir_version, 10))
     names = _Names()
@@ -52,12 +79,21 @@ def cut_out(proto: onnx.ModelProto, region: Region) -> onnx.ModelProto:
     model.graph.name = "region"
     functions = called(proto, nodes)
     model.functions.extend(_canonical_function(each) for each in functions)
+    keys = [key_of(each) for each in proto.functions]
+    twice = next((key_of(each) for each in functions if keys.count(key_of(each)) > 1), None)
+    if twice is not None:
+        raise RefusedError(f"the model has two functions {'::'.join(twice[:2])}")
     used = {node.domain for node in every_node(nodes)}
     used |= {opset.domain for each in functions for opset in each.opset_import}
-    used |= {each.domain for each in functions}
-    known = [each for each in proto.opset_import if each.domain in used]
-    model.opset_import.extend(sorted(known, key=lambda each: each.domain))
+    used = {standard(each) for each in (*used, *(each.domain for each in functions))}
+    known = [each for each in proto.opset_import if standard(each.domain) in used]
+    model.opset_import.extend(_opsets(known))
     return model
+
+
+def standard(domain: str) -> str:
+    """A domain under its one name: that of the standard has two."""
+    return "" if domain == "ai.onnx" else domain
 
 
 def every_node(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
@@ -98,7 +134,7 @@ def called(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> list[onnx
     pending = [*every_node(nodes)]
     while pending:
         node = pending.pop()
-        key = (node.domain, node.op_type, node.overload)
+        key = (standard(node.domain), node.op_type, node.overload)
         if key in functions and key not in found:
             found[key] = functions[key]
             pending += every_node(functions[key].node)
@@ -107,20 +143,26 @@ def called(proto: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> list[onnx
 
 def key_of(function: onnx.FunctionProto) -> Key:
     """What a node names to call it."""
-    return function.domain, function.name, function.overload
+    return standard(function.domain), function.name, function.overload
+
+
+def _opsets(opsets: Iterable[onnx.OperatorSetIdProto]) -> list[onnx.OperatorSetIdProto]:
+    """Sorted, each once."""
+    known = sorted({(standard(each.domain), each.version) for each in opsets})
+    return [onnx.OperatorSetIdProto(domain=domain, version=each) for domain, each in known]
 
 
 def _canonical_function(function: onnx.FunctionProto) -> onnx.FunctionProto:
     names = _Names()
-    opsets = sorted(function.opset_import, key=lambda each: each.domain)
+    defaults = sorted(function.attribute_proto, key=lambda each: each.name)
     found = onnx.FunctionProto(
         name=function.name,
-        domain=function.domain,
+        domain=standard(function.domain),
         overload=function.overload,
-        attribute=function.attribute,
-        attribute_proto=[_attribute(each, names) for each in function.attribute_proto],
+        attribute=sorted(function.attribute),
+        attribute_proto=[_attribute(each, names) for each in defaults],
     )
-    found.opset_import.extend(opsets)
+    found.opset_import.extend(_opsets(function.opset_import))
     found.input.extend(names.give(name, f"i{index}") for index, name in enumerate(function.input))
     found.node.extend(names.node(node) for node in function.node)
     found.output.extend(names[name] for name in function.output)
@@ -150,7 +192,8 @@ class _Names:
 
     def node(self, node: onnx.NodeProto) -> onnx.NodeProto:
         """A node without what changes nothing; its attributes sorted by name."""
-        found = onnx.NodeProto(op_type=node.op_type, domain=node.domain, overload=node.overload)
+        domain = standard(node.domain)
+        found = onnx.NodeProto(op_type=node.op_type, domain=domain, overload=node.overload)
         found.input.extend(self[name] for name in node.input)
         attributes = sorted(node.attribute, key=lambda each: each.name)
         found.attribute.extend(_attribute(each, self) for each in attributes)
@@ -159,13 +202,16 @@ class _Names:
 
     def graph(self, graph: onnx.GraphProto) -> onnx.GraphProto:
         """A graph within a node, which sees the values around it."""
+        if graph.sparse_initializer:
+            raise RefusedError("a graph within a node has sparse initializers")
         inner = _Names(self._known, self._made)
         found = onnx.GraphProto(name="g")
         for value in graph.input:
             found.input.append(_bare(value, inner.give(value.name)))
+        fed = {each.name for each in graph.input}  # an initializer of that name is its default
         for tensor in graph.initializer:
             weight = _bare_tensor(tensor)
-            weight.name = inner.give(tensor.name)
+            weight.name = inner[tensor.name] if tensor.name in fed else inner.give(tensor.name)
             found.initializer.append(weight)
         found.node.extend(inner.node(node) for node in graph.node)
         for value in graph.output:
@@ -174,16 +220,36 @@ class _Names:
 
 
 def _attribute(attribute: onnx.AttributeProto, names: _Names) -> onnx.AttributeProto:
-    found = onnx.AttributeProto()
-    found.CopyFrom(attribute)
-    found.ClearField("doc_string")
-    if attribute.type == onnx.AttributeProto.TENSOR:
-        found.t.CopyFrom(_bare_tensor(attribute.t))
-    for kind, graphs in ((_GRAPH, [found.g]), (_GRAPHS, found.graphs)):
-        if attribute.type == kind:
-            for graph, original in zip(graphs, graphs_of(attribute), strict=True):
-                graph.CopyFrom(names.graph(original))
+    """An attribute with its value, and with nothing that its type does not name."""
+    kind = attribute.type
+    found = A(name=attribute.name, type=kind, ref_attr_name=attribute.ref_attr_name)
+    if attribute.ref_attr_name:
+        return found
+    if kind in _SEVERAL:
+        values = getattr(attribute, _SEVERAL[kind])
+        getattr(found, _SEVERAL[kind]).extend(_bare_value(each, names) for each in values)
+    elif kind in _ONE:
+        value = _bare_value(getattr(attribute, _ONE[kind]), names)
+        if kind in (A.FLOAT, A.INT, A.STRING):
+            setattr(found, _ONE[kind], value)
+        else:
+            getattr(found, _ONE[kind]).CopyFrom(value)
+    else:
+        raise RefusedError(f"the attribute '{attribute.name}' has no type that is known")
     return found
+
+
+def _bare_value(value: Any, names: _Names) -> Any:
+    """One value of an attribute."""
+    if isinstance(value, onnx.GraphProto):
+        return names.graph(value)
+    if isinstance(value, onnx.TensorProto):
+        return _bare_tensor(value)
+    if isinstance(value, onnx.SparseTensorProto):
+        parts = (_bare_tensor(each) for each in (value.values, value.indices))
+        values, indices = parts
+        return onnx.SparseTensorProto(values=values, indices=indices, dims=value.dims)
+    return value
 
 
 def _bare(value: onnx.ValueInfoProto, name: str) -> onnx.ValueInfoProto:
@@ -203,6 +269,8 @@ def _bare_tensor(tensor: onnx.TensorProto) -> onnx.TensorProto:
             f"the tensor '{tensor.name}' of an attribute, or of a graph within a node, lies in "
             "another file, which backends are not given"
         )
+    if tensor.HasField("segment") or bits_of(tensor.data_type) is None:
+        raise RefusedError(f"the tensor '{tensor.name}' is in segments, or of a type not known")
     found = onnx.TensorProto()
     found.CopyFrom(tensor)
     for field in ("name", "doc_string", "metadata_props"):

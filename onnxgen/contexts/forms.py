@@ -22,7 +22,7 @@ from typing import Any, Literal, get_args
 import onnx
 
 from onnxgen.contexts.inlining import Taken, inlined
-from onnxgen.contexts.order import collapsed
+from onnxgen.contexts.order import collapsed, is_sorted
 from onnxgen.contexts.records import (
     FormatError,
     dumped,
@@ -223,9 +223,11 @@ def _strip(proto: onnx.ModelProto, order: str) -> list[Taken]:
     places = from_spans(order, len(nodes))
     if places is not None:
         where = {place: index for index, place in enumerate(places)}
-        nodes = [nodes[where[index]] for index in range(len(nodes))]
-        for each in taken:
-            each.positions = sorted(places[index] for index in each.positions)
+        sorted_nodes = [nodes[where[index]] for index in range(len(nodes))]
+        if is_sorted(sorted_nodes):  # else somebody has moved nodes since
+            nodes = sorted_nodes
+            for each in taken:
+                each.positions = sorted(places[index] for index in each.positions)
     if own:
         del proto.graph.node[:]
         proto.graph.node.extend(nodes)

@@ -57,3 +57,26 @@ def collapsed(nodes: Sequence[onnx.NodeProto], regions: Sequence[Sequence[int]])
 def _item(position: int, of_node: dict[int, int]) -> Item:
     region = of_node.get(position)
     return ("node", position) if region is None else ("region", region)
+
+
+def is_sorted(nodes: Sequence[onnx.NodeProto]) -> bool:
+    """Whether no node reads what a later one makes."""
+    later = {name for node in nodes for name in node.output if name}
+    for node in nodes:
+        if not later.isdisjoint(reads_of(node)):
+            return False
+        later.difference_update(node.output)
+    return True
+
+
+def put_in_order(graph: onnx.GraphProto) -> None:
+    """Sort a graph's nodes where a file has them in no order, as some runtimes allow.
+
+    Raises:
+        ValueError: they wait for each other in a circle.
+    """
+    if not is_sorted(graph.node):
+        nodes = list(graph.node)
+        order = collapsed(nodes, [])
+        del graph.node[:]
+        graph.node.extend(nodes[position] for _, position in order)

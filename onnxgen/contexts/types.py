@@ -8,7 +8,8 @@ from collections.abc import Iterable
 import onnx
 from onnx import TensorProto as T
 
-_TEXT = re.compile(r"([A-Z0-9]+)(?:\[((?:(?:\d+|\?)(?:,(?:\d+|\?))*)?)\])?")
+_SIZE = r"(?:\d{1,18}|\?)"
+_TEXT = re.compile(rf"([A-Z0-9]+)(?:\[((?:{_SIZE}(?:,{_SIZE})*)?)\])?", re.ASCII)
 
 
 def elements(kind: int, dims: Iterable[int | str]) -> str:
@@ -19,13 +20,37 @@ def elements(kind: int, dims: Iterable[int | str]) -> str:
 
 def as_text(value: onnx.ValueInfoProto) -> str:
     """The text of what a graph declares; "" where it declares nothing, or no tensor."""
-    tensor = value.type.tensor_type
-    if value.type.WhichOneof("value") != "tensor_type" or tensor.elem_type == T.UNDEFINED:
+    return type_text(value.type) if value.type.HasField("tensor_type") else ""
+
+
+def type_text(kind: onnx.TypeProto) -> str:
+    """The text of a type of any kind; "" where it says nothing."""
+    match kind.WhichOneof("value"):
+        case "tensor_type":
+            return _tensor(kind.tensor_type)
+        case "sparse_tensor_type":
+            return f"SPARSE({_tensor(kind.sparse_tensor_type)})"
+        case "sequence_type":
+            return f"SEQUENCE({type_text(kind.sequence_type.elem_type)})"
+        case "optional_type":
+            return f"OPTIONAL({type_text(kind.optional_type.elem_type)})"
+        case "map_type":
+            key = T.DataType.Name(kind.map_type.key_type)
+            return f"MAP({key},{type_text(kind.map_type.value_type)})"
+        case "opaque_type":
+            named = (kind.opaque_type.domain, kind.opaque_type.name)
+            return f"OPAQUE({','.join(repr(each.encode().hex()) for each in named)})"
+    return ""
+
+
+def _tensor(kind: onnx.TypeProto.Tensor | onnx.TypeProto.SparseTensor) -> str:
+    if kind.elem_type == T.UNDEFINED:
         return ""
-    if not tensor.HasField("shape"):
-        return str(T.DataType.Name(tensor.elem_type))
-    dims = (dim.dim_value if dim.HasField("dim_value") else "?" for dim in tensor.shape.dim)
-    return elements(tensor.elem_type, dims)
+    if not kind.HasField("shape"):
+        return str(T.DataType.Name(kind.elem_type))
+    fixed = [dim.HasField("dim_value") and dim.dim_value >= 0 for dim in kind.shape.dim]
+    sizes = zip(fixed, kind.shape.dim, strict=True)
+    return elements(kind.elem_type, (dim.dim_value if known else "?" for known, dim in sizes))
 
 
 def parsed(text: str) -> tuple[int, list[int | None] | None]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import struct
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -107,10 +108,18 @@ class Weights:
         return self._maps[path][offset : offset + length]
 
     def _within(self, tensor: onnx.TensorProto) -> npt.NDArray[np.uint8]:
-        raw = tensor.raw_data
-        if not tensor.HasField("raw_data"):
-            raw = onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor)).raw_data
-        return np.frombuffer(bytearray(raw), np.uint8)
+        return np.frombuffer(bytearray(bytes_of(tensor)), np.uint8)
+
+
+def bytes_of(tensor: onnx.TensorProto) -> bytes:
+    """A tensor's bytes as raw_data has them; of strings, each one's length in 8 bytes before it."""
+    if tensor.data_type == T.STRING:
+        each = (struct.pack("<Q", len(text)) + text for text in tensor.string_data)
+        return b"".join(each)
+    if tensor.HasField("raw_data"):
+        return tensor.raw_data
+    array = onnx.numpy_helper.to_array(tensor)
+    return onnx.numpy_helper.from_array(array).raw_data
 
 
 def _digest(data: npt.NDArray[np.uint8]) -> str:
