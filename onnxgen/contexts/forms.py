@@ -14,6 +14,7 @@ passes over it, and its bytes are as they are, in the file or in one beside it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -265,9 +266,9 @@ def _scoped(records: object, scopes: Sequence[str | None]) -> list[Region]:
 def _check(proto: onnx.ModelProto, regions: Sequence[Region]) -> None:
     """What the table says of values is so in the graph."""
     weights = {each.name for each in proto.graph.initializer}
-    names = [region.name for region in regions]
+    names = Counter(region.name for region in regions)
     for region in regions:
-        if names.count(region.name) > 1:
+        if names[region.name] > 1:
             raise FormatError(f"two regions are called '{region.name}'")
         if not region.nodes:
             raise FormatError(f"no node is of its region '{region.name}'")
