@@ -132,14 +132,14 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
                 sides = (path, stage.path, compilers, options, said, runtime, clock)
                 wrong = _prove(*sides, paged=is_paged(model))
                 if wrong is None:
+                    # First: where that fails, nothing is written.
+                    trust(contents, f"{', '.join(backends)} for {output.name}")
                     stage.commit()
                     break
         if wrong is not None:
             reason = said.proofs[wrong.backend].reason
             raise ModelDiffersError(f"{path}: run by {wrong.backend} it differs: {reason}")
     clock.stop()
-    note = f"{', '.join(backends)} for {output.name}"
-    trust(contents, note)
     said.output = str(output)
     held.encoding = encoding
     describe(said, opened, held)
