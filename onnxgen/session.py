@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 
 from onnxgen.backends.interface import BackendError
 from onnxgen.contexts import forms, steps
@@ -32,9 +33,10 @@ from onnxgen.contexts.types import as_text, fits
 from onnxgen.errors import UsageError
 from onnxgen.reading import Opened, open_model, refer_to_file
 from onnxgen.runtime_types import NodeArg, node_args
+from onnxgen.unchanged import Files
 
 Array = npt.NDArray[Any]
-Run = Callable[[dict[str, Array]], dict[str, Array]]
+Run = Callable[[dict[str, Any]], dict[str, Array]]
 ORIGINAL = "original"
 _logger = logging.getLogger("onnxgen.load")
 
@@ -79,7 +81,8 @@ def load(
     """
     if isinstance(prefer, str):
         raise UsageError(f"prefer is several backends: [{prefer!r}]")
-    opened = open_model(Path(path))
+    # Absolute: what runs the nodes may be opened later, when the process works elsewhere.
+    opened = open_model(Path(path).absolute())
     try:
         held = forms.decode(opened.proto)
     except FormatError as error:
@@ -171,12 +174,11 @@ class Session:
         wrong = [name for name in names if name not in there]
         if wrong:
             raise ValueError(f"{self._opened.path}: there are no outputs {wrong}")
-        feeds = {name: np.asarray(value) for name, value in input_feed.items()}
         self._runtime.asked.options = run_options
-        found = self._run(feeds)
+        found = self._run({name: _native(value) for name, value in input_feed.items()})
         return [found[name] for name in names]
 
-    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+    def _run(self, feeds: dict[str, Any]) -> dict[str, Array]:
         plan = self._plan
         try:
             return plan.run(feeds)
@@ -228,6 +230,7 @@ class Session:
         others = [each.region for each in choices if each.context is None]
         proto = self._opened.proto
         try:
+            defaults = self._defaults()
             found = steps.steps(proto, [each.region for each in chosen], others, self._types())
         except Exception as error:  # a file may say anything of its regions
             raise _PlanFailed(chosen, "the graph cannot be cut there", error) from error
@@ -241,8 +244,9 @@ class Session:
         passing = {each.name for each in self._outputs}
         weights = self._chooser.weights
 
-        def run(feeds: dict[str, Array]) -> dict[str, Array]:
-            values = dict(feeds)
+        def run(feeds: dict[str, Any]) -> dict[str, Array]:
+            values = defaults | self._as_arrays(feeds, chosen)
+            feeds = dict(values)
             for each in runs:
                 values |= each(values)
             for name in passing & feeds.keys():  # an output that is an input: another array
@@ -251,7 +255,7 @@ class Session:
                 values[name] = np.array(weights[name].array)
             return {name: values[name] for name in passing}
 
-        return self._with_defaults(run)
+        return run
 
     def _types(self) -> dict[str, str]:
         """Types of values that steps may share."""
@@ -264,14 +268,25 @@ class Session:
         found |= {each.name: text for each in declared if (text := as_text(each))}
         return found
 
-    def _with_defaults(self, run: Run) -> Run:
+    def _as_arrays(self, feeds: dict[str, Any], chosen: Sequence[Choice]) -> dict[str, Array]:
+        """What is fed, as arrays; numbers and lists of the type that is declared."""
+        kinds = {each.name: each.type.tensor_type for each in self._opened.proto.graph.input}
+        found: dict[str, Array] = {}
+        try:
+            for name, value in feeds.items():
+                found[name] = np.asarray(value)
+                if not isinstance(value, np.ndarray | np.generic):
+                    kind = onnx.helper.tensor_dtype_to_np_dtype(kinds[name].elem_type)
+                    found[name] = found[name].astype(kind, casting="same_kind")
+            return found
+        except Exception as error:  # such as sequences: ONNX Runtime knows what to do with them
+            raise _PlanFailed(chosen, "it takes arrays alone", error) from error
+
+    def _defaults(self) -> dict[str, Array]:
         """Inputs that are initializers too need not be fed."""
         weights = self._chooser.weights
         free = [each.name for each in self._inputs if each.name not in self._needed]
-        if not free:
-            return run
-        defaults = {name: weights[name].array for name in free}
-        return lambda feeds: run({**defaults, **feeds})
+        return {name: weights[name].array for name in free}
 
     def _call(self, choice: Choice) -> Run:
         """What runs a region on its backend."""
@@ -332,16 +347,19 @@ class _Runtime:
         self, opened: Opened, options: Callable[[], Any] | None, providers: Sequence[Any] | None
     ) -> None:
         self._opened = opened
+        self._files = Files(opened)
         self._make = options
         self._providers = providers
         self.asked = threading.local()
 
     def whole(self, outputs: Sequence[str]) -> Run:
         """The model as any runtime runs it, from its file."""
+        self._files.check()
         return self._session(os.fspath(self._opened.path), self._options(), outputs)
 
     def part(self, nodes: steps.Nodes) -> Run:
         """Some of its nodes; the weights are mapped from where they are."""
+        self._files.check()
         refer_to_file(self._opened, nodes.model.graph.initializer)
         options = self._options()
         # Threads that wait for this session's next run would hold up the sessions after it.
@@ -367,6 +385,13 @@ class _Runtime:
             return dict(zip(outputs, found, strict=True))
 
         return run
+
+
+def _native(value: Any) -> Any:
+    """The same numbers in this machine's order of bytes: ONNX Runtime does not look at another."""
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        return value.astype(value.dtype.newbyteorder("="))
+    return value
 
 
 def _say(path: Path, choice: Choice) -> None:
