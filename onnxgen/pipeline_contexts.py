@@ -205,6 +205,8 @@ def strip(
             raise FileError(
                 f"{path}: what it holds for backends cannot be read: {error}"
             ) from error
+        if holds_contexts(opened.proto):
+            raise FileError(f"{path}: what it holds cannot be taken out: {error}") from error
         held = Held(opened.proto, encoding="function")
     there = held.table.backends
     if backend is not None and backend not in there:
