@@ -109,7 +109,8 @@ def epcontext(
     else:
         _prove(path, opened, model, provider, place, said, clock)
     clock.start("write", f"writing {place.name}")
-    with staged(_as_written(opened, model), place, source=path, force=force) as stage:
+    written = _as_written(opened, model)
+    with staged(written, place, source=path, force=force, reads=opened.beside) as stage:
         said.bytes_after = stage.bytes
         stage.commit()
     clock.stop()

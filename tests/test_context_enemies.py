@@ -18,8 +18,9 @@ from click.testing import CliRunner
 import onnxgen
 from onnxgen.cli import main
 from onnxgen.contexts import weights as contexts_weights
-from onnxgen.contexts.forms import KEY
+from onnxgen.contexts.forms import KEY, decode
 from onnxgen.contexts.places import cache_folder, config_folder
+from onnxgen.contexts.records import FormatError
 from onnxgen.contexts.trust import trust, trusted
 from onnxgen.errors import FileError
 from tests.fake_backend import Fake, answers, assert_equal, use_fakes, with_regions
@@ -225,6 +226,65 @@ def test_a_table_that_says_what_cannot_be(
     assert session.picked == {}
     assert_equal(session.run(None, {"x": X}), answers(plain, {"x": X}))
     assert run("strip", path, "-o", tmp_path / "s.onnx").exit_code == 0
+
+
+def test_functions_that_call_one_another_again_and_again(
+    tmp_path: Path, fakes: dict[str, Fake]
+) -> None:
+    path = with_regions(saved(RELU, tmp_path), {"all": [0]}, ["fake:CPU"])
+    model = onnx.load(path)
+    body = next(each for each in model.functions if each.name.startswith("Region_"))
+    for number in range(2000):
+        body.node.append(onnx.helper.make_node("Neg", ["x"], [f"d{number}"]))
+        call = model.graph.node.add()
+        call.CopyFrom(model.graph.node[0])
+        call.output[:] = [f"y{number}"]
+    with pytest.raises(FormatError, match="again and again"):
+        decode(model)
+
+
+def test_a_call_that_somebody_moved_into_a_branch(tmp_path: Path, fakes: dict[str, Fake]) -> None:
+    text = HEAD + "g (float[n,6] x, bool c) => (float[n,6] y) { h = Neg(x)  y = Relu(h) }"
+    path = with_regions(saved(text, tmp_path), {"r": [1]}, ["fake:CPU"])
+    model = onnx.load(path)
+    call = next(node for node in model.graph.node if node.op_type == "Region_0")
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        node = onnx.NodeProto()
+        node.CopyFrom(call)
+        node.output[:] = [name]
+        made = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None)
+        branches[name] = onnx.helper.make_graph([node], name, [], [made])
+    call.CopyFrom(onnx.helper.make_node("If", ["c"], ["y"], **branches))
+    onnx.save(model, path)
+    feeds = {"x": X, "c": np.array(True)}
+    wanted = answers(path, feeds)
+    session = onnxgen.load(path)
+    assert_equal(session.run(None, feeds), wanted)
+    assert session.picked == {}
+    result = run("strip", path, "-o", tmp_path / "s.onnx")
+    assert (result.exit_code, result.stderr.count("\n")) == (4, 1)
+    assert "is called where no region can be" in result.stderr
+    assert not (tmp_path / "s.onnx").exists()
+    assert CliRunner().invoke(main, ["fuse", str(path)]).exit_code == 0
+    assert_equal(answers(tmp_path / "m.function.fused.onnx", feeds), wanted)
+
+
+def test_an_output_never_replaces_a_blob_beside_the_model(tmp_path: Path) -> None:
+    saved(MATMUL, tmp_path, w=W)
+    added = run("add", tmp_path / "m.onnx", "--backend", "ort:cpu", "--blob", "file")
+    assert added.exit_code == 0, added.output
+    path, [blob] = tmp_path / "m.context.onnx", tmp_path.glob("*.blob")
+    before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+    for words in (
+        ["context", "add", path, "--backend", "ort:cpu", "-o", blob],
+        ["context", "strip", path, "-o", blob],
+        ["context", "convert", path, "--to", "metadata", "-o", blob],
+        ["fuse", path, "-o", blob],
+    ):
+        result = CliRunner().invoke(main, [*map(str, words)])
+        assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+        assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
 
 
 # --- trust --------------------------------------------------------------------------------------
