@@ -44,7 +44,7 @@ from onnxgen.report import contexts as report
 from onnxgen.report.values import Budget
 from onnxgen.runtime import Picking, Runtime
 from onnxgen.stages import Clock, Progress, sizes
-from onnxgen.staging import check_output
+from onnxgen.staging import check_output, termination_raises
 from onnxgen.twin import unrunnable_types
 from onnxgen.verify.compare import verify_models
 from onnxgen.verify.paged_again import Array, empty_pools, is_paged, paged_feeds, prove_again
@@ -104,7 +104,8 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
     encoding: Encoding = options.encoding or held.encoding or "function"
     backends = list(dict.fromkeys(options.backends))
 
-    with Runtime(twins=unrunnable_types(model)) as runtime:
+    # Compilers leave files of their own behind too, where they are ended in their midst.
+    with termination_raises(), Runtime(twins=unrunnable_types(model)) as runtime:
         clock.start("regions", "choosing regions")
         held.table.regions = [each.without(*backends) for each in held.table.regions]
         regions, others = _regions(opened, model, held, options.region)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -285,6 +287,41 @@ def test_an_output_never_replaces_a_blob_beside_the_model(tmp_path: Path) -> Non
         result = CliRunner().invoke(main, [*map(str, words)])
         assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
         assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
+
+
+END = "os.kill(os.getpid(), signal.SIGTERM)"
+FULL = "exec('raise OSError(28, \\'No space left on device\\')')"
+
+
+@pytest.mark.parametrize(
+    ("where", "what", "code"),
+    [
+        ("contexts.sides.sync", END, 143),
+        ("context_files.encode", END, 143),
+        ("backends.ort_cpu._read", END, 143),
+        ("contexts.sides.sync", FULL, 4),
+        ("backends.ort_cpu._read", FULL, 4),
+    ],
+)
+def test_a_run_that_is_ended_or_finds_no_room_leaves_nothing(
+    where: str, what: str, code: int, tmp_path: Path
+) -> None:
+    saved(MATMUL, tmp_path, w=W)
+    (tmp_path / "temporary").mkdir()
+    module, _, name = f"onnxgen.{where}".rpartition(".")
+    words = ["context", "add", str(tmp_path / "m.onnx"), "--backend", "ort:cpu", "--blob", "file"]
+    program = f"""
+import os, signal, {module}
+from onnxgen.cli import main
+{module}.{name} = lambda *_, **__: {what}
+main({words!r})"""
+    environment = os.environ | {"TMPDIR": str(tmp_path / "temporary")}
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == code, result.stderr
+    assert result.stderr.count("\n") == (code == 4)
+    assert {each.name for each in tmp_path.iterdir()} == {"m.onnx", "temporary"}
+    assert not list((tmp_path / "temporary").glob("onnxgen*"))
 
 
 # --- trust --------------------------------------------------------------------------------------
