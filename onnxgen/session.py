@@ -139,7 +139,7 @@ class Session:
         return [each for each in self._inputs if each.name not in weights]
 
     def get_outputs(self) -> list[NodeArg]:
-        """What comes out."""
+        """What comes out, as the model declares it; ONNX Runtime infers sizes that it leaves open."""
         return list(self._outputs)
 
     def run(
