@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ import numpy.typing as npt
 from onnxgen.backends.interface import BackendError
 from onnxgen.contexts import forms, steps
 from onnxgen.contexts.blobs import LARGEST
-from onnxgen.contexts.choosing import Choice, Chooser
+from onnxgen.contexts.choosing import Choice, Chooser, Passed
 from onnxgen.contexts.records import FormatError
 from onnxgen.contexts.trust import Given
 from onnxgen.contexts.types import as_text, fits
@@ -184,6 +184,10 @@ class Session:
             return plan.run(feeds)
         except _BackendFailed as error:
             failed = error
+        except Exception as error:
+            if not any(each.context for each in plan.choices):
+                raise
+            return self._by_nodes(plan, feeds, error)
         with self._lock:
             self._chooser.bar(failed.region, failed.context, str(failed))
             if self._plan is plan:
@@ -197,6 +201,27 @@ class Session:
                 self._plan = plan
             raise
 
+    def _by_nodes(self, plan: _Plan, feeds: dict[str, Array], error: Exception) -> dict[str, Array]:
+        """Run the original, since parts of it failed: what is written of their types may be old."""
+        found = self._original()(feeds)  # where the feed is wrong, it says so
+        with self._lock:
+            if self._plan is plan:
+                self._plan = self._without(plan.choices, error)
+        return found
+
+    def _without(self, choices: Sequence[Choice], error: Exception) -> _Plan:
+        """The original, where it cannot be run in parts."""
+        reason = f"the graph cannot be run in parts: {error}"
+        changed = [
+            replace(each, context=None, passed=(*each.passed, Passed(each.context, reason)))
+            if each.context
+            else each
+            for each in choices
+        ]
+        for choice in changed:
+            _say(self._opened.path, choice)
+        return _Plan(changed, self._original())
+
     def _make_plan(self) -> _Plan:
         """Choose for each region, and make what runs them; a backend that fails is passed over."""
         while True:
@@ -206,6 +231,10 @@ class Session:
             except _BackendFailed as error:
                 self._chooser.bar(error.region, error.context, str(error))
                 continue
+            except Exception as error:  # ONNX Runtime's have no common base but this one
+                if not any(each.context for each in choices):
+                    raise
+                return self._without(choices, error)
             for choice in choices:
                 _say(self._opened.path, choice)
             return plan
@@ -216,11 +245,7 @@ class Session:
             return self._original()
         others = [each.region for each in choices if each.context is None]
         proto = self._opened.proto
-        try:
-            found = steps.steps(proto, [each.region for each in chosen], others, self._types())
-        except (steps.UntypedError, ValueError) as error:
-            _logger.warning("%s: no backend is used: %s", self._opened.path, error)
-            return self._original()
+        found = steps.steps(proto, [each.region for each in chosen], others, self._types())
         of_region = {each.region.name: each for each in chosen}
         runs = [
             self._call(of_region[step.region.name])

@@ -16,7 +16,8 @@ from onnx import TensorProto as T
 from onnx import helper
 
 import onnxgen
-from onnxgen.contexts.forms import Encoding, decode, strip
+from onnxgen.contexts.choosing import Chooser
+from onnxgen.contexts.forms import Encoding, decode_file, strip
 from onnxgen.contexts.order import is_sorted
 
 X = np.array([[1.0, -2.0], [3.0, 0.5]], np.float32)
@@ -263,12 +264,50 @@ def test_nodes_that_were_moved_come_back_in_an_order_that_runs(folder: Path) -> 
     assert is_sorted(model.graph.node)
 
 
-def test_a_damaged_type_is_no_reason_to_fail(folder: Path, tmp_path: Path) -> None:
+def test_a_type_that_nobody_knows_is_a_reason_and_no_failure(folder: Path, tmp_path: Path) -> None:
     model = model_with_a_region(folder, "function")
-    for function in model.functions:
-        for entry in function.metadata_props:
-            entry.value = entry.value.replace('"FLOAT[?,2]"', f'"FLOAT[{"9" * 18},2]"')
+    weight_of(model, "k").data_type = 99
     path = tmp_path / "changed.onnx"
     onnx.save(model, path)
-    assert "ort:cpu" not in onnxgen.load(path).picked.values()
-    assert decode(model).table.regions
+    opened, held = decode_file(path)
+    (region,) = held.table.regions
+    choice = Chooser(opened, held).choose(region)
+    assert choice.context is None
+    assert "its nodes have changed" in choice.passed[0].reason
+
+
+def test_types_between_parts_that_are_no_longer_true(tmp_path: Path) -> None:
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["": 20]>
+        g (float[n,2] x) => (float[n,m] y) <float[2,3] w = {0, 1, 2, 3, 4, 5}> {
+            t = Concat<axis = 1>(x, x)
+            c = MatMul(x, w)
+            y = Concat<axis = 1>(c, t)
+        }"""
+    )
+    for node, name in zip(model.graph.node, ("/out/t", "/inside/c", "/out/y"), strict=True):
+        node.name = name
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    onnxgen.add_contexts(path, ["ort:cpu"], region="inside")
+    changed = onnx.load(tmp_path / "m.context.onnx")
+    node_of(changed, "Concat").input.append("x")
+    onnx.save(changed, path)
+    session = onnxgen.load(path)
+    assert "ort:cpu" in session.picked.values()
+    (found,) = session.run(None, {"x": X})
+    (expected,) = ort.InferenceSession(path).run(None, {"x": X})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert "ort:cpu" not in session.picked.values()
+    assert "in parts" in session.choices[0].passed[0].reason
+
+    node_of(changed, "Concat").op_type = "Equal"  # of other types, which no session takes
+    del node_of(changed, "Equal").attribute[:], node_of(changed, "Equal").input[2:]
+    model.graph.node[0].CopyFrom(node_of(changed, "Equal"))
+    changed.graph.node[-1].input[:] = ["c", "f"]
+    changed.graph.node.insert(2, helper.make_node("Cast", ["t"], ["f"], to=T.FLOAT))
+    onnx.save(changed, path)
+    session = onnxgen.load(path)
+    (found,) = session.run(None, {"x": X})
+    (expected,) = ort.InferenceSession(path).run(None, {"x": X})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
