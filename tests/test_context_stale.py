@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,10 @@ from onnx import helper
 
 import onnxgen
 from onnxgen.contexts.choosing import Chooser
-from onnxgen.contexts.forms import Encoding, decode_file, strip
+from onnxgen.contexts.forms import Encoding, decode_file, encode, strip
 from onnxgen.contexts.order import is_sorted
+from onnxgen.reading import open_model
+from tests.context_graphs import held_with, invented, region_of
 
 X = np.array([[1.0, -2.0], [3.0, 0.5]], np.float32)
 FORMS: tuple[Encoding, ...] = ("function", "metadata")
@@ -250,18 +253,34 @@ def test_after_a_change_the_file_runs_as_its_nodes_say(
         np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
-def test_nodes_that_were_moved_come_back_in_an_order_that_runs(folder: Path) -> None:
-    model = model_with_a_region(folder, "function")
-    model.graph.node.insert(0, helper.make_node("Neg", ["x"], ["unused"]))
-    model.graph.node.insert(1, helper.make_node("Abs", ["unused"], ["too"]))
-    del model.graph.node[2:4]  # as many as before, and others: the call reads x itself
-    model.graph.node[2].input[0] = "c"
-    call = helper.make_node(
-        "Region_0", ["x", "z", "w", "k"], ["c"], "call", domain="onnxgen.backend"
+def test_nodes_that_were_moved_come_back_in_an_order_that_runs(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    onnx.save(
+        onnx.parser.parse_model(
+            """<ir_version: 10, opset_import: ["": 20]>
+            g (float[n] x) => (float[n] y, float[n] z, float[n] k) {
+                a = Relu(x)
+                z = Neg(a)
+                e = Exp(x)
+                y = Add(a, e)
+                k = Sqrt(x)
+            }"""
+        ),
+        path,
     )
-    model.graph.node.insert(1, call)
+    held = held_with(path, [])
+    context, blob = invented(b"b")
+    held.blobs = {context.blob.sha256: blob}
+    region = region_of(open_model(path), "first", [0, 3])
+    held.table.regions = [replace(region, contexts=(context,))]
+    model = encode(held, "function")
+    assert [node.op_type for node in model.graph.node] == ["Exp", "Region_0", "Neg", "Sqrt"]
+    model.graph.node.insert(0, model.graph.node[3])
+    del model.graph.node[4]
     strip(model)
+    assert len(model.graph.node) == 5
     assert is_sorted(model.graph.node)
+    onnx.checker.check_model(model)
 
 
 def test_a_type_that_nobody_knows_is_a_reason_and_no_failure(folder: Path, tmp_path: Path) -> None:
