@@ -24,6 +24,11 @@ def _load(model: bytes | str, request: dict[str, Any]) -> Any:
         return _load_contexts(str(model), request["backend"], request["trust"])
     import onnxruntime as ort
 
+    if request["provider"]:
+        from onnxgen.backends.ort_compile import settings
+
+        return ort.InferenceSession(model, settings(request["provider"]))
+
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = request["threads"]

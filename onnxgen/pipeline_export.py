@@ -3,7 +3,8 @@
 package:    read -> each backend's blobs -> a variant for each, and the original -> a new folder
 epcontext:  read -> one backend's blobs -> the graph with EPContext nodes -> moved into place
 
-Blobs are checked against their hashes and copied; nothing is run.
+Blobs are checked against their hashes and copied. What is written is run and compared with the
+original where its execution provider is installed; where it is not, that is said.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import onnx
+import onnx_ir as ir
 
+from onnxgen.backends import ort_compile
+from onnxgen.backends.interface import BackendError
 from onnxgen.context_files import describe
 from onnxgen.contexts import openvino_bin
 from onnxgen.contexts.blobs import BlobError, read_blob
@@ -23,14 +27,14 @@ from onnxgen.contexts.forms import Held, decode_file
 from onnxgen.contexts.package import Variant, safe_name, write_package
 from onnxgen.contexts.values import Context
 from onnxgen.contexts.weights import Weights
-from onnxgen.errors import FileError, RefusedError, UsageError
+from onnxgen.errors import FileError, ModelDiffersError, RefusedError, UsageError
 from onnxgen.model_io import as_model, staged
 from onnxgen.places import stem
 from onnxgen.reading import Opened
 from onnxgen.report import contexts as report
+from onnxgen.runtime import Picking
 from onnxgen.stages import Clock, Progress, sizes
-
-UNPROVEN = "what was written was not run: only a machine with its execution provider can"
+from onnxgen.verify.compare import verify_models
 
 
 def package(
@@ -44,7 +48,9 @@ def package(
     Raises:
         FileError: the model or a blob cannot be read, or the folder not written.
         UsageError: a backend compiled nothing in it.
-        RefusedError: a backend that was asked for cannot be in a package, or none can.
+        RefusedError: a backend that was asked for cannot be in a package, or none can; or nothing
+            could be compared.
+        ModelDiffersError: run by a provider that is here, it computes something else.
     """
     said = report.Contexts(str(path))
     clock = Clock(said.seconds, progress)
@@ -62,13 +68,14 @@ def package(
             said.warnings.append(f"{backend} is left out: {error}")
     if not variants:
         raise RefusedError(f"{path} holds nothing that a package can: {'; '.join(said.warnings)}")
+    for variant in variants:
+        _prove(path, opened, variant.model, variant.provider, folder, said, clock)
     clock.start("write", f"writing {folder}")
     original = Variant("original", opened.proto)
     write_package(folder, "model", [*variants, original], Weights(opened))
     clock.stop()
     said.output = str(folder)
     said.bytes_after = sizes(each for each in folder.rglob("*") if each.is_file())
-    said.warnings.append(UNPROVEN)
     return said
 
 
@@ -80,7 +87,8 @@ def epcontext(
     Raises:
         FileError: the model or a blob cannot be read, or the result not written.
         UsageError: the backend compiled nothing in it.
-        RefusedError: there is no EPContext form of what it compiled.
+        RefusedError: there is no EPContext form of what it compiled, or nothing could be compared.
+        ModelDiffersError: run by the provider, which is here, it computes something else.
     """
     said = report.Contexts(str(path))
     clock = Clock(said.seconds, progress)
@@ -88,19 +96,61 @@ def epcontext(
     opened, held = decode_file(path)
     describe(said, opened, held)
     said.bytes_before = sizes([path])
-    model, _ = _epcontext(opened, held, backend)
+    model, provider = _epcontext(opened, held, backend)
     place = output or path.with_name(f"{stem(path)}.epcontext.onnx")
-    there = {each.name for each in model.graph.initializer}
-    cut = tuple(each for each in opened.weights if each.name in there)
-    written = as_model(replace(opened, proto=model, weights=cut))
+    _prove(path, opened, model, provider, place, said, clock)
     clock.start("write", f"writing {place.name}")
-    with staged(written, place, source=path, force=force) as stage:
+    with staged(_as_written(opened, model), place, source=path, force=force) as stage:
         said.bytes_after = stage.bytes
         stage.commit()
     clock.stop()
     said.output = str(place)
-    said.warnings.append(UNPROVEN)
     return said
+
+
+def _prove(
+    path: Path,
+    opened: Opened,
+    model: onnx.ModelProto,
+    provider: str,
+    place: Path,
+    said: report.Contexts,
+    clock: Clock,
+) -> None:
+    """Run a model by its provider, where that is installed, and compare it with the original.
+
+    Raises:
+        ModelDiffersError: it computes something else.
+        RefusedError: nothing could be compared.
+    """
+    try:
+        ort_compile.identity(provider)
+    except BackendError as error:
+        said.warnings.append(f"unproven: {error}")
+        return
+    clock.start("verify", f"verifying with {provider}")
+    beside = place.with_name(f"{place.name}.{safe_name(provider)}.onnx")
+    with staged(
+        _as_written(opened, model), beside, source=path, force=False, passing=True
+    ) as stage:
+        picking = Picking(provider=provider)
+        proof = verify_models(path, stage.path, picking=picking, progress=clock.progress)
+    said.proofs[provider] = proof
+    if proof.status == "differs":
+        raise ModelDiffersError(f"{path}: run by {provider} it differs: {proof.reason}")
+    if proof.status != "proven":
+        raise RefusedError(
+            f"{path}: that {provider} computes the same cannot be shown: {proof.reason}"
+        )
+
+
+def _as_written(opened: Opened, model: onnx.ModelProto) -> ir.Model:
+    """A model of a provider's, with those of the original's weights that it still reads."""
+    there = {each.name for each in model.graph.initializer}
+    cut = tuple(each for each in opened.weights if each.name in there)
+    proto = onnx.ModelProto()
+    proto.CopyFrom(model)
+    return as_model(replace(opened, proto=proto, weights=cut))
 
 
 def _variant(opened: Opened, held: Held, backend: str) -> Variant:

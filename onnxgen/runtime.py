@@ -36,10 +36,17 @@ _GLANCES = (0.002, 0.02)  # seconds between two looks at the process's memory, a
 
 @dataclass(frozen=True)
 class Picking:
-    """Which backend is to run the regions of a model, and blobs that may be used for that."""
+    """What is to run a model, other than ONNX Runtime's CPU.
 
-    backend: str
+    Attributes:
+        backend: runs its regions, see `onnxgen.load`; or "", and then
+        provider: an execution provider of ONNX Runtime, as `ort:NAME` calls it.
+        trust: sha256 of blobs that may be used.
+    """
+
+    backend: str = ""
     trust: tuple[str, ...] = ()
+    provider: str = ""
 
 
 class RuntimeFailure(Exception):
@@ -148,6 +155,7 @@ class Runtime:
                 "folder": "" if folder is None else os.path.abspath(folder),
                 "backend": "" if picking is None else picking.backend,
                 "trust": [] if picking is None else list(picking.trust),
+                "provider": "" if picking is None else picking.provider,
             }
             data = {"model": np.frombuffer(source, np.uint8)} if isinstance(source, bytes) else {}
             self._ask("load", self._sessions, request, data)  # it maps the weights: they may go now

@@ -15,7 +15,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,10 @@ import numpy.typing as npt
 from onnxgen.backends.interface import BackendError
 from onnxgen.contexts import forms, steps
 from onnxgen.contexts.blobs import LARGEST
-from onnxgen.contexts.choosing import Choice, Chooser, Passed
+from onnxgen.contexts.choosing import Choice, Chooser
 from onnxgen.contexts.records import FormatError
 from onnxgen.contexts.trust import Given
 from onnxgen.contexts.types import as_text, fits
-from onnxgen.contexts.values import Context, Region
 from onnxgen.errors import UsageError
 from onnxgen.reading import Opened, open_model, refer_to_file
 from onnxgen.runtime_types import NodeArg, node_args
@@ -40,13 +39,12 @@ ORIGINAL = "original"
 _logger = logging.getLogger("onnxgen.load")
 
 
-class _BackendFailed(Exception):
-    """A backend raised while it was bound or run."""
+class _PlanFailed(Exception):
+    """What some regions were to be run by cannot be; the message is a clause about each."""
 
-    def __init__(self, region: Region, context: Context, cause: Exception) -> None:
-        super().__init__(f"it failed: {type(cause).__name__}: {cause}")
-        self.region = region
-        self.context = context
+    def __init__(self, places: Sequence[Choice], what: str, cause: Exception) -> None:
+        super().__init__(f"{what}: {type(cause).__name__}: {' '.join(str(cause).split())}")
+        self.places = places
 
 
 def load(
@@ -182,45 +180,33 @@ class Session:
         plan = self._plan
         try:
             return plan.run(feeds)
-        except _BackendFailed as error:
+        except _PlanFailed as error:
             failed = error
-        except Exception as error:
-            if not any(each.context for each in plan.choices):
-                raise
-            return self._by_nodes(plan, feeds, error)
         with self._lock:
-            self._chooser.bar(failed.region, failed.context, str(failed))
-            if self._plan is plan:
+            own = self._plan is plan  # else another thread has made a new one meanwhile
+            if own:
+                self._bar(failed)
                 self._plan = self._make_plan()
+            after = self._plan
         try:
             return self._run(feeds)
         except Exception:
             # The nodes themselves take this feed no better: it was not the backend's fault.
             with self._lock:
-                self._chooser.unbar(failed.region, failed.context)
-                self._plan = plan
+                if own and self._plan is after:
+                    self._unbar(failed)
+                    self._plan = plan
             raise
 
-    def _by_nodes(self, plan: _Plan, feeds: dict[str, Array], error: Exception) -> dict[str, Array]:
-        """Run the original, since parts of it failed: what is written of their types may be old."""
-        found = self._original()(feeds)  # where the feed is wrong, it says so
-        with self._lock:
-            if self._plan is plan:
-                self._plan = self._without(plan.choices, error)
-        return found
+    def _bar(self, failed: _PlanFailed) -> None:
+        for each in failed.places:
+            if each.context is not None:
+                self._chooser.bar(each.region, each.context, str(failed))
 
-    def _without(self, choices: Sequence[Choice], error: Exception) -> _Plan:
-        """The original, where it cannot be run in parts."""
-        reason = f"the graph cannot be run in parts: {error}"
-        changed = [
-            replace(each, context=None, passed=(*each.passed, Passed(each.context, reason)))
-            if each.context
-            else each
-            for each in choices
-        ]
-        for choice in changed:
-            _say(self._opened.path, choice)
-        return _Plan(changed, self._original())
+    def _unbar(self, failed: _PlanFailed) -> None:
+        for each in failed.places:
+            if each.context is not None:
+                self._chooser.unbar(each.region, each.context)
 
     def _make_plan(self) -> _Plan:
         """Choose for each region, and make what runs them; a backend that fails is passed over."""
@@ -228,13 +214,9 @@ class Session:
             choices = [self._chooser.choose(region) for region in self._held.table.regions]
             try:
                 plan = _Plan(choices, self._runner(choices))
-            except _BackendFailed as error:
-                self._chooser.bar(error.region, error.context, str(error))
+            except _PlanFailed as error:
+                self._bar(error)
                 continue
-            except Exception as error:  # ONNX Runtime's have no common base but this one
-                if not any(each.context for each in choices):
-                    raise
-                return self._without(choices, error)
             for choice in choices:
                 _say(self._opened.path, choice)
             return plan
@@ -245,12 +227,15 @@ class Session:
             return self._original()
         others = [each.region for each in choices if each.context is None]
         proto = self._opened.proto
-        found = steps.steps(proto, [each.region for each in chosen], others, self._types())
+        try:
+            found = steps.steps(proto, [each.region for each in chosen], others, self._types())
+        except Exception as error:  # a file may say anything of its regions
+            raise _PlanFailed(chosen, "the graph cannot be cut there", error) from error
         of_region = {each.region.name: each for each in chosen}
         runs = [
             self._call(of_region[step.region.name])
             if isinstance(step, steps.Call)
-            else self._runtime.part(step)
+            else self._part(step, chosen)
             for step in found
         ]
         passing = {each.name for each in self._outputs}
@@ -260,6 +245,8 @@ class Session:
             values = dict(feeds)
             for each in runs:
                 values |= each(values)
+            for name in passing & feeds.keys():  # an output that is an input: another array
+                values[name] = np.array(feeds[name])
             for name in passing - values.keys():  # an output that is a weight
                 values[name] = np.array(weights[name].array)
             return {name: values[name] for name in passing}
@@ -290,25 +277,41 @@ class Session:
         """What runs a region on its backend."""
         region, context = choice.region, choice.context
         assert context is not None
+        failed = "it failed"
         try:
             loaded = self._chooser.loaded(context)
             given = [self._chooser.weights[region.weights[each]] for each in context.parameters]
             bound = loaded.bind(given)
         except Exception as error:
-            raise _BackendFailed(region, context, error) from error
+            raise _PlanFailed([choice], failed, error) from error
 
         def run(values: dict[str, Array]) -> dict[str, Array]:
-            arrays = [values[name] for name in region.inputs]
             try:
+                arrays = [values[name] for name in region.inputs]
                 for name, kind, array in zip(
                     region.inputs, region.input_types, arrays, strict=True
                 ):
                     if not fits(kind, array.shape):
                         raise BackendError(f"'{name}' is {list(array.shape)}, and it takes {kind}")
-                outputs = bound(arrays)
+                return dict(zip(region.outputs, bound(arrays), strict=True))
             except Exception as error:
-                raise _BackendFailed(region, context, error) from error
-            return dict(zip(region.outputs, outputs, strict=True))
+                raise _PlanFailed([choice], failed, error) from error
+
+        return run
+
+    def _part(self, nodes: steps.Nodes, chosen: Sequence[Choice]) -> Run:
+        """What runs nodes beside regions; where it cannot, the whole is run as it is."""
+        failed = "the nodes around it cannot be run apart"
+        try:
+            part = self._runtime.part(nodes)
+        except Exception as error:
+            raise _PlanFailed(chosen, failed, error) from error
+
+        def run(values: dict[str, Array]) -> dict[str, Array]:
+            try:
+                return part(values)
+            except Exception as error:
+                raise _PlanFailed(chosen, failed, error) from error
 
         return run
 

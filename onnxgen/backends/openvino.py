@@ -2,8 +2,8 @@
 
     OpenVINO().compile(part, "CPU")      # devices are those that OpenVINO itself lists
 
-Weights of 1 KiB and more are parameters of what is compiled: they stay where they are mapped, and
-the blob is kilobytes. Only where OpenVINO cannot compile that are integers, and then all weights,
+Weights are parameters of what is compiled, all but small integers and single numbers: they stay where
+they are mapped, and the blob is kilobytes. Only where OpenVINO cannot compile that are integers, and then all weights,
 constants inside. An array that cannot be written to, or is not aligned, is copied when it is bound.
 
 Numerics: everything is computed in float32, whatever precision OpenVINO would choose for speed

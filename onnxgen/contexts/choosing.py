@@ -129,6 +129,8 @@ class Chooser:
             refused: str = backend.refuses(context.identity, device)
         except (BackendError, UsageError) as error:
             return str(error)
+        except Exception as error:  # a backend of somebody else's may raise anything
+            return f"it failed to say what is here: {type(error).__name__}: {error}"
         if refused:
             return refused
         if stale := self._is_stale(region):
