@@ -38,12 +38,6 @@ EXPORTS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def _own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ONNXGEN_CONFIG", str(tmp_path / "config"))
-    monkeypatch.setenv("ONNXGEN_CACHE", str(tmp_path / "cache"))
-
-
 @pytest.mark.parametrize("export", EXPORTS)
 def test_the_independent_reader_agrees(export: str, tmp_path: Path) -> None:
     assert_reader_agrees(corpus_file(export, tmp_path), tmp_path)
