@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 
 from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
+from onnxgen.analysis.regions import find_regions
 from onnxgen.analysis.roles import Roles
 from onnxgen.contexts.forms import Held
 from onnxgen.contexts.regions import outlined
