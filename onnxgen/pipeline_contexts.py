@@ -13,28 +13,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
-import onnx
-import onnx_ir as ir
-
-from onnxgen.analysis.feeds import RunShape, make_feeds, nearest_shape
-from onnxgen.analysis.regions import find_regions
-from onnxgen.analysis.roles import Roles, find_roles
+from onnxgen.analysis.roles import find_roles
 from onnxgen.compiling import CompiledBy
 from onnxgen.context_files import BlobPlace, describe, written
+from onnxgen.context_regions import chosen_regions, shared_values, some_feeds, undeclared
 from onnxgen.context_types import types_of
 from onnxgen.contexts.choosing import Chooser
 from onnxgen.contexts.forms import Encoding, Held, decode, decode_file, holds_contexts
 from onnxgen.contexts.order import put_in_order
 from onnxgen.contexts.records import FormatError
-from onnxgen.contexts.regions import described, outlined
+from onnxgen.contexts.regions import described
 from onnxgen.contexts.trust import Given, trust
-from onnxgen.contexts.values import Region
 from onnxgen.contexts.weights import Weights
 from onnxgen.errors import FileError, ModelDiffersError, RefusedError, UsageError
 from onnxgen.model_io import as_model, data_files
@@ -47,7 +40,7 @@ from onnxgen.stages import Clock, Progress, sizes
 from onnxgen.staging import check_output, termination_raises
 from onnxgen.twin import unrunnable_types
 from onnxgen.verify.compare import verify_models
-from onnxgen.verify.paged_again import Array, empty_pools, is_paged, paged_feeds, prove_again
+from onnxgen.verify.paged_again import is_paged, prove_again
 
 
 @dataclass(frozen=True)
@@ -108,12 +101,12 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
     with termination_raises(), Runtime(twins=unrunnable_types(model)) as runtime:
         clock.start("regions", "choosing regions")
         held.table.regions = [each.without(*backends) for each in held.table.regions]
-        regions, others = _regions(opened, model, held, options.region)
-        names = _shared_values(opened.proto, [*regions, *others])
-        types = types_of(path, opened.proto, names, _some_feeds(model, roles), runtime)
+        regions, others = chosen_regions(opened, model, held, options.region)
+        names = shared_values(opened.proto, [*regions, *others])
+        types = types_of(path, opened.proto, names, some_feeds(model, roles), runtime)
         weights = Weights(opened)
         regions = [described(opened.proto, each, types, weights) for each in regions]
-        held.table.types |= _undeclared(opened.proto, types, [*regions, *others])
+        held.table.types |= undeclared(opened.proto, types, [*regions, *others])
         compilers = [CompiledBy(backend, opened) for backend in backends]
         wrong: CompiledBy | None = None
         while wrong is None or wrong.next_way():
@@ -304,69 +297,3 @@ def _prove(
                 f"{path}: that {compiler.backend} computes the same cannot be shown: {proof.reason}"
             )
     return None
-
-
-def _regions(
-    opened: Opened, model: ir.Model, held: Held, which: str
-) -> tuple[list[Region], list[Region]]:
-    """The regions that are to be compiled, and others that are there and stay as they are."""
-    there = {region.nodes: region for region in held.table.regions}
-    places = find_regions(model, which)
-    if not places:
-        raise RefusedError(f"{opened.path}: --region {which} finds nothing that can be compiled")
-    found = [
-        replace(
-            outlined(opened.proto, place.name, place.nodes),
-            contexts=there[place.nodes].contexts if place.nodes in there else (),
-        )
-        for place in places
-    ]
-    asked = {place.nodes for place in places}
-    others = [r for r in held.table.regions if r.nodes not in asked and r.contexts]
-    taken = {position for region in others for position in region.nodes}
-    names = {region.name for region in others}
-    for region in found:
-        if taken.intersection(region.nodes) or region.name in names:
-            by = ", ".join(dict.fromkeys(c.backend for each in others for c in each.contexts))
-            raise RefusedError(
-                f"{opened.path}: region '{region.name}' overlaps with one that {by} compiled; "
-                "`onnxgen context strip` takes that out"
-            )
-        if not region.outputs:
-            raise RefusedError(f"{opened.path}: nothing reads what region '{region.name}' makes")
-    return found, others
-
-
-def _some_feeds(model: ir.Model, roles: Roles) -> Iterator[dict[str, Array]]:
-    """What a few runs of different lengths are fed."""
-    if is_paged(model):
-        pools = empty_pools(model)
-        yield from ({**pools, **feeds} for _, feeds in islice(paged_feeds(model), 1, 4))
-        return
-    lengths = (RunShape(2, 5, 7), RunShape(3, 4, 9), RunShape(1, 6))
-    for shape in dict.fromkeys(nearest_shape(roles, each) for each in lengths):
-        if shape is not None:
-            yield make_feeds(roles, shape, np.random.default_rng(0))
-
-
-def _undeclared(
-    proto: onnx.ModelProto, types: Mapping[str, str], regions: Sequence[Region]
-) -> dict[str, str]:
-    """Types that neither the graph nor a region says."""
-    said = {each.name for each in (*proto.graph.value_info, *proto.graph.output)}
-    said |= {each for region in regions for each in (*region.inputs, *region.outputs)}
-    return {name: kind for name, kind in types.items() if name not in said}
-
-
-def _shared_values(proto: onnx.ModelProto, regions: Sequence[Region]) -> list[str]:
-    """Names of values that may pass between regions and nodes."""
-    inside = {position for region in regions for position in region.nodes}
-    names = dict.fromkeys(
-        name
-        for position, node in enumerate(proto.graph.node)
-        if position not in inside
-        for name in node.output
-        if name
-    )
-    names |= dict.fromkeys(each for r in regions for each in (*r.inputs, *r.outputs))
-    return list(names)

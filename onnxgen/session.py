@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 
 from onnxgen.backends.interface import BackendError
@@ -31,12 +30,10 @@ from onnxgen.contexts.records import FormatError
 from onnxgen.contexts.trust import Given
 from onnxgen.contexts.types import as_text, fits
 from onnxgen.errors import UsageError
-from onnxgen.reading import Opened, open_model, refer_to_file
+from onnxgen.reading import Opened, open_model
 from onnxgen.runtime_types import NodeArg, node_args
-from onnxgen.unchanged import Files
+from onnxgen.session_runtime import Array, NodesRuntime, Run, native
 
-Array = npt.NDArray[Any]
-Run = Callable[[dict[str, Any]], dict[str, Array]]
 ORIGINAL = "original"
 _logger = logging.getLogger("onnxgen.load")
 
@@ -89,7 +86,7 @@ def load(
         _logger.warning("%s: what it holds for backends cannot be read: %s", path, error)
         held = forms.Held(opened.proto)
     chooser = Chooser(opened, held, prefer, trust, largest_blob)
-    runtime = _Runtime(opened, session_options, providers)
+    runtime = NodesRuntime(opened, session_options, providers)
     return Session(opened, held, chooser, runtime)
 
 
@@ -109,7 +106,7 @@ class Session:
     """
 
     def __init__(
-        self, opened: Opened, held: forms.Held, chooser: Chooser, runtime: _Runtime
+        self, opened: Opened, held: forms.Held, chooser: Chooser, runtime: NodesRuntime
     ) -> None:
         self._opened = opened
         self._held = held
@@ -142,7 +139,7 @@ class Session:
         return [each for each in self._inputs if each.name not in weights]
 
     def get_outputs(self) -> list[NodeArg]:
-        """What comes out."""
+        """What comes out, as the model declares it; ONNX Runtime infers sizes that it leaves open."""
         return list(self._outputs)
 
     def run(
@@ -175,7 +172,7 @@ class Session:
         if wrong:
             raise ValueError(f"{self._opened.path}: there are no outputs {wrong}")
         self._runtime.asked.options = run_options
-        found = self._run({name: _native(value) for name, value in input_feed.items()})
+        found = self._run({name: native(value) for name, value in input_feed.items()})
         return [found[name] for name in names]
 
     def _run(self, feeds: dict[str, Any]) -> dict[str, Array]:
@@ -334,64 +331,6 @@ class Session:
         if self._own is None:
             self._own = self._runtime.whole([each.name for each in self._outputs])
         return self._own
-
-
-class _Runtime:
-    """Sessions of ONNX Runtime, for the whole model or parts of it.
-
-    Attributes:
-        asked: `options` of the run that goes on in this thread.
-    """
-
-    def __init__(
-        self, opened: Opened, options: Callable[[], Any] | None, providers: Sequence[Any] | None
-    ) -> None:
-        self._opened = opened
-        self._files = Files(opened)
-        self._make = options
-        self._providers = providers
-        self.asked = threading.local()
-
-    def whole(self, outputs: Sequence[str]) -> Run:
-        """The model as any runtime runs it, from its file."""
-        self._files.check()
-        return self._session(os.fspath(self._opened.path), self._options(), outputs)
-
-    def part(self, nodes: steps.Nodes) -> Run:
-        """Some of its nodes; the weights are mapped from where they are."""
-        self._files.check()
-        refer_to_file(self._opened, nodes.model.graph.initializer)
-        options = self._options()
-        # Threads that wait for this session's next run would hold up the sessions after it.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        key = "session.model_external_initializers_file_folder_path"
-        options.add_session_config_entry(key, os.fspath(self._opened.folder))
-        inner = self._session(nodes.model.SerializeToString(), options, nodes.outputs)
-        return lambda values: inner({name: values[name] for name in nodes.inputs})
-
-    def _options(self) -> Any:
-        import onnxruntime as ort
-
-        return ort.SessionOptions() if self._make is None else self._make()
-
-    def _session(self, source: str | bytes, options: Any, outputs: Sequence[str]) -> Run:
-        import onnxruntime as ort
-
-        providers = self._providers or ["CPUExecutionProvider"]
-        session = ort.InferenceSession(source, options, providers=providers)
-
-        def run(feeds: dict[str, Array]) -> dict[str, Array]:
-            found = session.run(list(outputs), feeds, getattr(self.asked, "options", None))
-            return dict(zip(outputs, found, strict=True))
-
-        return run
-
-
-def _native(value: Any) -> Any:
-    """The same numbers in this machine's order of bytes: ONNX Runtime does not look at another."""
-    if isinstance(value, np.ndarray) and not value.dtype.isnative:
-        return value.astype(value.dtype.newbyteorder("="))
-    return value
 
 
 def _say(path: Path, choice: Choice) -> None:

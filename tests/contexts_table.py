@@ -15,8 +15,9 @@ import contextlib
 import fnmatch
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +25,14 @@ import onnxruntime as ort
 
 import onnxgen
 from onnxgen import testing
-from onnxgen.analysis.feeds import RunShape
-from onnxgen.analysis.roles import Roles, find_roles
 from onnxgen.bounds import Bounds
 from onnxgen.contexts.forms import decode
 from onnxgen.errors import OnnxgenError
-from onnxgen.model_io import read_model
 from onnxgen.pipeline_contexts import AddOptions, add
 from onnxgen.reading import open_model
 from onnxgen.runtime import Picking, Runtime, RuntimeFailure
-from onnxgen.twin import Types, unrunnable_types
-from onnxgen.verify.cases import feeds_of, plan
-from onnxgen.verify.difference import NotANumberError, output_difference
 from tests import context_trials as trials
+from tests.context_reference import Reference
 from tests.context_trials import OPENVINO, Outcome
 
 TABLE = Path(__file__).resolve().parent / "corpus" / "CONTEXTS.md"
@@ -116,62 +112,6 @@ class Row:
         return f"{self.model}/{self.form}"
 
 
-@dataclass
-class _Reference:
-    """What a file computes, by ONNX Runtime, on some feeds.
-
-    Attributes:
-        roles: of its inputs and outputs.
-        shapes, feeds, outputs: of each run that it can do.
-        twins: types that ONNX Runtime has no kernels for: then its float32 twin was run.
-    """
-
-    roles: Roles
-    twins: Types
-    shapes: list[RunShape] = field(default_factory=list)
-    feeds: list[dict[str, Any]] = field(default_factory=list)
-    outputs: list[dict[str, Any]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, path: Path) -> _Reference:
-        model = read_model(path)
-        made = cls(find_roles(model), unrunnable_types(model))
-        with Runtime(twins=made.twins) as runtime:
-            try:
-                session = runtime.load(path, optimize=True)
-            except RuntimeFailure:
-                return made
-            for run in plan(made.roles, quick=True):
-                feeds = feeds_of(made.roles, run)
-                try:
-                    found = runtime.run(session, feeds)
-                    made.difference(found, found, run.shape)  # NaN is nothing to compare with
-                except (RuntimeFailure, NotANumberError):
-                    continue
-                made.shapes.append(run.shape)
-                made.feeds.append(feeds)
-                made.outputs.append(found)
-        return made
-
-    def worst(self, outputs: Sequence[Mapping[str, Any]]) -> float:
-        pairs = zip(self.outputs, outputs, self.shapes, strict=True)
-        return max(self.difference(one, other, shape) for one, other, shape in pairs)
-
-    def difference(
-        self, one: Mapping[str, Any], other: Mapping[str, Any], shape: RunShape
-    ) -> float:
-        return max(
-            output_difference(
-                self.roles,
-                each,
-                shape,
-                one[each.name],
-                other[each.name].astype(one[each.name].dtype),
-            )
-            for each in self.roles.outputs.values()
-        )
-
-
 class _Measuring:
     """One export in a folder of its own."""
 
@@ -180,7 +120,7 @@ class _Measuring:
         self.missing = missing
         self.original = folder / "model.onnx"
         self.original.write_bytes(entry.load().SerializeToString())
-        self.reference = _Reference.of(self.original)
+        self.reference = Reference.of(self.original)
 
     def row(self, row: Row) -> Row:
         if not self.reference.feeds:
@@ -231,7 +171,7 @@ class _Measuring:
         return self._said(trials.loaded(path, [backend], self.reference.feeds))
 
     def _said(
-        self, outcome: Outcome, reason: str | None = None, reference: _Reference | None = None
+        self, outcome: Outcome, reason: str | None = None, reference: Reference | None = None
     ) -> str:
         """Which backend, how far off; and why, where that is not the reason there should be."""
         found = (reference or self.reference).worst(outcome.outputs)
@@ -257,7 +197,7 @@ class _Measuring:
             found["trust"] = self._said(trials.loaded(path, [OPENVINO], feeds), REASONS["trust"])
         changed = self.folder / "changed.onnx"
         if trials.reweighted(path, self.original, other, changed):
-            reference = _Reference.of(changed)
+            reference = Reference.of(changed)
             if self.reference.outputs and not self.reference.worst(reference.outputs) > _MUCH:
                 found["weight"] = "the change changes nothing"
             else:
@@ -350,8 +290,14 @@ def as_text(rows: Iterable[Row]) -> str:
     lines = [" | ".join(HEADER), " | ".join("---" for _ in HEADER)]
     lines += [" | ".join(astuple(row)) for row in rows]
     table = "\n".join(f"| {line} |" for line in lines)
-    both = sum(row.openvino.startswith(OPENVINO) and row.ort.startswith(ORT) for row in rows)
-    return f"{TITLE}\n\n{both} of {len(rows)} are run by both.\n\n{table}\n"
+    runs = Counter(name for row in rows for name in _BACKENDS if _is_run(row, name))
+    said = f"OpenVINO runs {runs['openvino']} of {len(rows)}, an ORT blob {runs['ort']}."
+    return f"{TITLE}\n\n{said}\n\n{table}\n"
+
+
+def _is_run(row: Row, name: str) -> bool:
+    backend, _, difference = getattr(row, name).partition(" ")
+    return bool(backend == _BACKENDS[name] and _number(difference) <= _MUCH)
 
 
 def read(text: str) -> Mapping[str, Row]:

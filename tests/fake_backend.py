@@ -10,7 +10,7 @@ A blob is the part's own model; every weight is given to it.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,7 @@ class Fake(Backend):
         fails: where it raises: "identity", "refuses", "load", "bind", "run 3"; or what else it does:
             "outputs", one too many.
         error: what it raises.
+        hook: called whenever it runs.
         here: what it says it is.
         loads, runs: how often it was asked.
     """
@@ -61,6 +62,7 @@ class Fake(Backend):
     name: str = "fake"
     fails: str = ""
     error: Exception = field(default_factory=lambda: BackendError("it was told to"))
+    hook: Callable[[], object] = lambda: None
     here: Identity = HERE
     loads: int = 0
     runs: int = 0
@@ -104,6 +106,7 @@ class _Loaded(Loaded):
         names = [each.name for each in self._session.get_inputs()]
 
         def call(inputs: Sequence[Array]) -> list[Array]:
+            self._fake.hook()
             self._fake.runs += 1
             self._fake.may_fail(f"run {self._fake.runs}")
             arrays = [*inputs, *(weight.array for weight in parameters)]

@@ -21,7 +21,7 @@ def bytes_of(tensor: onnx.TensorProto, folder: Path | None = None) -> bytes:
     if tensor.data_location == T.EXTERNAL:
         assert folder is not None
         where = {each.key: each.value for each in tensor.external_data}
-        data = (folder / where["location"]).readbytes_of()
+        data = (folder / where["location"]).read_bytes()
         start = int(where.get("offset", 0))
         return data[start : start + int(where["length"])] if "length" in where else data[start:]
     if tensor.data_type == T.STRING:
@@ -39,7 +39,7 @@ def bytes_of(tensor: onnx.TensorProto, folder: Path | None = None) -> bytes:
         return np.array(tensor.uint64_data, "<u8" if kind == "UINT64" else "<u4").tobytes()
     width = {"INT32": 4, "FLOAT16": 2, "BFLOAT16": 2, "INT16": 2, "UINT16": 2}.get(kind, 1)
     cells = (value & (1 << 8 * width) - 1 for value in tensor.int32_data)
-    return b"".join(each.tobytes_of(width, "little") for each in cells)
+    return b"".join(each.to_bytes(width, "little") for each in cells)
 
 
 def elements(kind: int, sizes: Sequence[int | str]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -297,6 +299,21 @@ def test_a_damaged_table_is_a_sentence_and_strip_mends_it(here: Path) -> None:
     assert session.run(["logits"], feeds())[0].shape == (1, 5, 131)
     assert run("strip", here / "bad.onnx", "-o", here / "good.onnx").exit_code == 0
     assert told("list", here / "good.onnx")["places"] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "function"), [("add", onnxgen.add_contexts), ("check", onnxgen.check_contexts)]
+)
+def test_every_option_is_a_keyword_in_python(command: str, function: Any) -> None:
+    group = main.commands["context"]
+    assert isinstance(group, click.Group)
+    shell = {"json", "quiet", "verbose", "expect"}
+    options = {
+        max(each.opts, key=len).removeprefix("--").replace("-", "_")
+        for each in group.commands[command].params
+        if isinstance(each, click.Option)
+    }
+    assert options - shell == {*inspect.signature(function).parameters} - {"model"}
 
 
 def test_the_built_in_backends_are_known() -> None:

@@ -71,4 +71,4 @@ def test_a_written_table_is_read_back() -> None:
     text = script.as_text(rows)
     assert script.read(text) == {each.name: each for each in rows}
     [said] = script.worse(row(form="new"), None)
-    assert "--write" in said
+    assert "write it" in said

@@ -7,7 +7,6 @@ import pytest
 
 from onnxgen.element_types import bits_of
 
-
 WITHOUT = (ir.DataType.UNDEFINED, ir.DataType.STRING)
 
 

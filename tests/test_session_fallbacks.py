@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 import onnxgen
 from onnxgen.backends.interface import BackendError, Identity
-from onnxgen.contexts.forms import Encoding
+from onnxgen.contexts.forms import KEY, Encoding
 from tests.fake_backend import Fake, answers, assert_equal, use_fakes, with_regions
 from tests.test_session import REGIONS, TEXT, X, saved
 
@@ -157,6 +160,49 @@ def test_threads_in_the_middle_of_a_failure(plain: Path, fakes: dict[str, Fake])
             if found is not None:
                 assert_equal(found, answers(plain, {"x": X * number}))
     assert session.picked["all"] in ("fake:CPU", "other:CPU")
+
+
+def test_a_wrong_feed_does_not_bring_back_what_failed_meanwhile(
+    plain: Path, fakes: dict[str, Fake]
+) -> None:
+    session = onnxgen.load(with_regions(plain, ALL, ["fake:CPU", "other:CPU"]))
+    entered, failed = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        fakes["fake"].hook = lambda: None  # the next run is that of this thread
+        entered.set()
+        assert failed.wait(60)
+
+    fakes["fake"].hook, fakes["fake"].fails = wait, "run 1"
+    with ThreadPoolExecutor(1) as pool:
+        wrong = pool.submit(session.run, None, {"x": X.astype(np.float64)})
+        assert entered.wait(60)
+        assert_equal(session.run(None, {"x": X}), answers(plain, {"x": X}))
+        assert session.picked == {"all": "other:CPU"}
+        failed.set()
+        assert "double" in str(wrong.exception())
+    assert session.picked == {"all": "other:CPU"}
+
+
+@pytest.mark.parametrize("encoding", ["function", "metadata"])
+def test_a_value_between_of_no_known_type(
+    tmp_path: Path, fakes: dict[str, Fake], encoding: Encoding
+) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20]>
+        g (float[n,6] x) => (float[n,6] y) { a = Relu(x)  z = Neg(x)  b = Exp(a)  y = Add(b, z) }"""
+    plain = saved(text, tmp_path)
+    path = with_regions(plain, {"r": [2]}, ["fake:CPU"], encoding)
+    assert onnxgen.load(path).picked == {"r": "fake:CPU"}
+    model = onnx.load(path)
+    [header] = [each for each in model.metadata_props if each.key == KEY]
+    table = json.loads(header.value)
+    assert table.pop("types")
+    header.value = json.dumps(table)
+    onnx.save(model, path)
+    session = onnxgen.load(path)
+    assert session.picked == {"r": "original"}
+    assert "the type of 'z'" in reasons(session)["r"][0]
+    assert_equal(session.run(None, {"x": X}), answers(plain, {"x": X}))
 
 
 @pytest.mark.parametrize(
