@@ -7,6 +7,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,52 @@ def test_a_cache_that_holds_nonsense(
     assert onnxgen.load(path).picked == {"all": "fake:CPU"}
 
 
+def test_a_weight_that_is_changed_through_a_mapping(
+    tmp_path: Path, fakes: dict[str, Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system notices the first write to a page, and the next when the page was on the disk."""
+    monkeypatch.setattr(contexts_weights, "_SETTLED", -1.0)
+    monkeypatch.setattr(contexts_weights, "_SMALL", 0)
+    path = with_regions(saved(MATMUL, tmp_path, w=W), {"all": [0]}, ["fake:CPU"])
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.data")
+    mapped = np.memmap(tmp_path / "m.data", np.float32, "r+")
+    mapped[0] = mapped[0]
+    mapped.flush()
+    before = (tmp_path / "m.data").stat().st_mtime_ns
+    time.sleep(0.02)  # a tick of the file system's clock
+    mapped[0] = mapped[0]
+    if (tmp_path / "m.data").stat().st_mtime_ns == before:
+        pytest.skip("this file system never notices")
+    assert onnxgen.load(path).picked == {"all": "fake:CPU"}
+    time.sleep(0.02)
+    mapped[0] += 1
+    session = onnxgen.load(path)
+    assert "its weights have changed" in reasons(session)["all"][0]
+    assert_equal(session.run(None, {"x": X}), answers(path, {"x": X}))
+
+
+def test_two_weights_of_one_size_in_one_file(
+    tmp_path: Path, fakes: dict[str, Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contexts_weights, "_SETTLED", -1.0)
+    monkeypatch.setattr(contexts_weights, "_SMALL", 0)
+    text = HEAD + "g (float[n,6] x) => (float[n,6] y) { h = MatMul(x, w)  y = MatMul(h, v) }"
+    w, v = (rng.standard_normal((6, 6)).astype(np.float32) for _ in range(2))
+    path = with_regions(saved(text, tmp_path, w=w, v=v), {"all": [0, 1]}, ["fake:CPU"])
+    model = onnx.load(path)
+    onnx.save(model, path, save_as_external_data=True, size_threshold=0, location="m.data")
+    for _ in range(2):
+        assert onnxgen.load(path).picked == {"all": "fake:CPU"}
+    one, other = onnx.load(path, load_external_data=False).graph.initializer
+    model = onnx.load(path, load_external_data=False)
+    model.graph.initializer[0].external_data[1].value = other.external_data[1].value
+    model.graph.initializer[1].external_data[1].value = one.external_data[1].value
+    onnx.save(model, path)
+    session = onnxgen.load(path)
+    assert "its weights have changed" in reasons(session)["all"][0]
+    assert_equal(session.run(None, {"x": X}), answers(path, {"x": X}))
+
+
 # --- who runs it --------------------------------------------------------------------------------
 
 
@@ -156,6 +203,16 @@ def test_feeds_that_are_no_arrays(tmp_path: Path, fakes: dict[str, Fake]) -> Non
         assert_equal(each.run(None, {"x": X.astype(">f4")}), answers(path, {"x": X}))
     assert session.picked == {"all": "fake:CPU"}
     assert_equal([X], [kept])
+
+
+def test_a_backend_is_given_no_shape_that_it_was_not_compiled_for(
+    tmp_path: Path, fakes: dict[str, Fake]
+) -> None:
+    session = onnxgen.load(with_regions(saved(RELU, tmp_path), {"all": [0]}, ["fake:CPU"]))
+    for wrong in (X[:, :5], X[0], X[None]):
+        with pytest.raises(Exception):  # noqa: B017, PT011
+            session.run(None, {"x": wrong})
+    assert fakes["fake"].runs == 0
 
 
 def test_a_model_without_contexts_takes_what_onnx_runtime_takes(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ number, its size, and when it was last changed in content or otherwise, in nanos
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import mmap
 import os
@@ -79,6 +80,9 @@ class Weights:
                 places.setdefault(place[0], {})[name] = f"{place[1]}:{place[2]}"
         for path, keys in places.items():
             known = _Remembered(path)
+            if not known.digests.keys() >= set(keys.values()):
+                _write_back(path)
+                known = _Remembered(path)
             unknown = [name for name, key in keys.items() if key not in known.digests]
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
                 new = pool.map(_digest, [self[name].data for name in unknown])
@@ -126,6 +130,15 @@ def bytes_of(tensor: onnx.TensorProto) -> bytes:
 
 def _digest(data: npt.NDArray[np.uint8]) -> str:
     return hashlib.sha256(data.data).hexdigest()
+
+
+def _write_back(path: Path) -> None:
+    """Let the system see further writes to a file that somebody has mapped.
+
+    A page counts as changed once, until it is on the disk: later writes to it would not be noticed.
+    """
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 class _Remembered:
