@@ -18,7 +18,7 @@ from onnxgen.backends.registry import find
 from onnxgen.contexts.cutting import part_of
 from onnxgen.contexts.values import Blob, Context, Region
 from onnxgen.contexts.weights import Weights
-from onnxgen.errors import RefusedError
+from onnxgen.errors import FileError, RefusedError
 from onnxgen.reading import Opened
 
 
@@ -54,6 +54,7 @@ class CompiledBy:
 
         Raises:
             RefusedError: the backend cannot compile a region.
+            FileError: it has no room for files of its own.
         """
         self.blobs = {}
         found: list[Context] = []
@@ -125,6 +126,9 @@ class _Ways:
             except BackendError as error:
                 self.failure = str(error)
                 return None
+            except OSError as error:  # of a temporary folder: it is full, or is not there
+                cause = error.strerror or str(error)
+                raise FileError(f"what is compiled cannot be written: {cause}") from error
         return self._found[number]
 
 

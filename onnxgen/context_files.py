@@ -56,7 +56,7 @@ def written(
         if blob == "file":
             _beside(model, tensors, output.parent.resolve())
         stage = stack.enter_context(
-            staged(model, output, source=opened.path, force=force, reads=[])
+            staged(model, output, source=opened.path, force=force, reads=opened.beside)
         )
         yield stage
         if stage.committed:

@@ -31,6 +31,7 @@ from onnxgen.tensor_slots import EmbeddedTensor, tensor_slots
 __all__ = ["Staged", "data_files", "read_model", "staged"]
 
 DROPPED = "onnxgen.dropped_backends"
+_BESIDE = "onnxgen.blob_files"  # of a model's `meta`
 
 
 def read_model(path: Path) -> ir.Model:
@@ -77,14 +78,16 @@ def as_model(opened: Opened) -> ir.Model:
     for slot in tensor_slots(model):
         if isinstance(slot.tensor, ir.ExternalTensor):
             slot.tensor.base_dir = str(opened.folder)
+    if opened.beside:
+        model.meta[_BESIDE] = [str(each) for each in opened.beside]
     return model
 
 
 def data_files(model: ir.Model) -> list[Path]:
-    """The files beside a model that hold its tensors, each once."""
+    """The files beside a model that hold its tensors, or what backends compiled of it, each once."""
     tensors = (slot.tensor for slot in tensor_slots(model))
     paths = (each.path for each in tensors if isinstance(each, ir.ExternalTensor))
-    return [Path(path) for path in dict.fromkeys(paths)]
+    return [Path(path) for path in dict.fromkeys([*paths, *model.meta.get(_BESIDE, ())])]
 
 
 def _believe_weights(model: ir.Model) -> None:

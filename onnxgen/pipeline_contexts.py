@@ -37,7 +37,7 @@ from onnxgen.report import contexts as report
 from onnxgen.report.values import Budget
 from onnxgen.runtime import Picking, Runtime
 from onnxgen.stages import Clock, Progress, sizes
-from onnxgen.staging import check_output
+from onnxgen.staging import check_output, termination_raises
 from onnxgen.twin import unrunnable_types
 from onnxgen.verify.compare import verify_models
 from onnxgen.verify.paged_again import is_paged, prove_again
@@ -97,7 +97,8 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
     encoding: Encoding = options.encoding or held.encoding or "function"
     backends = list(dict.fromkeys(options.backends))
 
-    with Runtime(twins=unrunnable_types(model)) as runtime:
+    # Compilers leave files of their own behind too, where they are ended in their midst.
+    with termination_raises(), Runtime(twins=unrunnable_types(model)) as runtime:
         clock.start("regions", "choosing regions")
         held.table.regions = [each.without(*backends) for each in held.table.regions]
         regions, others = chosen_regions(opened, model, held, options.region)
@@ -125,14 +126,14 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
                 sides = (path, stage.path, compilers, options, said, runtime, clock)
                 wrong = _prove(*sides, paged=is_paged(model))
                 if wrong is None:
+                    # First: where that fails, nothing is written.
+                    trust(contents, f"{', '.join(backends)} for {output.name}")
                     stage.commit()
                     break
         if wrong is not None:
             reason = said.proofs[wrong.backend].reason
             raise ModelDiffersError(f"{path}: run by {wrong.backend} it differs: {reason}")
     clock.stop()
-    note = f"{', '.join(backends)} for {output.name}"
-    trust(contents, note)
     said.output = str(output)
     held.encoding = encoding
     describe(said, opened, held)
@@ -198,6 +199,8 @@ def strip(
             raise FileError(
                 f"{path}: what it holds for backends cannot be read: {error}"
             ) from error
+        if holds_contexts(opened.proto):
+            raise FileError(f"{path}: what it holds cannot be taken out: {error}") from error
         held = Held(opened.proto, encoding="function")
     there = held.table.backends
     if backend is not None and backend not in there:

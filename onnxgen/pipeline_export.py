@@ -25,6 +25,7 @@ from onnxgen.contexts.cutting import cut_out
 from onnxgen.contexts.epcontext import CompiledRegion, compatibility_of, epcontext_model
 from onnxgen.contexts.forms import Held, decode_file
 from onnxgen.contexts.package import Variant, safe_name, write_package
+from onnxgen.contexts.trust import trusted
 from onnxgen.contexts.values import Context
 from onnxgen.contexts.weights import Weights
 from onnxgen.errors import FileError, ModelDiffersError, RefusedError, UsageError
@@ -59,9 +60,11 @@ def package(
     describe(said, opened, held)
     said.bytes_before = sizes([path])
     variants: list[Variant] = []
+    backend_of: dict[str, str] = {}
     for backend in backends or held.table.backends:
         try:
             variants.append(_variant(opened, held, backend))
+            backend_of[variants[-1].name] = backend
         except RefusedError as error:
             if backends:
                 raise
@@ -69,6 +72,9 @@ def package(
     if not variants:
         raise RefusedError(f"{path} holds nothing that a package can: {'; '.join(said.warnings)}")
     for variant in variants:
+        if strange := _strange(held, backend_of[variant.name]):
+            said.warnings.append(f"unproven: {strange}")
+            continue
         _prove(path, opened, variant.model, variant.provider, folder, said, clock)
     clock.start("write", f"writing {folder}")
     original = Variant("original", opened.proto)
@@ -98,9 +104,13 @@ def epcontext(
     said.bytes_before = sizes([path])
     model, provider = _epcontext(opened, held, backend)
     place = output or path.with_name(f"{stem(path)}.epcontext.onnx")
-    _prove(path, opened, model, provider, place, said, clock)
+    if strange := _strange(held, backend):
+        said.warnings.append(f"unproven: {strange}")
+    else:
+        _prove(path, opened, model, provider, place, said, clock)
     clock.start("write", f"writing {place.name}")
-    with staged(_as_written(opened, model), place, source=path, force=force) as stage:
+    written = _as_written(opened, model)
+    with staged(written, place, source=path, force=force, reads=opened.beside) as stage:
         said.bytes_after = stage.bytes
         stage.commit()
     clock.stop()
@@ -142,6 +152,19 @@ def _prove(
         raise RefusedError(
             f"{path}: that {provider} computes the same cannot be shown: {proof.reason}"
         )
+
+
+def _strange(held: Held, backend: str) -> str:
+    """Which blob of a backend no driver is given here, as a clause; "" where none is such."""
+    known = trusted()
+    blobs = (
+        context.blob.sha256
+        for region in held.table.regions
+        for context in region.contexts
+        if context.backend == backend
+    )
+    first = next((each for each in blobs if each not in known), None)
+    return f"the blob {first[:12]}… of {backend} is not trusted" if first is not None else ""
 
 
 def _as_written(opened: Opened, model: onnx.ModelProto) -> ir.Model:

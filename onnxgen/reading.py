@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import mmap
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,7 @@ class Opened:
         proto: the model; initializers that were cut out hold no data.
         data: the file's bytes, mapped.
         weights: where the data of those initializers is.
+        beside: files that blobs of backends are said to be in, as far as they are there.
     """
 
     path: Path
@@ -45,6 +46,7 @@ class Opened:
     proto: onnx.ModelProto
     data: mmap.mmap
     weights: tuple[wire.Weight, ...]
+    beside: tuple[Path, ...] = ()
 
 
 def open_model(path: Path) -> Opened:
@@ -71,7 +73,8 @@ def open_model(path: Path) -> Opened:
     _check_model(path, proto)
     check_external_data(path, real.parent, [t for t in wire.tensors_of(proto) if not is_blob(t)])
     _check_embedded_data(path, proto, {weight.name for weight in weights})
-    return Opened(path, real.parent, proto, data, tuple(weights))
+    beside = tuple(_blob_files(real.parent, proto))
+    return Opened(path, real.parent, proto, data, tuple(weights), beside)
 
 
 def refer_to_file(opened: Opened, initializers: Iterable[onnx.TensorProto]) -> None:
@@ -96,6 +99,15 @@ BLOB = "onnxgen.blob."  # what the names of tensors begin with that hold a backe
 def is_blob(tensor: onnx.TensorProto) -> bool:
     """Whether a tensor is what a backend compiled; see docs/contexts.md."""
     return tensor.name.startswith(BLOB)
+
+
+def _blob_files(folder: Path, proto: onnx.ModelProto) -> Iterator[Path]:
+    for function in proto.functions:
+        for node in function.node:
+            for tensor in (each.t for each in node.attribute if is_blob(each.t)):
+                for name in (each.value for each in tensor.external_data if each.key == "location"):
+                    if "\0" not in name and (folder / name).is_file():
+                        yield folder / name
 
 
 def _real_file(path: Path) -> Path:

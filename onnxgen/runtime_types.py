@@ -14,6 +14,7 @@ _WORDS: dict[int, str] = {
     T.FLOAT16: "float16",
     T.BFLOAT16: "bfloat16",
 }
+_NAMES: dict[int, str] = {number: name.lower() for name, number in T.DataType.items()}
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def node_args(values: Iterable[onnx.ValueInfoProto]) -> list[NodeArg]:
     found = []
     for value in values:
         tensor = value.type.tensor_type
-        kind = _WORDS.get(tensor.elem_type) or T.DataType.Name(tensor.elem_type).lower()
+        kind = _WORDS.get(tensor.elem_type) or _NAMES.get(tensor.elem_type, "unknown")
         shape: list[int | str | None] = [
             dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None
             for dim in tensor.shape.dim

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from onnxgen.backends.interface import BackendError
 from onnxgen.contexts import forms, steps
@@ -77,7 +78,8 @@ def load(
     """
     if isinstance(prefer, str):
         raise UsageError(f"prefer is several backends: [{prefer!r}]")
-    opened = open_model(Path(path))
+    # Absolute: what runs the nodes may be opened later, when the process works elsewhere.
+    opened = open_model(Path(path).absolute())
     try:
         held = forms.decode(opened.proto)
     except FormatError as error:
@@ -169,12 +171,11 @@ class Session:
         wrong = [name for name in names if name not in there]
         if wrong:
             raise ValueError(f"{self._opened.path}: there are no outputs {wrong}")
-        feeds = {name: np.asarray(value) for name, value in input_feed.items()}
         self._runtime.asked.options = run_options
-        found = self._run(feeds)
+        found = self._run({name: _native(value) for name, value in input_feed.items()})
         return [found[name] for name in names]
 
-    def _run(self, feeds: dict[str, Array]) -> dict[str, Array]:
+    def _run(self, feeds: dict[str, Any]) -> dict[str, Array]:
         plan = self._plan
         try:
             return plan.run(feeds)
@@ -226,6 +227,7 @@ class Session:
         others = [each.region for each in choices if each.context is None]
         proto = self._opened.proto
         try:
+            defaults = self._defaults()
             found = steps.steps(proto, [each.region for each in chosen], others, self._types())
         except Exception as error:  # a file may say anything of its regions
             raise _PlanFailed(chosen, "the graph cannot be cut there", error) from error
@@ -239,8 +241,9 @@ class Session:
         passing = {each.name for each in self._outputs}
         weights = self._chooser.weights
 
-        def run(feeds: dict[str, Array]) -> dict[str, Array]:
-            values = dict(feeds)
+        def run(feeds: dict[str, Any]) -> dict[str, Array]:
+            values = defaults | self._as_arrays(feeds, chosen)
+            feeds = dict(values)
             for each in runs:
                 values |= each(values)
             for name in passing & feeds.keys():  # an output that is an input: another array
@@ -249,7 +252,7 @@ class Session:
                 values[name] = np.array(weights[name].array)
             return {name: values[name] for name in passing}
 
-        return self._with_defaults(run)
+        return run
 
     def _types(self) -> dict[str, str]:
         """Types of values that steps may share."""
@@ -262,14 +265,25 @@ class Session:
         found |= {each.name: text for each in declared if (text := as_text(each))}
         return found
 
-    def _with_defaults(self, run: Run) -> Run:
+    def _as_arrays(self, feeds: dict[str, Any], chosen: Sequence[Choice]) -> dict[str, Array]:
+        """What is fed, as arrays; numbers and lists of the type that is declared."""
+        kinds = {each.name: each.type.tensor_type for each in self._opened.proto.graph.input}
+        found: dict[str, Array] = {}
+        try:
+            for name, value in feeds.items():
+                found[name] = np.asarray(value)
+                if not isinstance(value, np.ndarray | np.generic):
+                    kind = onnx.helper.tensor_dtype_to_np_dtype(kinds[name].elem_type)
+                    found[name] = found[name].astype(kind, casting="same_kind")
+            return found
+        except Exception as error:  # such as sequences: ONNX Runtime knows what to do with them
+            raise _PlanFailed(chosen, "it takes arrays alone", error) from error
+
+    def _defaults(self) -> dict[str, Array]:
         """Inputs that are initializers too need not be fed."""
         weights = self._chooser.weights
         free = [each.name for each in self._inputs if each.name not in self._needed]
-        if not free:
-            return run
-        defaults = {name: weights[name].array for name in free}
-        return lambda feeds: run({**defaults, **feeds})
+        return {name: weights[name].array for name in free}
 
     def _call(self, choice: Choice) -> Run:
         """What runs a region on its backend."""
@@ -317,6 +331,13 @@ class Session:
         if self._own is None:
             self._own = self._runtime.whole([each.name for each in self._outputs])
         return self._own
+
+
+def _native(value: Any) -> Any:
+    """The same numbers in this machine's order of bytes: ONNX Runtime does not look at another."""
+    if isinstance(value, np.ndarray) and not value.dtype.isnative:
+        return value.astype(value.dtype.newbyteorder("="))
+    return value
 
 
 def _say(path: Path, choice: Choice) -> None:

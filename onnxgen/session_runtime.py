@@ -11,9 +11,10 @@ import numpy.typing as npt
 
 from onnxgen.contexts import steps
 from onnxgen.reading import Opened, refer_to_file
+from onnxgen.unchanged import Files
 
 Array = npt.NDArray[Any]
-Run = Callable[[dict[str, Array]], dict[str, Array]]
+Run = Callable[[dict[str, Any]], dict[str, Array]]
 
 
 class NodesRuntime:
@@ -27,16 +28,19 @@ class NodesRuntime:
         self, opened: Opened, options: Callable[[], Any] | None, providers: Sequence[Any] | None
     ) -> None:
         self._opened = opened
+        self._files = Files(opened)
         self._make = options
         self._providers = providers
         self.asked = threading.local()
 
     def whole(self, outputs: Sequence[str]) -> Run:
         """The model as any runtime runs it, from its file."""
+        self._files.check()
         return self._session(os.fspath(self._opened.path), self._options(), outputs)
 
     def part(self, nodes: steps.Nodes) -> Run:
         """Some of its nodes; the weights are mapped from where they are."""
+        self._files.check()
         refer_to_file(self._opened, nodes.model.graph.initializer)
         options = self._options()
         # Threads that wait for this session's next run would hold up the sessions after it.

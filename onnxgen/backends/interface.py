@@ -60,7 +60,8 @@ class Weight:
     Attributes:
         dtype: the type's number in onnx.TensorProto.
         shape: of the tensor.
-        data: its bytes as in a tensor's raw_data, uint8 [bytes], a view of the mapped file.
+        data: its bytes as in a tensor's raw_data, uint8 [bytes], a view of the mapped file; of texts
+            each one's length in 8 bytes, little-endian, and then the text.
     """
 
     dtype: int
@@ -71,8 +72,10 @@ class Weight:
     def array(self) -> Array:
         """The values as numpy has them (bfloat16 and such by ml_dtypes), a view where it can be one.
 
-        Types of less than a byte are unpacked, and so copied.
+        Types of less than a byte are unpacked, and so copied; so are texts, as objects.
         """
+        if self.dtype == onnx.TensorProto.STRING:
+            return np.array(list(self._texts()), object).reshape(self.shape)
         tensor = onnx.TensorProto(data_type=self.dtype, dims=self.shape)
         kind = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self.dtype))
         if self.data.nbytes == kind.itemsize * int(np.prod(self.shape, dtype=np.int64)):
@@ -80,6 +83,13 @@ class Weight:
             return np.require(found.reshape(self.shape), requirements="A")
         tensor.raw_data = self.data.tobytes()
         return onnx.numpy_helper.to_array(tensor)
+
+    def _texts(self) -> Iterator[str]:
+        data, start = self.data.tobytes(), 0
+        while start < len(data):
+            end = start + 8 + int.from_bytes(data[start : start + 8], "little")
+            yield data[start + 8 : end].decode("utf-8", "surrogateescape")
+            start = end
 
 
 @dataclass(frozen=True)

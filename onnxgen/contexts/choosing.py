@@ -141,7 +141,11 @@ class Chooser:
     def _is_stale(self, region: Region) -> str:
         """Why what was compiled is not what stands in the graph now."""
         if region.name not in self._stale:
-            self._stale[region.name] = self._find_stale(region)
+            try:
+                self._stale[region.name] = self._find_stale(region)
+            except Exception as error:  # a file may say anything of its values
+                cause = " ".join(f"{type(error).__name__}: {error}".split())
+                self._stale[region.name] = f"it cannot be seen whether it has changed: {cause}"
         return self._stale[region.name]
 
     def _find_stale(self, region: Region) -> str:

@@ -14,6 +14,7 @@ passes over it, and its bytes are as they are, in the file or in one beside it.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from typing import Any, Literal, get_args
 
 import onnx
 
+from onnxgen.contexts.cutting import every_node, graphs_of
 from onnxgen.contexts.inlining import Taken, inlined
 from onnxgen.contexts.order import collapsed, is_sorted
 from onnxgen.contexts.records import (
@@ -127,7 +129,7 @@ def decode_file(path: Path) -> tuple[Opened, Held]:
 
 
 def strip(proto: onnx.ModelProto) -> list[str]:
-    """Take out everything that is ours, however damaged.
+    """Take out everything that is ours, however damaged; functions stay that more than regions call.
 
     Returns:
         The backends that had compiled something; ["somebody"] where the table cannot be read.
@@ -219,6 +221,7 @@ def _strip(proto: onnx.ModelProto, order: str) -> list[Taken]:
     """Inline calls of regions, and drop the functions and the domain; nodes in their old order."""
     own = [each for each in proto.functions if each.domain == DOMAIN]
     bodies = {each.name: each for each in own if each.name.startswith(_REGION)}
+    _check_calls(proto, own, bodies)
     nodes, taken, infos = inlined(proto.graph, bodies)
     places = from_spans(order, len(nodes))
     if places is not None:
@@ -239,6 +242,27 @@ def _strip(proto: onnx.ModelProto, order: str) -> list[Taken]:
     del proto.opset_import[:]
     proto.opset_import.extend(opsets)
     return taken
+
+
+def _check_calls(
+    proto: onnx.ModelProto,
+    own: Sequence[onnx.FunctionProto],
+    bodies: Mapping[str, onnx.FunctionProto],
+) -> None:
+    """Calls can be replaced by what they call; where not, nothing is taken out: the model still runs."""
+    names = {each.name for each in own}
+    if not names:
+        return
+    calls = Counter(node.op_type for node in proto.graph.node if node.domain == DOMAIN)
+    size = sum(len(bodies[each].node) * count for each, count in calls.items() if each in bodies)
+    if size > 2 * sum(len(each.node) for each in own):
+        raise FormatError("its functions are called again and again")
+    within = (g.node for n in proto.graph.node for a in n.attribute for g in graphs_of(a))
+    places = [*within, *(each.node for each in proto.functions)]
+    inner = {node.op_type for each in places for node in every_node(each) if node.domain == DOMAIN}
+    strange = (names & inner) | (names & calls.keys()) - bodies.keys()
+    if strange:
+        raise FormatError(f"its function '{min(strange)}' is called where no region can be")
 
 
 def _called(taken: Taken, records: Mapping[str, str]) -> Region:
@@ -265,9 +289,9 @@ def _scoped(records: object, scopes: Sequence[str | None]) -> list[Region]:
 def _check(proto: onnx.ModelProto, regions: Sequence[Region]) -> None:
     """What the table says of values is so in the graph."""
     weights = {each.name for each in proto.graph.initializer}
-    names = [region.name for region in regions]
+    names = Counter(region.name for region in regions)
     for region in regions:
-        if names.count(region.name) > 1:
+        if names[region.name] > 1:
             raise FormatError(f"two regions are called '{region.name}'")
         if not region.nodes:
             raise FormatError(f"no node is of its region '{region.name}'")

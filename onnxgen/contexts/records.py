@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from onnxgen.backends.interface import Identity
@@ -86,7 +87,7 @@ def read_region(
     Raises:
         FormatError: a field is missing, of another type, or says what cannot be.
     """
-    name = str(_field(record, "region", str))
+    name = _told(record, "region")
     if called is None:
         inputs = _strings(record, "inputs")
         weights = _strings(record, "weights")
@@ -120,17 +121,17 @@ def read_region(
 
 def _read_context(record: object, region: str, weights: int) -> Context:
     fields = ("source", "version", "device", "driver", "compatibility")
-    identity = Identity(*(_field(record, each, str) for each in fields))
+    identity = Identity(*(_told(record, each) for each in fields))
     blob = _field(record, "blob", dict)
     size = _field(blob, "bytes", int)
     parameters = parsed_spans(_field(record, "parameters", str), weights)
-    if parameters is None or size < 0:
+    if parameters is None or not 0 <= size < 1 << 63:
         raise FormatError(f"a context of region '{region}' says impossible numbers")
     return Context(
-        str(_field(record, "backend", str)),
+        _told(record, "backend"),
         identity,
         Blob(_sha256(blob, "sha256"), size),
-        str(_field(record, "form", str)),
+        _told(record, "form"),
         tuple(parameters),
     )
 
@@ -142,17 +143,33 @@ def _field(record: object, name: str, kind: type) -> Any:
     return value
 
 
+def _told(record: object, name: str) -> str:
+    """A text that is shown to people: none that a terminal obeys."""
+    found = str(_field(record, name, str))
+    if any(unicodedata.category(each) in ("Cc", "Cs") for each in found):
+        raise FormatError(f"'{name}' of a record is no text to be shown")
+    return found
+
+
 def _strings(record: object, name: str) -> list[str]:
     found = _field(record, name, list)
     if not all(isinstance(each, str) for each in found):
         raise FormatError(f"'{name}' of a record are not all names")
+    _check_names(found)
     return list(found)
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """JSON can spell what is no text, and what no model file can hold."""
+    if any("\ud800" <= each <= "\udfff" for name in names for each in name):
+        raise FormatError("a name in its table is no text")
 
 
 def read_types(record: object) -> dict[str, str]:
     """Types of values by their names; raises FormatError where one is none."""
     if not isinstance(record, dict):
         raise FormatError("its table has types that are no JSON object")
+    _check_names(record)
     return {str(name): _type(each) for name, each in record.items()}
 
 

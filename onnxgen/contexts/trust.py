@@ -58,11 +58,17 @@ def trust(hashes: Iterable[str], note: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-        with os.fdopen(handle, "r+", encoding="utf-8") as file:
+        # The note names a file, whose name need be no text.
+        with os.fdopen(handle, "r+", encoding="utf-8", errors="replace") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise OSError(None, "it is no regular file")
             with contextlib.suppress(OSError):
                 fcntl.flock(file, fcntl.LOCK_EX)
-            known = {line.split()[0] for line in file if line.split()}
+            lines = file.read().splitlines(keepends=True)
+            known = {line.split()[0] for line in lines if line.split()}
             note = " ".join(note.split())
+            if lines and not lines[-1].endswith("\n"):  # somebody edited it
+                file.write("\n")
             file.writelines(f"{each}  {note}\n" for each in hashes if each not in known)
     except OSError as error:
         raise FileError(f"{path} cannot be written: {error.strerror}") from error
@@ -72,11 +78,12 @@ def _of_this_user() -> frozenset[str]:
     """What this user added; a list that others may write is not believed."""
     path = config_folder() / _NAME
     try:
-        status = path.lstat()
+        status, folder = path.lstat(), path.parent.stat()
     except OSError:
         return frozenset()
-    others = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid() or others:
+    others = (status.st_mode | folder.st_mode) & (stat.S_IWGRP | stat.S_IWOTH)
+    owners = {status.st_uid, folder.st_uid} - {os.geteuid()}
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1 or owners or others:
         _logger.warning("%s is not believed: others than its user may write it", path)
         return frozenset()
     try:
@@ -88,10 +95,14 @@ def _of_this_user() -> frozenset[str]:
 
 def _listed(path: Path) -> list[str]:
     try:
-        if path.stat().st_size > _LARGEST:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FileError(f"{path} cannot be read: it is no regular file")
+        with path.open("rb") as file:
+            data = file.read(_LARGEST + 1)
+        if len(data) > _LARGEST:
             raise FileError(f"{path} cannot be read: it has more than {_LARGEST} bytes")
-        lines = path.read_text("utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = data.decode("utf-8").splitlines()
+    except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else "it is no text"
         raise FileError(f"{path} cannot be read: {cause}") from error
     words = [line.split()[0].lower() for line in lines if line.split() and line.strip()[0] != "#"]

@@ -100,6 +100,8 @@ class Weights:
         return path, int(entries.get("offset", 0)), bytes_needed(f"tensor '{name}'", tensor)
 
     def _mapped(self, path: Path, offset: int, length: int) -> npt.NDArray[np.uint8]:
+        if not length:  # the file may be empty, and then there is nothing to map
+            return np.empty(0, np.uint8)
         if path not in self._maps:
             with path.open("rb") as file:
                 # Writable in name, for backends that take no other arrays; no page is ever copied.
@@ -143,7 +145,8 @@ class _Remembered:
         self._name = f"{hashlib.sha256(str(path).encode()).hexdigest()}.json"
         kept: Any = read_json("weights", self._name)
         good = isinstance(kept, dict) and kept.get("file") == self._state
-        self.digests: dict[str, str] = dict(kept["digests"]) if good else {}
+        digests = kept.get("digests") if good else None
+        self.digests: dict[str, str] = digests if isinstance(digests, dict) else {}
 
     def keep(self) -> None:
         if self._settled:
