@@ -152,6 +152,42 @@ def test_two_weights_of_one_size_in_one_file(
     assert_equal(session.run(None, {"x": X}), answers(path, {"x": X}))
 
 
+def test_a_file_whose_time_was_put_back(
+    tmp_path: Path, fakes: dict[str, Fake], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(contexts_weights, "_SETTLED", -1.0)
+    monkeypatch.setattr(contexts_weights, "_SMALL", 0)
+    path = with_regions(saved(MATMUL, tmp_path, w=W), {"all": [0]}, ["fake:CPU"])
+    onnx.save(onnx.load(path), path, save_as_external_data=True, location="m.data")
+    data = tmp_path / "m.data"
+    status = data.stat()
+    assert onnxgen.load(path).picked == {"all": "fake:CPU"}
+    time.sleep(0.02)  # a tick of the file system's clock
+    with data.open("r+b") as file:
+        file.write(b"\0\0\0\0")
+    os.utime(data, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert data.stat().st_mtime_ns == status.st_mtime_ns
+    session = onnxgen.load(path)
+    assert "its weights have changed" in reasons(session)["all"][0]
+    assert_equal(session.run(None, {"x": X}), answers(path, {"x": X}))
+
+
+def test_a_default_of_a_function_that_was_changed(tmp_path: Path, fakes: dict[str, Fake]) -> None:
+    text = """<ir_version: 10, opset_import: ["" : 20, "d" : 1]>
+        g (float[n,6] x) => (float[n,6] y) { y = d.leaky(x) }
+        <domain: "d", opset_import: ["" : 20]>
+        leaky <alpha: float = 0.5> (a) => (b) { b = LeakyRelu<alpha: float = @alpha>(a) }"""
+    path = with_regions(saved(text, tmp_path), {"all": [0]}, ["fake:CPU"])
+    assert onnxgen.load(path).picked == {"all": "fake:CPU"}
+    model = onnx.load(path)
+    function = next(each for each in model.functions if each.domain == "d")
+    function.attribute_proto[0].f = 0.25
+    onnx.save(model, path)
+    session = onnxgen.load(path)
+    assert "its nodes have changed" in reasons(session)["all"][0]
+    assert_equal(session.run(None, {"x": X}), [np.where(X < 0, X * 0.25, X).astype(np.float32)])
+
+
 # --- who runs it --------------------------------------------------------------------------------
 
 
