@@ -62,7 +62,7 @@ def context() -> None:
 @click.option(
     "--encoding",
     type=_ENCODINGS,
-    help="How regions are held: as functions, the default, or by scopes in metadata.",
+    help="How regions are held: by scopes in metadata, the default, or as functions.",
 )
 @click.option(
     "--blob",

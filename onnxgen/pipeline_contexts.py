@@ -51,7 +51,8 @@ class AddOptions:
         backends: that compile, as `openvino:CPU`.
         output: where to write; None for MODEL with .context.onnx.
         region: "all", "attention", or a regular expression; see `analysis.regions`.
-        encoding: the form; None for that of the model, or "function".
+        encoding: the form; None for that of the model, or "metadata", in which ONNX Runtime
+            optimises the nodes as it would without.
         blob: where the blobs go: into the model, or each into a file beside it.
         verify, budget, roles: as of `pipeline.FuseOptions`.
         force: let the output replace the input.
@@ -94,7 +95,7 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
     check_output(output, path, reads, force=options.force)
     said.bytes_before = sizes([path, *reads])
     roles = find_roles(model, options.roles)
-    encoding: Encoding = options.encoding or held.encoding or "function"
+    encoding: Encoding = options.encoding or held.encoding or "metadata"
     backends = list(dict.fromkeys(options.backends))
 
     # Compilers leave files of their own behind too, where they are ended in their midst.

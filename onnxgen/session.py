@@ -86,6 +86,9 @@ def load(
         _logger.warning("%s: what it holds for backends cannot be read: %s", path, error)
         held = forms.Held(opened.proto)
     chooser = Chooser(opened, held, prefer, trust, largest_blob)
+    unknown = [each for each in prefer or () if each not in held.table.backends]
+    if unknown and held.table.regions:
+        _logger.warning("%s: %s compiled nothing in it", path, ", ".join(unknown))
     runtime = NodesRuntime(opened, session_options, providers)
     return Session(opened, held, chooser, runtime)
 

@@ -143,7 +143,11 @@ class _Measuring:
         source = self.original
         for backend in _BACKENDS.values():
             try:
-                add(source, AddOptions((backend,), path, force=True), lambda _: None)
+                add(
+                    source,
+                    AddOptions((backend,), path, "all", "function", force=True),
+                    lambda _: None,
+                )
                 source = path
             except OnnxgenError as error:
                 refused[backend] = _short(str(error), self.folder)

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("ONNXGEN_CONFIG", str(place / "config"))
         patch.setenv("ONNXGEN_CACHE", str(place / "cache"))
         model = corpus_file("llama/dynamo20", place).rename(place / "model.onnx")
-        result = run("add", model, *BOTH)
+        result = run("add", model, *BOTH, "--encoding", "function")
     assert result.exit_code == 0, result.output
     assert "openvino:CPU ✓ proven: 28 cases" in result.stdout
     assert "ort:cpu ✓ proven: 28 cases" in result.stdout

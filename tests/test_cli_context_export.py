@@ -38,6 +38,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.fixture(autouse=True)
+def who_added_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONNXGEN_CONFIG", str(folder / "config"))
+
+
 def test_a_package_has_a_variant_for_each_backend_and_the_original(
     folder: Path, tmp_path: Path
 ) -> None:
