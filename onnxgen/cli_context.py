@@ -11,6 +11,7 @@ import click
 from onnxgen.cli_words import (
     PathType,
     is_quiet,
+    is_verbose,
     json_option,
     loudness_options,
     no_verify_option,
@@ -167,6 +168,10 @@ def check(
     from onnxgen import pipeline_contexts as pipeline
 
     def missed(said: Contexts) -> str:
+        there = dict.fromkeys(each.backend for each in said.held)
+        if expected is not None and there and expected not in there:
+            holds = ", ".join(there)
+            raise UsageError(f"--expect {expected}: {model} holds what {holds} compiled")
         picked = {each.region for each in said.held if each.picked and each.backend == expected}
         left = [each.name for each in said.places if each.name not in picked]
         if expected is None or (said.places and not left):
@@ -311,7 +316,7 @@ def _report(
             document = as_json.context_document(f"context {command}", said, code, error)
             click.echo(as_json.dumps(document), nl=False)
         elif said is not None and not is_quiet():
-            text.say(render_contexts(said))
+            text.say(render_contexts(said, cases=is_verbose()))
 
     with outcome_of(show) as outcome, show_progress() as progress:
         outcome.value = said = work(progress)

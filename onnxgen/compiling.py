@@ -46,8 +46,8 @@ class CompiledBy:
         self._ways: dict[str, _Ways] = {}
         try:
             self._identity = self._compiler.identity(self._device)
-        except BackendError as error:
-            raise RefusedError(f"{backend} cannot compile here: {error}") from error
+        except Exception as error:  # a backend of somebody else's may raise anything
+            raise RefusedError(f"{backend} cannot compile here: {_clause(error)}") from error
 
     def contexts(self, regions: Sequence[Region], progress: Callable[[str], None]) -> list[Context]:
         """A context for each region, compiled in the present way.
@@ -104,6 +104,12 @@ class CompiledBy:
         return one == other
 
 
+def _clause(error: Exception) -> str:
+    """What a backend said; of an error that is none of its own, what it is."""
+    said = str(error) if isinstance(error, BackendError) else f"it raised {error!r}"
+    return " ".join(said.split())
+
+
 class _Ways:
     """The ways in which a part can be compiled, each made when it is asked for."""
 
@@ -123,8 +129,10 @@ class _Ways:
                 self._found.append(next(self._made))
             except StopIteration:
                 return None
-            except BackendError as error:
-                self.failure = str(error)
+            except (OSError, MemoryError):
+                raise
+            except Exception as error:  # as above
+                self.failure = _clause(error)
                 return None
             except OSError as error:  # of a temporary folder: it is full, or is not there
                 cause = error.strerror or str(error)

@@ -28,7 +28,10 @@ def chosen_regions(
     there = {region.nodes: region for region in held.table.regions}
     places = find_regions(model, which)
     if not places:
-        raise RefusedError(f"{opened.path}: --region {which} finds nothing that can be compiled")
+        raise RefusedError(
+            f"{opened.path}: --region {which} finds nothing that can be compiled: "
+            "texts, sequences and random numbers are not given to backends"
+        )
     found = [
         replace(
             outlined(opened.proto, place.name, place.nodes),

@@ -94,6 +94,11 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
     reads = data_files(model)
     check_output(output, path, reads, force=options.force)
     said.bytes_before = sizes([path, *reads])
+    if options.verify and unrunnable_types(model):
+        raise RefusedError(
+            f"{path} computes in a type that ONNX Runtime's CPU does not run, such as bfloat16: what "
+            "a backend makes of it cannot be compared with it"
+        )
     roles = find_roles(model, options.roles)
     encoding: Encoding = options.encoding or held.encoding or "metadata"
     backends = list(dict.fromkeys(options.backends))
@@ -128,13 +133,16 @@ def add(path: Path, options: AddOptions, progress: Progress) -> report.Contexts:
                 wrong = _prove(*sides, paged=is_paged(model))
                 if wrong is None:
                     # First: where that fails, nothing is written.
-                    trust(contents, f"{', '.join(backends)} for {output.name}")
+                    for each in compilers:
+                        trust(each.blobs, f"{each.backend} for {output.absolute()}")
                     stage.commit()
                     break
         if wrong is not None:
             reason = said.proofs[wrong.backend].reason
             raise ModelDiffersError(f"{path}: run by {wrong.backend} it differs: {reason}")
     clock.stop()
+    if not options.verify:
+        said.warnings.append("unproven: told not to run")
     said.output = str(output)
     held.encoding = encoding
     describe(said, opened, held)
@@ -158,25 +166,30 @@ def check(path: Path, prefer: Sequence[str] | None, trusted: Given | None) -> re
 
     Raises:
         FileError: the model, its table, or a list of trusted blobs cannot be read.
+        UsageError: `prefer` names a backend that compiled nothing in it.
     """
     said = report.Contexts(str(path))
     opened, held = decode_file(path)
     chooser = Chooser(opened, held, prefer, trusted)
+    there = held.table.backends
+    unknown = next((each for each in prefer or () if each not in there), None)
+    if unknown is not None and there:
+        raise UsageError(f"--prefer {unknown}: {path} holds what {', '.join(there)} compiled")
     describe(said, opened, held)
-    reasons: dict[tuple[str, str], str] = {}
-    picked: set[tuple[str, str]] = set()
+    found: dict[tuple[str, str], tuple[bool, str]] = {}
     for region in held.table.regions:
-        choice = chooser.choose(region)
-        reasons |= {(region.name, each.context.backend): each.reason for each in choice.passed}
-        if choice.context is not None:
-            picked.add((region.name, choice.context.backend))
+        picked = chooser.choose(region).context
+        for context in region.contexts:
+            reason = chooser.objection(region, context)
+            if not reason and prefer is not None and context.backend not in prefer:
+                reason = "it could, and was not asked for"
+            elif not reason and context is not picked and picked is not None:
+                reason = f"it could, and {picked.backend} comes first"
+            found[region.name, context.backend] = (context is picked, reason)
     said.held = [
-        replace(
-            each,
-            picked=(each.region, each.backend) in picked,
-            reason=reasons.get((each.region, each.backend), ""),
-        )
+        replace(each, picked=picked, reason=reason)
         for each in said.held
+        for picked, reason in [found[each.region, each.backend]]
     ]
     return said
 
@@ -192,7 +205,7 @@ def strip(
     """
     opened = open_model(path)
     if not holds_contexts(opened.proto):
-        raise UsageError(f"{path} holds nothing for backends")
+        raise RefusedError(f"{path} holds nothing for backends")
     try:
         held = decode(opened.proto)
     except FormatError as error:
@@ -208,7 +221,8 @@ def strip(
         raise UsageError(f"--backend {backend}: {path} holds only what {', '.join(there)} compiled")
     gone = there if backend is None else [backend]
     held.table.regions = [each.without(*gone) for each in held.table.regions]
-    place = output or path.with_name(f"{stem(path)}.original.onnx")
+    ending = "original" if backend is None or there == [backend] else "stripped"
+    place = output or path.with_name(f"{stem(path)}.{ending}.onnx")
     said = _rewritten(path, opened, held, held.encoding or "function", place, force, progress)
     said.dropped = gone
     return said
@@ -225,7 +239,7 @@ def convert(
     """
     opened, held = decode_file(path)
     if not held.table.regions:
-        raise UsageError(f"{path} holds nothing for backends")
+        raise RefusedError(f"{path} holds nothing for backends")
     place = output or path.with_name(f"{stem(path)}.{encoding}.onnx")
     return _rewritten(path, opened, held, encoding, place, force, progress)
 
@@ -243,7 +257,7 @@ def _rewritten(
     said = report.Contexts(str(path))
     clock = Clock(said.seconds, progress)
     clock.start("write", f"writing {output.name}")
-    said.bytes_before = sizes([path])
+    said.bytes_before = sizes([path, *opened.beside])
     with written(opened, held, {}, output, encoding, force=force) as stage:
         said.bytes_after = stage.bytes
         stage.commit()

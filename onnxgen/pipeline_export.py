@@ -58,7 +58,7 @@ def package(
     clock.start("read", f"reading {path.name}")
     opened, held = decode_file(path)
     describe(said, opened, held)
-    said.bytes_before = sizes([path])
+    said.bytes_before = sizes([path, *opened.beside])
     variants: list[Variant] = []
     backend_of: dict[str, str] = {}
     for backend in backends or held.table.backends:
@@ -68,7 +68,8 @@ def package(
         except RefusedError as error:
             if backends:
                 raise
-            said.warnings.append(f"{backend} is left out: {error}")
+            said.warnings.append(f"left out: {error}")
+    said.held = [each for each in said.held if each.backend in backend_of.values()]
     if not variants:
         raise RefusedError(f"{path} holds nothing that a package can: {'; '.join(said.warnings)}")
     for variant in variants:
@@ -101,8 +102,9 @@ def epcontext(
     clock.start("read", f"reading {path.name}")
     opened, held = decode_file(path)
     describe(said, opened, held)
-    said.bytes_before = sizes([path])
+    said.bytes_before = sizes([path, *opened.beside])
     model, provider = _epcontext(opened, held, backend)
+    said.held = [each for each in said.held if each.backend == backend]
     place = output or path.with_name(f"{stem(path)}.epcontext.onnx")
     if strange := _strange(held, backend):
         said.warnings.append(f"unproven: {strange}")
@@ -192,7 +194,7 @@ def _epcontext(opened: Opened, held: Held, backend: str) -> tuple[onnx.ModelProt
     if backend not in held.table.backends:
         there = ", ".join(held.table.backends) or "nobody"
         raise UsageError(f"--backend {backend}: {opened.path} holds what {there} compiled")
-    provider = _provider(backend)
+    provider = _provider(opened.path, backend)
     regions = [
         CompiledRegion(
             region.nodes,
@@ -213,18 +215,17 @@ def _epcontext(opened: Opened, held: Held, backend: str) -> tuple[onnx.ModelProt
     return epcontext_model(opened.proto, regions), provider
 
 
-def _provider(backend: str) -> str:
+def _provider(path: Path, backend: str) -> str:
     """The execution provider that runs a backend's blobs."""
     name, _, device = backend.partition(":")
     if backend == "openvino:CPU":
         return openvino_bin.PROVIDER
     if name == "ort" and device != "cpu":
         return device
-    raise RefusedError(
-        "ONNX Runtime's CPU provider looks at no compatibility string, and any machine would take it"
-        if backend == "ort:cpu"
-        else f"no execution provider is known that runs what {backend} compiles"
-    )
+    why = "no execution provider is known that runs what it compiles"
+    if backend == "ort:cpu":
+        why = "ONNX Runtime's CPU looks at no compatibility string, and any machine would take it"
+    raise RefusedError(f"{path}: what {backend} compiled cannot be exported: {why}")
 
 
 def _blob(opened: Opened, held: Held, context: Context) -> bytes:

@@ -103,7 +103,7 @@ def test_weights_are_there_once(here: Path) -> None:
 def test_strip_gives_back_the_original(here: Path) -> None:
     assert run("strip", here / "model.context.onnx", "-o", here / "back.onnx").exit_code == 0
     assert run("strip", here / "model.context.onnx", "--backend", "ort:cpu").exit_code == 0
-    one = told("list", here / "model.context.original.onnx")["held"]
+    one = told("list", here / "model.context.stripped.onnx")["held"]
     assert [each["backend"] for each in one] == ["openvino:CPU"]
     back = onnx.load(here / "back.onnx")
     model = ir.to_proto(ir.from_proto(onnx.load(here / "model.onnx")))  # as every file of ours
@@ -140,7 +140,9 @@ def test_check_says_what_would_run_it_and_why_not(here: Path, monkeypatch: Any) 
     hashes = [each["blob"] for each in told("check", model)["held"]]
     monkeypatch.setenv("ONNXGEN_CONFIG", str(here / "nobody"))
     reasons = {each["reason"] for each in told("check", model)["held"]}
-    assert reasons == {f"its blob {each[:12]}… is not trusted" for each in hashes}
+    assert reasons == {
+        f"its blob {each[:12]}… is not trusted (see --trust, trust=)" for each in hashes
+    }
     (here / "trusted.txt").write_text(f"# mine\n{hashes[1]} by hand\n")
     found = told("check", model, "--trust", here / "trusted.txt")["held"]
     assert [each["picked"] for each in found] == [False, True]

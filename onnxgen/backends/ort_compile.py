@@ -168,7 +168,7 @@ def _offered() -> dict[str, Any]:
 def _device(device: str) -> Any:
     offered = _offered()
     if device not in offered:
-        here = ", ".join(offered) or "none"
+        here = ", ".join(["cpu", *offered])
         raise MissingError(f"no provider of ONNX Runtime offers {device!r} here (offered: {here})")
     return offered[device]
 

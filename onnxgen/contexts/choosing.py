@@ -36,13 +36,18 @@ class Passed:
     reason: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Choice:
-    """What runs a region: a context, or None for its nodes."""
+    """What runs a region: a context, or None for its nodes; and contexts that were passed over."""
 
     region: Region
     context: Context | None
     passed: tuple[Passed, ...]
+
+    def __repr__(self) -> str:
+        by = self.context.backend if self.context is not None else "its nodes"
+        others = "".join(f"; not by {each.context.backend}: {each.reason}" for each in self.passed)
+        return f"<region '{self.region.name}' is run by {by}{others}>"
 
 
 class Chooser:
@@ -84,7 +89,7 @@ class Chooser:
         """The first context that nothing speaks against."""
         passed: list[Passed] = []
         for context in self._candidates(region):
-            reason = self._objection(region, context)
+            reason = self.objection(region, context)
             if not reason:
                 return Choice(region, context, tuple(passed))
             passed.append(Passed(context, reason))
@@ -116,12 +121,12 @@ class Chooser:
         for name in self._prefer:
             yield from (each for each in region.contexts if each.backend == name)
 
-    def _objection(self, region: Region, context: Context) -> str:
-        """Why a context is not used for a region; "" where it is."""
+    def objection(self, region: Region, context: Context) -> str:
+        """Why a context cannot be used for a region; "" where it can."""
         if barred := self._barred.get((region.name, context.backend)):
             return barred
         if context.blob.sha256 not in self._trusted:
-            return f"its blob {context.blob.sha256[:12]}… is not trusted"
+            return f"its blob {context.blob.sha256[:12]}… is not trusted (see --trust, trust=)"
         if context.blob.size > self._largest:
             return f"its blob has {context.blob.size} bytes, more than {self._largest}"
         try:

@@ -14,10 +14,18 @@ from onnxgen.bounds import in_words
 from onnxgen.report.contexts import Contexts, Held, Place
 from onnxgen.report.values import Proof
 
+_LONGEST = 72  # characters of a compatibility string; `--json` has all of it
 
-def render_contexts(said: Contexts) -> RenderableType:
-    """What a command of `onnxgen context` has to say."""
-    return Group(*_lines(said))
+
+def render_contexts(said: Contexts, *, cases: bool = False) -> RenderableType:
+    """What a command of `onnxgen context` has to say; every case of its proofs, too, if asked for."""
+    lines = [*_lines(said)]
+    if cases:
+        for backend, proof in said.proofs.items():
+            for case in proof.cases:
+                what = case.skipped or case.outside or f"{case.difference:.1e}"
+                lines.append(Text(f"    {backend}: {case.name}: {what}", "dim"))
+    return Group(*lines)
 
 
 def _lines(said: Contexts) -> Iterator[RenderableType]:
@@ -36,7 +44,7 @@ def _lines(said: Contexts) -> Iterator[RenderableType]:
     places = [place for place in said.places if place.name in by_place]
     for _, group in groupby(places, key=lambda place: _alike(place, by_place[place.name])):
         members = list(group)
-        yield _title(members, said.encoding)
+        yield _title(members, said.encoding, by_place[members[0].name])
         yield Padding(_table([by_place[each.name] for each in members]), (0, 0, 0, 4))
     for backend, proof in said.proofs.items():
         yield _proof(backend, proof)
@@ -51,12 +59,16 @@ def _alike(place: Place, held: list[Held]) -> Hashable:
     return place.nodes, place.subgraph, said, picked
 
 
-def _title(places: list[Place], encoding: str) -> Text:
+def _title(places: list[Place], encoding: str, held: list[Held]) -> Text:
     first, last = places[0], places[-1]
     name = first.name if first is last else f"{first.name} … {last.name}"
     count = "" if first is last else f" ({len(places)} regions)"
     nodes = f"{first.nodes} nodes" + ("" if first is last else " each")
-    return Text.assemble("  ", (name, "bold"), f"{count}: {nodes}, as {encoding}")
+    here = ""
+    if any(each.picked is not None for each in held):
+        here = next((each.backend for each in held if each.picked), "its own nodes")
+    by = (f"; run here by {here}", "bold") if here else ""
+    return Text.assemble("  ", (name, "bold"), f"{count}: {nodes}, in the {encoding} form", by)
 
 
 def _table(regions: list[list[Held]]) -> Table:
@@ -74,9 +86,9 @@ def _table(regions: list[list[Held]]) -> Table:
             blob = f"one blob {first.blob[:12]}… of {size} for all" if len(blobs) == 1 else blob
         inside = f", {in_words(first.inside_bytes)} inside" if first.inside_bytes else ""
         lines = [
-            Text(f"{blob}; {first.given} weights given{inside}"),
+            Text(f"{blob}; weights given to it: {first.given}{inside}"),
             Text(f"{first.source} {first.version}", "dim"),
-            Text(f"for {first.compatibility or first.device}", "dim"),
+            Text(f"for {_short(first.compatibility or first.device)}", "dim"),
         ]
         if first.picked is not None:
             lines.insert(0, _here(first))
@@ -87,9 +99,13 @@ def _table(regions: list[list[Held]]) -> Table:
 def _here(held: Held) -> Text:
     if held.picked:
         return Text("✓ runs it here", "green")
-    if held.reason:
-        return Text(f"✗ {held.reason}", "red")
-    return Text("- another runs it, or it was not asked for", "dim")
+    if held.reason.startswith("it could"):
+        return Text(f"- {held.reason}", "dim")
+    return Text(f"✗ {held.reason}", "red")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 
 
 def _proof(backend: str, proof: Proof) -> Text:
