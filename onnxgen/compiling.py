@@ -129,14 +129,14 @@ class _Ways:
                 self._found.append(next(self._made))
             except StopIteration:
                 return None
-            except (OSError, MemoryError):
+            except MemoryError:
                 raise
-            except Exception as error:  # as above
-                self.failure = _clause(error)
-                return None
             except OSError as error:  # of a temporary folder: it is full, or is not there
                 cause = error.strerror or str(error)
                 raise FileError(f"what is compiled cannot be written: {cause}") from error
+            except Exception as error:  # as above
+                self.failure = _clause(error)
+                return None
         return self._found[number]
 
 
