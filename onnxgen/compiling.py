@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 
-from onnxgen.backends.interface import BackendError, Compiled, Part
+from onnxgen.backends.interface import BackendError, Compiled
 from onnxgen.backends.registry import find
 from onnxgen.contexts.cutting import part_of
 from onnxgen.contexts.values import Blob, Context, Region
@@ -138,6 +138,3 @@ class _Ways:
                 self.failure = _clause(error)
                 return None
         return self._found[number]
-
-
-__all__ = ["CompiledBy", "Part"]

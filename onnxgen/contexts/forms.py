@@ -95,7 +95,7 @@ def decode(proto: onnx.ModelProto) -> Held:
         _strip(proto, "")
         raise
     taken = _strip(proto, top.get("order", ""))
-    if top.get("version") != VERSION:
+    if top.get("version") != VERSION or top["version"] is True:
         raise FormatError(f"its table is of version {top.get('version')!r}, and {VERSION} is known")
     before = top.get("ir_version")
     if isinstance(before, int) and 3 <= before < _IR_VERSION:

@@ -13,7 +13,7 @@ from onnxgen.contexts.spans import as_spans, parsed_spans
 from onnxgen.contexts.types import parsed as parsed_type
 from onnxgen.contexts.values import Blob, Context, Region
 
-LONGEST = 1 << 26  # characters of a table; a region takes about a thousand
+LONGEST = 1 << 24  # characters of a table; a region takes about a thousand
 
 
 class FormatError(Exception):
