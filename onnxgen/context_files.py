@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +52,10 @@ def written(
             files = side_files(output.parent.resolve(), stem(output), contents)
             tensors, made = stack.enter_context(files)
         full = Held(copy.deepcopy(held.proto), held.table, {**held.blobs, **tensors})
-        model = as_model(replace(opened, proto=encode(full, encoding)))
+        proto = encode(full, encoding)
+        declared = {each.name for each in proto.graph.value_info}
+        model = as_model(replace(opened, proto=proto))
+        _declare_no_more(model, declared)
         if blob == "file":
             _beside(model, tensors, output.parent.resolve())
         stage = stack.enter_context(
@@ -106,6 +109,13 @@ def _held(region: Region, weights: Weights) -> Iterator[report.Held]:
             len(inside),
             sum(weights[name].data.nbytes for name in inside),
         )
+
+
+def _declare_no_more(model: ir.Model, declared: Collection[str]) -> None:
+    """What the graph did not say of its weights is not written: their tensors say it."""
+    for name, value in model.graph.initializers.items():
+        if name not in declared and not value.is_graph_input() and not value.is_graph_output():
+            value.type = value.shape = None
 
 
 def _beside(model: ir.Model, tensors: Mapping[str, object], folder: Path) -> None:
