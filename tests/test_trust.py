@@ -37,7 +37,7 @@ def test_a_strangers_blob_is_not_even_read(plain: Path, fakes: dict[str, Fake]) 
     assert choice.context is None
     [passed] = choice.passed
     sha256 = passed.context.blob.sha256
-    assert passed.reason == f"its blob {sha256[:12]}… is not trusted"
+    assert passed.reason == f"its blob {sha256[:12]}… is not trusted (see --trust, trust=)"
     assert_equal(session.run(None, {"x": X}), answers(plain, {"x": X}))
     assert fakes["fake"].loads == 0
 
