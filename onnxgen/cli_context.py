@@ -27,6 +27,12 @@ from onnxgen.report.contexts import Contexts
 
 _ENCODINGS = click.Choice(["function", "metadata"])
 _output_option = click.option("-o", "--output", type=PathType(), help="Where to write.")
+_trust_option = click.option(
+    "--trust",
+    type=PathType(),
+    metavar="FILE",
+    help="A list of sha256 of blobs that may be used, beside those that you added yourself.",
+)
 _force_option = click.option("--force", is_flag=True, help="Let the output replace MODEL.")
 
 
@@ -139,12 +145,7 @@ def listed(model: Path, json_output: bool) -> None:
     metavar="NAME:DEVICE",
     help="Ask of this backend; the first that can is picked. Repeatable; all unless given.",
 )
-@click.option(
-    "--trust",
-    type=PathType(),
-    metavar="FILE",
-    help="A list of sha256 of blobs that may be used, beside those that you added yourself.",
-)
+@_trust_option
 @click.option(
     "--expect",
     "expected",
@@ -257,6 +258,7 @@ def convert(
     help="Whose objects; all that can be in a package unless given, one for --epcontext.",
 )
 @_output_option
+@_trust_option
 @_force_option
 @json_option
 @loudness_options
@@ -266,6 +268,7 @@ def export(
     epcontext: bool,
     backends: tuple[str, ...],
     output: Path | None,
+    trust: Path | None,
     force: bool,
     json_output: bool,
 ) -> None:
@@ -285,7 +288,7 @@ def export(
             raise UsageError("-o is for --epcontext: a package is written to its DIR")
         _report(
             "export",
-            lambda progress: pipeline.package(model, folder, backends, progress),
+            lambda progress: pipeline.package(model, folder, backends, progress, trust),
             json_output,
         )
         return
@@ -294,7 +297,7 @@ def export(
     _report(
         "export",
         lambda progress: pipeline.epcontext(
-            model, backends[0], output, force=force, progress=progress
+            model, backends[0], output, force=force, progress=progress, trust=trust
         ),
         json_output,
     )

@@ -25,7 +25,7 @@ from onnxgen.contexts.cutting import cut_out
 from onnxgen.contexts.epcontext import CompiledRegion, compatibility_of, epcontext_model
 from onnxgen.contexts.forms import Held, decode_file
 from onnxgen.contexts.package import Variant, safe_name, write_package
-from onnxgen.contexts.trust import trusted
+from onnxgen.contexts.trust import Given, trusted
 from onnxgen.contexts.values import Context
 from onnxgen.contexts.weights import Weights
 from onnxgen.errors import FileError, ModelDiffersError, RefusedError, UsageError
@@ -39,12 +39,17 @@ from onnxgen.verify.compare import verify_models
 
 
 def package(
-    path: Path, folder: Path, backends: Sequence[str], progress: Progress
+    path: Path,
+    folder: Path,
+    backends: Sequence[str],
+    progress: Progress,
+    trust: Given | None = None,
 ) -> report.Contexts:
     """Write a model package of ONNX Runtime; see `contexts.package`.
 
     Args:
         backends: whose objects go in; none for all that can.
+        trust: blobs that may be run beside this user's own; what is not trusted is written unproven.
 
     Raises:
         FileError: the model or a blob cannot be read, or the folder not written.
@@ -73,7 +78,7 @@ def package(
     if not variants:
         raise RefusedError(f"{path} holds nothing that a package can: {'; '.join(said.warnings)}")
     for variant in variants:
-        if strange := _strange(held, backend_of[variant.name]):
+        if strange := _strange(held, backend_of[variant.name], trust):
             said.warnings.append(f"unproven: {strange}")
             continue
         _prove(path, opened, variant.model, variant.provider, folder, said, clock)
@@ -87,7 +92,13 @@ def package(
 
 
 def epcontext(
-    path: Path, backend: str, output: Path | None, *, force: bool, progress: Progress
+    path: Path,
+    backend: str,
+    output: Path | None,
+    *,
+    force: bool,
+    progress: Progress,
+    trust: Given | None = None,
 ) -> report.Contexts:
     """Write the model for one execution provider, its regions as EPContext nodes; no fallback is in it.
 
@@ -106,7 +117,7 @@ def epcontext(
     model, provider = _epcontext(opened, held, backend)
     said.held = [each for each in said.held if each.backend == backend]
     place = output or path.with_name(f"{stem(path)}.epcontext.onnx")
-    if strange := _strange(held, backend):
+    if strange := _strange(held, backend, trust):
         said.warnings.append(f"unproven: {strange}")
     else:
         _prove(path, opened, model, provider, place, said, clock)
@@ -156,9 +167,9 @@ def _prove(
         )
 
 
-def _strange(held: Held, backend: str) -> str:
+def _strange(held: Held, backend: str, trust: Given | None) -> str:
     """Which blob of a backend no driver is given here, as a clause; "" where none is such."""
-    known = trusted()
+    known = trusted(trust)
     blobs = (
         context.blob.sha256
         for region in held.table.regions

@@ -64,6 +64,19 @@ def test_a_package_has_a_variant_for_each_backend_and_the_original(
     assert names == [each.name for each in onnx.load(folder / "model.onnx").graph.output]
 
 
+def test_a_strangers_blob_is_run_only_where_it_is_trusted(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONNXGEN_CONFIG", str(tmp_path / "nobody"))
+    words = ("export", folder / "all.onnx", "--epcontext", "--backend", "openvino:CPU", "-o")
+    result = run(*words, tmp_path / "one.onnx")
+    assert "is not trusted" in " ".join(result.stdout.split())
+    trusted = folder / "config" / "trusted"
+    result = run(*words, tmp_path / "two.onnx", "--trust", trusted)
+    assert "is not trusted" not in result.stdout
+    assert (f"{PROVIDER} ✓ proven" in result.stdout) == INSTALLED
+
+
 def test_an_epcontext_model_keeps_inputs_and_outputs(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "ep.onnx"
     words = ("--epcontext", "--backend", "openvino:CPU", "-o", out)
